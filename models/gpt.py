@@ -168,8 +168,14 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
 def _why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
     from models.moe.dispatch import deep_ep
 
-    row_bytes = model.hidden_size * (2 if moe.path == "bf16" else 1)
-    return deep_ep.unavailable(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), row_bytes)
+    return deep_ep.unavailable(
+        ranks,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        model.hidden_size,
+        2 if moe.path == "bf16" else 1,
+        moe.top_k,
+        moe.num_experts // ranks,
+    )
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
