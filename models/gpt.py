@@ -181,16 +181,19 @@ def _why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | Non
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     """Settle, once, who carries out the path on this machine."""
     group = parallel_state.get_expert_model_parallel_group()
-    dispatcher: Dispatcher
-    if moe.dispatch == "deep_ep":
-        from models.moe.dispatch.deep_ep import DeepEP
-
-        dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
-    else:
-        dispatcher = AllToAll(group, moe.num_experts)
     chosen = operations.choose(moe.path, device)
-    description = f"{chosen.description}; dispatch by {dispatcher.name}"
-    return Runtime(PATHS[moe.path], chosen, dispatcher, description)
+    dispatcher: Dispatcher = AllToAll(group, moe.num_experts)
+    note = "dispatch by all_to_all"
+    if device == "cuda" and moe.dispatch != "all_to_all":
+        reason = _why_no_deep_ep(model, moe, group.size())
+        if reason is None:
+            from models.moe.dispatch.deep_ep import DeepEP
+
+            dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
+            note = "dispatch by deep_ep"
+        else:
+            note += f" (not deep_ep: {reason})"
+    return Runtime(PATHS[moe.path], chosen, dispatcher, f"{chosen.description}; {note}")
 
 
 @torch.no_grad()
