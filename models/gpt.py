@@ -70,6 +70,11 @@ class GPT(GPTModel):
     def moe_layers(self) -> list[ExpertParallelMoE]:
         return [layer.mlp for layer in self.decoder.layers]
 
+    def forget_prepared_weights(self) -> None:
+        """After a change of the parameters: experts quantize theirs once between two of them."""
+        for layer in self.moe_layers():
+            layer.experts.forget_prepared()
+
     @property
     def runtime(self) -> Runtime:
         """Who carries out the path, in all layers."""

@@ -284,7 +284,7 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
     run("grouped_gemm_wgrad", "ours", ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16,
         kind="FP8")  # fmt: skip
     if te:
-        w = te.Fp8Linear.prepare_weights(p.w)
+        w, _ = te.Fp8Linear.prepare_weights(p.w, torch.bfloat16)
         te.Fp8Linear.forward(p.x, w, p.offsets)  # asks for the segments once
         run("quantize both, forward", "TE", te.Fp8Linear.forward, p.x, w, p.offsets, kind="FP8")
 

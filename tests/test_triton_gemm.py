@@ -220,20 +220,28 @@ def test_grouped_mm(device, kind):
 
 @pytest.mark.parametrize("name", ["HighPrecisionLinear", "Fp8Linear", "DirectLinear"])
 def test_linear_layers_go_as_with_the_reference(device, name):
-    """The classes that paths use, forward and backward, by the kernels and by the reference."""
+    """The classes that paths use, forward and backward, by the kernels and by the reference.
+
+    SwiGLU and the down-projection, and back through both, from weights in float32.
+    """
     offsets, real = segments("ragged", device)
-    n, k = 256, 384
-    dy = rows_of(real, n, device, torch.bfloat16)
-    x = rows_of(real, k, device, torch.bfloat16)
-    w = weights(5, n, k, device, torch.bfloat16)
+    hidden, ffn = 384, 256
+    h = rows_of(real, 2 * ffn, device, torch.bfloat16)
+    da = rows_of(real, ffn, device, torch.bfloat16)
+    probs = torch.rand(h.shape[0], device=device)
+    w_down = weights(5, hidden, ffn, device, torch.float32)
+    w_up = weights(5, 2 * ffn, hidden, device, torch.float32)
 
     def by(module):
         linear = getattr(module, name)
-        prepared = linear.prepare_weights(w, module)
-        y, x_kept = linear.forward(x, prepared, offsets, module)
-        dx, dy_kept = linear.backward(dy, linear.transpose_weights(prepared), offsets, module)
-        x_kept = x if x_kept is None else x_kept
-        return y, dx, linear.wgrad(dy_kept, x_kept, offsets, torch.bfloat16, module)
+        forward, _ = linear.prepare_weights(w_down, h.dtype, module)
+        _, backward = linear.prepare_weights(w_up, h.dtype, module)
+        y, kept = linear.down(h, probs, forward, offsets, module)
+        dh, a_kept, dprobs = linear.down_backward(da, h, probs, kept, module)
+        dx, dh_kept = linear.backward(dh, backward, offsets, module)
+        if a_kept is None:
+            return y, dx, dprobs
+        return y, dx, dprobs, linear.wgrad(dh_kept, a_kept, offsets, torch.bfloat16, module)
 
     for got, expected in zip(by(ops), by(reference), strict=True):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)

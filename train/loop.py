@@ -221,6 +221,7 @@ def _step(
     norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad)
     metrics.grad_norm = norm
     optimizer.step()
+    model.forget_prepared_weights()
     optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     return data_seconds

@@ -7,7 +7,9 @@ there are world / expert_parallel replicas of each expert:
                                          [2, 3]]      columns: replicas of the same experts
                                                       (`expert_dp`)
 
-What every rank has is sharded by FSDP2 over all ranks, experts over their replicas.
+What every rank has is sharded by FSDP2 over all ranks, experts over their replicas. Where there is
+one replica, as on the usual machine whose GPUs are one expert-parallel group, nothing is left to
+shard and FSDP stays out of the way: it would copy and cast every weight and gradient all the same.
 """
 
 import datetime
@@ -100,21 +102,26 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    replicas = ranks.mesh["expert_dp"]
+    ours: set[nn.Parameter] = set()  # not FSDP's
     for layer in model.decoder.layers:
         experts = layer.mlp.experts
         for name, parameter in list(experts.named_parameters()):
             # A DTensor knows its place among all experts, so a checkpoint can be cut anew.
             spread = DTensor.from_local(parameter.detach(), ranks.mesh["ep"], [Shard(0)])
             experts.register_parameter(name, nn.Parameter(spread))
-        # Replicas cut the rows of each expert's matrices, since dimension 0 is cut by `ep`.
-        fully_shard(
-            experts,
-            mesh=ranks.mesh["expert_dp"],
-            shard_placement_fn=lambda parameter: Shard(1),
-            **options,
-        )
-        fully_shard(layer, mesh=ranks.data_mesh, **options)
-    fully_shard(model, mesh=ranks.data_mesh, **options)
+        if replicas.size() == 1:
+            ours.update(experts.parameters())
+        else:
+            # Replicas cut the rows of each expert's matrices: dimension 0 is cut by `ep`.
+            fully_shard(
+                experts,
+                mesh=replicas,
+                shard_placement_fn=lambda parameter: Shard(1),
+                **options,
+            )
+        fully_shard(layer, mesh=ranks.data_mesh, ignored_params=ours, **options)
+    fully_shard(model, mesh=ranks.data_mesh, ignored_params=ours, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

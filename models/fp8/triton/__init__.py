@@ -41,6 +41,7 @@ from models.fp8.triton.quantize import (
     quantize,
     quantize_columns,
     quantize_weights,
+    quantize_weights_both_ways,
 )
 from models.fp8.triton.swiglu import (
     swiglu,
@@ -70,6 +71,7 @@ __all__ = [
     "quantize",
     "quantize_columns",
     "quantize_weights",
+    "quantize_weights_both_ways",
     "swiglu",
     "swiglu_backward",
     "swiglu_backward_quantize",
