@@ -64,7 +64,7 @@ PEERS = ("bf16", "fp8")
 PEER_FLAGS = ("experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion")
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """What errors say after which neither this rank nor its peers can go on."""
-LEFT_GIB = 0.25
+LEFT_GIB = 0.5
 """What libraries may keep on the GPU after a stack is freed: workspaces of GEMMs and the like."""
 
 

@@ -1,6 +1,8 @@
 """The training benchmark on a CPU: its file, its order, and stacks that fail. Peers need GPUs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,21 @@ def test_the_peers_fp8_is_blockwise_e4m3():
     assert arguments["fp8_param"]
     assert arguments["moe_router_padding_for_quantization"]
     assert arguments["moe_token_dispatcher_type"] == "alltoall"
+
+
+@pytest.mark.gpu
+def test_one_gpu_trains_ours_and_the_peer(tmp_path):
+    # A process of its own: it starts CUDA, and the tests fork.
+    argv = ["--paths", "bf16,fp8_compact", "--peers", "bf16,fp8", "--steps", "2", "--warmup", "1",
+            "--repeats", "2", "--out", str(tmp_path), "parallel.expert_parallel=1"]  # fmt: skip
+    command = [sys.executable, "-m", "scripts.bench_train", "configs/demo_cpu.yaml", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "train_demo_cpu.json").read_text())["rows"]
+    assert [row["stack"] for row in rows] == ["ours"] * 2 + ["megatron-core"] * 2
+    for row in rows:
+        assert "error" not in row, done.stderr
+        assert row["repeats"] == 2
+        assert row["peak_allocated_gib"]["min"] > 0
+        assert 5 < row["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
+    assert "leaves" not in done.stdout
