@@ -218,7 +218,7 @@ def _step(
         loss = _losses(model, batch, config).sum() / tokens_in_step
         loss.backward()
         metrics.add_loss(loss.detach())
-    norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad)
+    norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
     metrics.grad_norm = norm
     optimizer.step()
     model.forget_prepared_weights()

@@ -53,6 +53,9 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # TF32 for the only float32 GEMMs, the router's: its input and weights are bfloat16 values,
+        # which TF32 holds exactly, and without it they run outside the tensor cores.
+        torch.set_float32_matmul_precision("high")
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
@@ -128,10 +131,14 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
             module.set_gradient_divide_factor(1.0)
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: list[nn.Parameter], max_norm: float, optimizer: torch.optim.Optimizer | None = None
+) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: never).
 
-    Returns the norm before clipping, float32 on this device and the same on every rank.
+    A fused `optimizer` is told the factor and applies it as it reads the gradients, which saves a
+    pass over them. Returns the norm before clipping, float32 on this device and the same on every
+    rank.
     """
     gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     assert gradients, "no gradients to clip"
@@ -140,8 +147,11 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     dist.all_reduce(total)
     total = total.sqrt()
     if max_norm > 0:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)  # type: ignore[attr-defined]
+        excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
+        if optimizer is not None and optimizer.defaults.get("fused"):
+            optimizer.grad_scale = excess  # type: ignore[attr-defined]  # it divides by this
+        else:
+            torch._foreach_mul_(gradients, excess.reciprocal())  # type: ignore[attr-defined]
     return total
 
 
