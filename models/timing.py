@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Timer:
         self._cuda = device.type == "cuda"
         self._named = named
         self._spans: list[tuple[str, Any, Any]] = []
-        self._open: tuple[str, Any] | None = None
+        self._open: tuple[str, Any, Any] | None = None
         self._start: Any = None
 
     def start(self) -> None:
@@ -76,29 +77,34 @@ class Timer:
         """Open a part that `end` closes; False, and nothing to close, inside another part."""
         if self._open is not None:
             return False
-        self._open = (name, self._now())
+        named = record_function(name) if self._named else None
+        if named:
+            named.__enter__()
+        self._open = (name, self._now(), named)
         return True
 
     def end(self) -> None:
         """Close the part that `begin` opened."""
         assert self._open is not None, "no part is open"
-        name, start = self._open
+        name, start, named = self._open
         self._open = None
         self._spans.append((name, start, self._now()))
+        if named:
+            named.__exit__(None, None, None)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """The time inside the `with`."""
-        opened = self.begin(name)
-        try:
-            if self._named:
-                with torch.profiler.record_function(name):
-                    yield
-            else:
+        if self.begin(name):
+            try:
                 yield
-        finally:
-            if opened:
+            finally:
                 self.end()
+        elif self._named:
+            with record_function(name):
+                yield
+        else:
+            yield
 
     def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The same function as a part."""
