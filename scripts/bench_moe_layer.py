@@ -104,8 +104,7 @@ def bench(
     """Rows of one shape, a path each."""
     ranks = dist.get_world_size()
     whole: Shape = SHAPES[name]
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    shape, tokens = fit(whole, tokens, ranks, memory)
+    shape, tokens = fit(whole, tokens, ranks, _free_memory(device))
     layer = Layer(shape, tokens, device, dispatch)
     measured = {path: Measurements(layer, layer.runtime(path)) for path in paths}
     for measurements in measured.values():  # kernels are compiled and memory is allocated
@@ -133,6 +132,15 @@ def bench(
         rows.append(row)
         measurements.runtime.dispatcher.close()
     return rows
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes free on the fullest of the ranks' GPUs, so that all take the same shape."""
+    if device.type != "cuda":
+        return None
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    return int(free)
 
 
 def line(row: dict[str, Any]) -> str:

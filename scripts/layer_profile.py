@@ -97,12 +97,16 @@ def profile_layer(layer: Layer, runtime: Runtime) -> dict[str, Any]:
 
     The layer must have run before, so that everything is compiled.
 
+    `kernels_without_a_known_launch` is 0 where the trace is whole; the counts are then complete.
+
     `relayouts` of each pass says the same thing three times: `counted`, what the path's counter
     says; `kernels_in_ranges`, the kernels that were launched inside `relayout`; and
     `transposing_copies`, the operators that copied scales into the other order, found without
-    looking at either, in a pass through the layer without timers. `agree` is true if all three
-    are equal. On a CPU there are no kernels, and reference operations transpose scales when they
-    write them: only `counted` is reported.
+    looking at either, in a pass through the layer without timers, and `kernels_of_copies`, what
+    those launched. `agree` is true if all are equal.
+
+    On a CPU there are no kernels, and reference operations transpose scales when they write them:
+    only `counted` is reported.
     """
     if layer.device.type == "cuda":
         _passes(layer, runtime)  # the first trace of a process also pays for the tracer's start
@@ -112,6 +116,9 @@ def profile_layer(layer: Layer, runtime: Runtime) -> dict[str, Any]:
     named = _passes(layer, timed_runtime(runtime, timer), timer)
     after = relayouts.forward, relayouts.backward
     result: dict[str, Any] = {}
+    if layer.device.type == "cuda":
+        found = kernels(plain, *ranges(plain, *PASSES))
+        result["kernels_without_a_known_launch"] = len(kernels(plain)) - len(found)
     for name, count_before, count_after in zip(PASSES, before, after, strict=True):
         counted = count_after - count_before
         result[name] = {"relayouts": {"counted": counted}}

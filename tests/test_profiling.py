@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
 from models.moe.paths import PATHS
 from models.moe.timed import STEPS
+from tests.ranks import read_metrics
 from tests.test_train import TINY, run
 from train.config import ConfigError, load
 from train.profiling import PARTS
@@ -74,3 +77,36 @@ def test_profile_every_counts_logged_steps(tmp_path):
 def test_a_trace_after_the_last_step_is_refused():
     with pytest.raises(ConfigError, match="trace_step=6 is after the last, steps=5"):
         load(TINY[0], [*TINY[1:], "train.steps=5", "train.trace_step=6"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_a_profiled_run_on_a_gpu(tmp_path, path):
+    """In a process of its own, as this one must stay able to fork."""
+
+    def train(name: str, *more: str) -> list[dict[str, float]]:
+        keys = [f"run.dir={tmp_path}", f"run.name={name}", f"moe.path={path}", "train.steps=6"]
+        keys += ["parallel.expert_parallel=1", "train.deterministic=true", "model.seq_len=128"]
+        command = [sys.executable, "-m", "train", *TINY, *keys, *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return read_metrics(tmp_path / name)
+
+    plain = train("plain")
+    rows = train("profiled", *LOOKING)
+    for name in ("loss/train", "optim/grad_norm"):
+        assert [row[name] for row in rows] == [row[name] for row in plain], name
+    assert [bool(NAMES & set(row)) for row in rows] == [False, True, False, True, False, True]
+    for row in (rows[3], rows[5]):
+        times = {name: row[name] for name in NAMES}
+        total = row["time/profiled_step_ms"]
+        assert sum(times.values()) == pytest.approx(total)
+        assert times["time/other_ms"] > 0
+        for name in ("attention", "dispatch", "up_projection", "wgrad", "combine", "optimizer"):
+            assert 0 < times[f"time/{name}_ms"] < total, name
+        assert (times["time/relayout_ms"] > 0) == (path in ("fp8_baseline", "fp8_compact"))
+    with gzip.open(tmp_path / "profiled" / "trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("cat") == "kernel" for event in events) > 100
+    named = {event["name"] for event in events if event.get("cat") == "user_annotation"}
+    assert named >= {"dispatch", "permute", "up_projection", "attention", "dgrad", "optimizer"}
