@@ -15,7 +15,6 @@ too, as it does in training.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
-from train.environment import commit, versions
+from scripts import results
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
@@ -95,7 +94,7 @@ class Bench:
             "kernel": kernel,
             "by": by,
             "shape": shape,
-            "us": {"median": us, "min": min(times), "max": max(times)},
+            "us": results.spread(times),
         }
         line = f"{kernel:26} {by:12} {shape:26} {us:9.1f} us"
         if moved_bytes:
@@ -330,25 +329,6 @@ def tune(ops: Any) -> None:
         print("  ".join(f"{speed:6.0f}" for speed in speeds), " TFLOP/s ", tiling, flush=True)
 
 
-def environment() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "machine": {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": properties.L2_cache_size / 2**20,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-        },
-        "versions": versions(),
-        "commit": commit(),
-        "config": {
-            "calls": CALLS,
-            "rotated_mib": ROTATED_BYTES // 2**20,
-            "plan": "8 slots a token, 2 of them local on average, 32 experts",
-        },
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -379,8 +359,12 @@ def main() -> int:
         bench_weights(bench, ops, experts, n, k)
         bench_gemms(bench, ops, te, experts, rows, k, n)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**environment(), "rows": bench.rows}, indent=1) + "\n")
+        config = {
+            "calls": CALLS,
+            "rotated_mib": ROTATED_BYTES // 2**20,
+            "plan": "8 slots a token, 2 of them local on average, 32 experts",
+        }
+        results.write(args.out, torch.device("cuda", 0), config, bench.rows)
     return 0
 
 

@@ -17,7 +17,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def describe_machine(device: torch.device, world_size: int) -> dict[str, Any]:
+def describe_machine(device: torch.device, world_size: int = 1) -> dict[str, Any]:
     """`machine`, `versions` and `commit` of a results file."""
     environment = describe_environment(device, world_size)
     machine = {
@@ -26,13 +26,24 @@ def describe_machine(device: torch.device, world_size: int) -> dict[str, Any]:
         "devices": world_size,
     }
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        machine["memory_gib"] = round(total / GIB, 1)
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "memory_gib": round(properties.total_memory / GIB, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mib": properties.L2_cache_size / 2**20,
+        }
     return {
         "machine": machine,
         "versions": environment["versions"],
         "commit": environment["commit"],
     }
+
+
+def write(
+    path: Path, device: torch.device, config: dict[str, Any], rows: list[Any], world_size: int = 1
+) -> None:
+    """One JSON file of a benchmark's rows, with what they depend on."""
+    write_json(path, {**describe_machine(device, world_size), "config": config, "rows": rows})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

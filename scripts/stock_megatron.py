@@ -34,6 +34,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -162,6 +163,8 @@ class StockMegatron:
         # Megatron's scheduler would apply this; without it norms would decay too.
         for group in self.optimizer.param_groups:
             group["weight_decay"] = config.optim.weight_decay * group["wd_mult"]
+        # Our loop sets this as a number, megatron's schedule as a vector of one.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         transformer.no_sync_func = self.model.no_sync
         transformer.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
@@ -185,6 +188,7 @@ class StockMegatron:
         # Hooks inside autograd's C++ nodes hold the model, where Python's collector cannot look.
         self.model.grad_accs.clear()
         set_experimental_flag(False)
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         if fused_a2a._buffer is not None:
             gc.collect()
             dist.barrier()
