@@ -78,8 +78,10 @@ class MoEConfig(Section):
     dispatch: Literal["auto", "all_to_all", "deep_ep"] = "auto"
     """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
     all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
-    dispatch_sms: int = Field(default=24, gt=0, multiple_of=2)
-    """Multiprocessors of the GPU that DeepEP may take for communication."""
+    dispatch_sms: int | None = Field(default=None, gt=0, multiple_of=2)
+    """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
+    half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
+    beside DeepEP's, or the two wait for each other for ever."""
     num_experts: PositiveInt
     """Experts in all; a multiple of `parallel.expert_parallel`."""
     top_k: PositiveInt

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
@@ -272,14 +273,15 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
         )  # fmt: skip
     run("grouped_mm", "PyTorch", ops.grouped_mm, p.x, p.w, p.offsets, kind="bf16")
     wgrad = "bf16 wgrad"
-    run("grouped_mm_wgrad", "PyTorch", ops.grouped_mm_wgrad, p.dy, p.x, p.offsets, kind=wgrad)
+    for dtype in (bf16, torch.float32):
+        run(f"grouped_mm_wgrad to {dtype}", "ours", ops.grouped_mm_wgrad, p.dy, p.x, p.offsets,
+            dtype, kind=wgrad)  # fmt: skip
+    run("grouped_mm_wgrad", "PyTorch", _pytorch_wgrad, p.dy, p.x, p.offsets, kind=wgrad)
     compact = p.x8[COMPACT]
     run(
         "grouped_wgrad x FP8", "ours", ops.grouped_wgrad, p.dy, compact, p.offsets, bf16, kind=wgrad
     )
     run("grouped_wgrad dy FP8", "ours", ops.grouped_wgrad, p.dy8, p.x, p.offsets, bf16, kind=wgrad)
-    run("dequantize, grouped_mm_wgrad", "PyTorch", _two_steps(ops), p.dy, compact, p.offsets,
-        kind=wgrad)  # fmt: skip
     run("grouped_gemm_wgrad", "ours", ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16,
         kind="FP8")  # fmt: skip
     if te:
@@ -288,11 +290,8 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
         run("quantize both, forward", "TE", te.Fp8Linear.forward, p.x, w, p.offsets, kind="FP8")
 
 
-def _two_steps(ops: Any) -> Callable[..., Tensor]:
-    def dequantize_then_wgrad(dy: Tensor, x: BlockScaledTensor, offsets: Tensor) -> Tensor:
-        return ops.grouped_mm_wgrad(dy, ops.dequantize(x, torch.bfloat16), offsets)
-
-    return dequantize_then_wgrad
+def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(dy.t(), x, offs=offsets[1:].to(torch.int32))
 
 
 def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:

@@ -38,6 +38,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
 from train.config import Config
 from train.data import Batch
 from train.parallel import Ranks
@@ -82,7 +83,8 @@ def transformer_arguments(
         "moe_router_force_load_balancing": moe.force_balance,
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "flex" if dispatch == "deepep" else "alltoall",
-        "moe_deepep_num_sms": moe.dispatch_sms,
+        # As ours: nothing runs beside DeepEP in this schedule either.
+        "moe_deepep_num_sms": moe.dispatch_sms or half_of_the_multiprocessors(),
         "expert_model_parallel_size": config.parallel.expert_parallel,
         # precision
         "bf16": True,
@@ -194,10 +196,25 @@ class StockMegatron:
             dist.barrier()
             torch.cuda.synchronize()
             fused_a2a._buffer = None
+        free_large_tensors(self.device)
 
     def _forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches).to(self.device)
         return model(batch.tokens, None, None, labels=batch.labels), _mean
+
+
+def free_large_tensors(device: torch.device, at_least: int = 1 << 24) -> None:
+    """Give back the memory of every tensor of `at_least` bytes on the device, whoever holds it.
+
+    Megatron's modules are held from places that nothing clears, and the next stack needs the room.
+    """
+    torch.cuda.synchronize(device)
+    gc.collect()
+    for tensor in (item for item in gc.get_objects() if isinstance(item, Tensor)):
+        if tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            if storage.size() >= at_least and storage.resizable():
+                storage.resize_(0)
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -679,7 +679,7 @@ def test_plain_grouped_matmuls(dtype, gen):
     for got, expected in (
         (ops.grouped_mm(x, w, offsets), y),
         (ops.grouped_mm_dgrad(dy, w, offsets), dx),
-        (ops.grouped_mm_wgrad(dy, x, offsets), dw),
+        (ops.grouped_mm_wgrad(dy, x, offsets, dy.dtype), dw),
     ):
         assert got.dtype is dtype
         assert torch.equal(got, expected)
@@ -687,7 +687,9 @@ def test_plain_grouped_matmuls(dtype, gen):
 
 def test_wgrad_operands_must_agree():
     with pytest.raises(ValueError, match="rows"):
-        ops.grouped_mm_wgrad(torch.zeros(4, 2), torch.zeros(3, 2), torch.tensor([0, 4]))
+        ops.grouped_mm_wgrad(
+            torch.zeros(4, 2), torch.zeros(3, 2), torch.tensor([0, 4]), torch.float32
+        )
 
 
 # SwiGLU

@@ -129,15 +129,12 @@ def test_a_layer_is_timed_part_by_part_and_computes_the_same(path):
     # The gradient takes the same five steps; the plan is there, and step 5 is the dgrad.
     steps = [part for part in FORWARD[path] if part not in ("dispatch", "permute")]
     want = [{"up_projection": "dgrad"}.get(part, part) for part in steps]
-    start = backward.index("dispatch")
-    again = backward[: backward.index("wgrad")]
+    first = backward.index("swiglu")
+    again, rest = backward[:first], backward[first:]
     assert again.count("permute") == 1
-    skip = ("dispatch", "permute", "quantize_weights")
-    head = ["swiglu"] if path == "fp8_direct" else []  # SwiGLU's output is computed again
-    assert [part for part in again if part not in skip] == head + want
-    assert start < again.index("permute")
-    rest = [part for part in backward[len(again) :] if part != "quantize_weights"]
-    assert rest == ["wgrad", "swiglu", "dgrad", "wgrad", "combine", "combine", "combine"]
+    assert again.index("dispatch") < again.index("permute")
+    assert [part for part in again if part not in ("dispatch", "permute")] == want
+    assert rest == ["swiglu", "dgrad", "combine", "combine", "combine", "wgrad", "wgrad"]
     assert set(forward) | set(backward) <= set(PARTS)
 
 

@@ -176,6 +176,22 @@ def test_grouped_wgrad(device, kind, scaled, n, k):
 
 
 @pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(256, 384), (200, 264), (8, 8)])
+def test_grouped_mm_wgrad(device, kind, dtype, n, k):
+    """Also where tiles end beyond the matrix, which must not write the next expert's."""
+    offsets, real = segments(kind, device)
+    dy, x = (rows_of(real, size, device, torch.bfloat16) for size in (n, k))
+    dw = ops.grouped_mm_wgrad(dy, x, offsets, dtype)
+    assert (dw.shape, dw.dtype) == ((len(COUNTS[kind]), n, k), dtype)
+    a, b = float64(dy), float64(x)
+    exact, size = sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs)
+    assert_close(dw, exact, size, 2 * max(COUNTS[kind]) + 256)
+    for expert, count in enumerate(COUNTS[kind]):
+        assert count or (dw[expert] == 0).all()
+
+
+@pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("layouts", [list(Layout), list(Layout)[::-1]])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_grouped_gemm_wgrad(device, kind, layouts, out_dtype):
@@ -204,7 +220,7 @@ def test_grouped_mm(device, kind):
     w = weights(len(COUNTS[kind]), n, k, device, torch.bfloat16)
     y = ops.grouped_mm(x, w, offsets)
     dx = ops.grouped_mm(dy, w.transpose(1, 2), offsets)
-    dw = ops.grouped_mm_wgrad(dy, x, offsets)
+    dw = ops.grouped_mm_wgrad(dy, x, offsets, torch.bfloat16)
     assert torch.equal(dx, ops.grouped_mm_dgrad(dy, w, offsets))
     assert (y.shape, dx.shape, dw.shape) == (dy.shape, x.shape, w.shape)
     a, b, c = float64(x), float64(w), float64(dy)
@@ -266,4 +282,4 @@ def test_refusals(device):
     with pytest.raises(TypeError, match="bfloat16"):
         ops.grouped_wgrad(rows, rows, offsets, torch.bfloat16)
     with pytest.raises(ValueError, match="rows"):
-        ops.grouped_mm_wgrad(rows.bfloat16(), rows[:64].bfloat16(), offsets)
+        ops.grouped_mm_wgrad(rows.bfloat16(), rows[:64].bfloat16(), offsets, torch.bfloat16)

@@ -13,7 +13,7 @@ Weights are [E, N, K]. Each class has the same functions:
     down_backward     da [P, F] to dh as `backward` takes it, what `wgrad` needs of SwiGLU's result,
                       and dprobs [P]
     backward          dx = dy @ w, and what `wgrad` needs of dy right after
-    wgrad             dw [E, N, K] = dy.T @ x from what the others kept
+    wgrad             dw [E, N, K] = dy.T @ x, in the dtype asked for, from what the others kept
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ class HighPrecisionLinear:
 
     @staticmethod
     def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype, ops: Any) -> Tensor:
-        return ops.grouped_mm_wgrad(dy, x, offsets)
+        return ops.grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
 class Fp8Linear:

@@ -94,7 +94,7 @@ class ExpertMLP(torch.autograd.Function):
 
         h, x_kept = path.to_experts(tokens, up_forward, trip, ops)
         y, a_kept = linear.down(h, trip.probs, down_forward, trip.rows.offsets, ops)
-        ctx.kept = (trip, h, x_kept, a_kept, up_backward, down_backward)
+        ctx.kept = (trip, h, x_kept, a_kept, up_backward, down_backward, up.dtype)
         ctx.runtime = runtime
         runtime.counts.forward_passes += 1
         if any(ctx.needs_input_grad):
@@ -108,9 +108,9 @@ class ExpertMLP(torch.autograd.Function):
         runtime = ctx.runtime
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
         # Taken off ctx, so that memory is free after this layer and not after the whole backward.
-        (trip, h, x_kept, a_kept, up, down), ctx.kept = ctx.kept, None
+        (trip, h, x_kept, a_kept, up, down, dtype), ctx.kept = ctx.kept, None
         trip.phase = "backward"
-        offsets, dtype = trip.rows.offsets, grad.dtype
+        offsets = trip.rows.offsets
 
         da, dy_kept = path.to_experts(grad, down, trip, ops)
         dh, a_kept, dprobs = linear.down_backward(da, h, trip.probs, a_kept, ops)

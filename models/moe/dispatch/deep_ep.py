@@ -98,6 +98,11 @@ def unavailable(
     return None
 
 
+def half_of_the_multiprocessors() -> int:
+    """An even number of them, of the current GPU."""
+    return torch.cuda.get_device_properties().multi_processor_count // 4 * 2
+
+
 @dataclass(frozen=True)
 class Handle:
     """The way of one dispatch; combine and the backward pass reuse it."""
@@ -122,16 +127,24 @@ class DeepEP:
     name = "deep_ep"
 
     def __init__(
-        self, group: dist.ProcessGroup, num_experts: int, hidden_size: int, num_sms: int = 24
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        hidden_size: int,
+        num_sms: int | None = None,
     ) -> None:
         """Allocates the buffer, with all ranks of the group: a problem shows before training.
 
-        hidden_size: the widest rows that will travel. num_sms: streaming multiprocessors that
-        communication takes from computation while it runs, an even number; half send and half
-        receive. Raises ImportError without DeepEP; `unavailable` says more.
+        hidden_size: the widest rows that will travel. num_sms: multiprocessors that communication
+        takes while it runs, an even number, by default half of the GPU's; half of them send and
+        half receive. All its blocks run at the same time, as do those of an NCCL kernel, so too
+        many leave two ranks waiting for each other, each in the kernel that the other cannot start.
+        Raises ImportError without DeepEP; `unavailable` says more.
         """
         from deep_ep import Buffer
 
+        if num_sms is None:
+            num_sms = half_of_the_multiprocessors()
         ranks = group.size()
         self.group = group
         self.num_experts = num_experts
