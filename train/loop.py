@@ -289,6 +289,7 @@ class _StepMetrics:
             "moe/max_expert_load": self._max_expert_load(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
+            "moe/dropped_rows": self._dropped_rows(),
         }
         for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
             entry = get_moe_layer_wise_logging_tracker().get(name)
@@ -308,6 +309,12 @@ class _StepMetrics:
         dispatcher.bytes_sent = 0
         dist.all_reduce(sent)
         return float(sent) / self.steps / 2**20
+
+    def _dropped_rows(self) -> float:
+        """Copies of tokens that found no room with their experts, in one step of all ranks."""
+        dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
+        dist.all_reduce(dropped)
+        return float(dropped) / self.steps
 
     def _max_expert_load(self) -> float:
         """Tokens of the busiest expert over the mean, in the layer where that is worst."""
