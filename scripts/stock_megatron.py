@@ -196,6 +196,11 @@ class StockMegatron:
             dist.barrier()
             torch.cuda.synchronize()
             fused_a2a._buffer = None
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:  # float32 copies, which the model holds too
+                parameter.untyped_storage().resize_(0)
+        for module in self.model.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
         for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
             for flat in (buffer.param_data, buffer.grad_data):
                 if flat is not None:

@@ -213,8 +213,9 @@ def _step(
     accumulation = config.accumulation(ranks.world_size)
     tokens_in_step = config.global_batch(ranks.world_size) * config.model.seq_len
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
+    # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
     MoEAuxLossAutoScaler.set_loss_scale(
-        torch.tensor(1 / (accumulation * ranks.world_size), device=ranks.device)
+        torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
     data_seconds = 0.0
     for micro_batch in range(accumulation):
