@@ -13,9 +13,9 @@ events on the GPU. Peak memory is the window's, on the fullest rank. Model FLOPs
 in the same way for all (`train/flops.py`).
 
 `fp8_baseline:triton` is the baseline's layouts with the kernels of `fp8_compact`: it tells how much
-of a difference is layout and how much is kernels. `fp8_direct:recompute` is `moe.recompute=true`:
-experts' activations computed again in backward. Peers take what megatron-core offers beyond its
-usual flags the same way, `fp8:experimental`; see `scripts/stock_megatron.py`. `none` is no stack.
+of a difference is layout and how much is kernels. `fp8_direct:triton` leaves DeepGEMM alone, and
+`:recompute` is `moe.recompute=true`. Peers take what megatron-core offers beyond its usual flags
+the same way, `fp8:experimental`; see `scripts/stock_megatron.py`. `none` is no stack.
 
 Writes `train_<config>.json` after every stack. A stack that fails gets a row with `error`, and the
 others go on; after an error that leaves the GPU or NCCL unusable the run ends with what it has.
@@ -62,6 +62,7 @@ from train.parallel import Ranks  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 PATH_FLAGS = ("triton", "recompute")
+TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = ("experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion")
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
@@ -109,7 +110,8 @@ class Ours:
             config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
         )
         if "triton" in flags:
-            use_operations_of(self.model, "fp8_compact", device)
+            of = "fp8_compact" if config.moe.path == "fp8_baseline" else config.moe.path
+            use_operations(self.model, operations.choose(of, device, deep_gemm=False))
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = loop.resolve_dtype(config, device)
@@ -125,11 +127,9 @@ class Ours:
         self.model.runtime.dispatcher.close()
 
 
-def use_operations_of(model: GPT, path: Any, device: str) -> None:
-    """Carry out the model's own path with the operations that another path takes."""
-    chosen = operations.choose(path, device)
-    name = model.runtime.dispatcher.name
-    description = f"{chosen.description} (those of {path}); dispatch by {name}"
+def use_operations(model: GPT, chosen: Any) -> None:
+    """Carry out the model's path with other operations than it takes by itself."""
+    description = f"{chosen.description}; dispatch by {model.runtime.dispatcher.name}"
     runtime = replace(model.runtime, ops=chosen, description=description)
     model.config.moe_runtime = runtime
     for layer in model.moe_layers():
@@ -327,7 +327,7 @@ class Row:
             "gpus": self.world_size,
         }
         if self.spec.stack == "ours" and "triton" in flags:
-            row["operations"] = "as fp8_compact"
+            row["operations"] = "triton"
             flags.remove("triton")
         if flags:
             row["flags"] = flags
@@ -373,7 +373,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
             if path not in known:
                 raise ConfigError(f"{option} {item}: known are {', '.join(known)}, or none")
             for flag in chosen:
-                if flag not in flags or (flag == "triton" and path != "fp8_baseline"):
+                if flag not in flags or (flag == "triton" and path not in TRITON_INSTEAD):
                     raise ConfigError(f"{option} {item}: {path} takes no {flag!r}")
             specs.append(Spec(stack, path, tuple(chosen)))
     if not specs:

@@ -60,7 +60,7 @@ def test_two_ranks_measure_every_stack_at_every_micro_batch(tmp_path, capfd):
     assert set(report) == {"machine", "versions", "commit", "config", "bench", "rows"}
     assert report["config"]["model"]["seq_len"] == 32
     rows = report["rows"]
-    names = [("bf16", None), ("fp8_baseline", None), ("fp8_baseline", "as fp8_compact")]
+    names = [("bf16", None), ("fp8_baseline", None), ("fp8_baseline", "triton")]
     assert [(r["path"], r.get("operations"), r["micro_batch"]) for r in rows] == [
         (*name, micro_batch) for micro_batch in (2, 4) for name in names
     ]

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from models.fp8 import reference as ops
-from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
+from models.fp8.tensor import (
+    BLOCK,
+    BlockScaledTensor,
+    BlockScaledWeights,
+    Layout,
+    ceil_div,
+    relayout,
+)
 
 E4M3 = torch.float8_e4m3fn
 COMPACT, GEMM_READY = Layout.COMPACT, Layout.GEMM_READY
@@ -401,7 +408,11 @@ def test_permute(kind, gen):
 
     assert torch.equal(ops.permute(x, plan), expected)
     assert torch.equal(ops.permute(x.bfloat16(), plan), expected.bfloat16())
-    assert_same(ops.permute_scaled(q, plan), BlockScaledTensor(data.view(E4M3), scales, COMPACT))
+    compact = BlockScaledTensor(data.view(E4M3), scales, COMPACT)
+    assert_same(ops.permute_scaled(q, plan), compact)
+    if plan.num_rows:
+        ready = ops.permute_scaled(q, plan, GEMM_READY)
+        assert_same(ready, relayout(compact, GEMM_READY))
     assert torch.equal(ops.permute_probs(probs, plan), expected_probs)
 
 

@@ -66,7 +66,7 @@ class HalfTheRoom(Runtime):
 def test_what_finds_no_room_is_dropped_and_counted(layer, path):
     runtime = layer.runtime(path)
     runtime.counts.reset()
-    tight = HalfTheRoom(**vars(runtime))
+    tight = HalfTheRoom(**{**vars(runtime), "capacity": 1.0})
     output, d_tokens, *_ = results(layer, tight)
     # 256 rows of each of 8 experts, and room for those of the first four.
     assert int(runtime.counts.dropped_rows) == TOKENS * TOP_K // 2

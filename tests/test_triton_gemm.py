@@ -157,16 +157,17 @@ def test_grouped_gemm_dgrad(device):
 
 
 @pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("scaled", ["dy", "x", "both", "neither"])
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (384, 128), (128, 256)])
-def test_grouped_wgrad(device, kind, scaled, n, k):
+def test_grouped_wgrad(device, kind, layout, scaled, n, k):
     offsets, real = segments(kind, device)
     dy = rows_of(real, n, device, torch.bfloat16)
     x = rows_of(real, k, device, torch.bfloat16)
     if scaled in ("dy", "both"):
-        dy = reference.quantize(dy, Layout.COMPACT)
+        dy = reference.quantize(dy, layout)
     if scaled in ("x", "both"):
-        x = reference.quantize(x, Layout.COMPACT)
+        x = reference.quantize(x, layout)
     dw = ops.grouped_wgrad(dy, x, offsets, torch.bfloat16)
     a, b = float64(dy), float64(x)
     assert (dw.shape, dw.dtype) == ((len(COUNTS[kind]), n, k), torch.bfloat16)

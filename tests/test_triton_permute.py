@@ -1,6 +1,7 @@
 """The plan on the device, permute and unpermute, against the reference bit for bit."""
 
 import functools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models.fp8 import reference
 from models.fp8 import triton as kernels
 from models.fp8.tensor import BlockScaledTensor, Layout
 from models.fp8.triton.plan_rows import inverse, most_rows, plan_rows
+from models.fp8.triton.row_experts import row_experts
 from tests.test_triton_numbers import DEVICES, assert_same_bits, generator, set_up
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -132,13 +134,38 @@ def test_permute(device, kind, dtype, cols):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("cols", [128, 384, 4096, 7168])
-def test_permute_scaled(device, kind, cols):
+def test_permute_scaled(device, kind, layout, cols):
     ids, both = plans(kind, device)
     rows = torch.randn(ids.shape[0], cols, generator=generator()) * torch.arange(1, cols + 1)
     x = reference.quantize(rows.to(device), Layout.COMPACT)
     for plan in both:
-        assert_same_bits(kernels.permute_scaled(x, plan), reference.permute_scaled(x, plan))
+        got = kernels.permute_scaled(x, plan, layout)
+        assert_same_bits(got, reference.permute_scaled(x, plan, layout))
+        assert got.layout is layout
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_permute_scaled_to_a_number_of_rows_that_is_rounded_up(device, layout):
+    """GEMM_READY rows are rounded up to four; plans of other alignments need not be."""
+    ids, experts = routing("random", device)
+    plan = reference.plan_rows(ids, experts, 1)
+    assert plan.num_rows % 4
+    x = reference.quantize(torch.randn(ids.shape[0], 256).to(device), Layout.COMPACT)
+    got = kernels.permute_scaled(x, plan, layout)
+    assert_same_bits(got, reference.permute_scaled(x, plan, layout))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_experts(device, kind):
+    ids, experts = routing(kind, device)
+    offsets = reference.plan_rows(ids, experts).offsets
+    rows = int(offsets[-1]) + 5
+    expected = [-1] * rows
+    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+        expected[start:end] = [expert] * (end - start)
+    assert row_experts(offsets, rows).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights
+from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
+
+GEMM_LAYOUT = Layout.COMPACT
+"""Where a producer of `grouped_gemm`'s x puts its scales. Both are read in place."""
 
 
 def grouped_gemm(

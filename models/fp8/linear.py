@@ -105,11 +105,12 @@ class Fp8Linear:
 class DirectLinear:
     """Nothing is quantized twice, and for wgrad nothing is quantized at all.
 
-    fprop and dgrad are FP8 GEMMs that take COMPACT scales, and what computes their input writes it
-    in FP8 at once. wgrad sums over tokens, along which nothing has a scale. It is a high-precision
-    product: of what arrived in FP8, dequantized for it; of the gradient, which is there when wgrad
-    runs; and of SwiGLU's result, which its backward pass computes again, so that none of it is
-    kept. There is no `forward`: a path calls `ops.grouped_gemm` with what it permuted.
+    fprop and dgrad are FP8 GEMMs, and what computes their input writes it in FP8 at once, with
+    scales where this machine's GEMM reads them, `ops.GEMM_LAYOUT`. wgrad sums over tokens, along
+    which nothing has a scale. It is a high-precision product: of what arrived in FP8, dequantized
+    for it; of the gradient, which is there when wgrad runs; and of SwiGLU's result, which its
+    backward pass computes again, so that none of it is kept. There is no `forward`: a path calls
+    `ops.grouped_gemm` with what it permuted.
     """
 
     NEEDS_SEGMENTS_ON_HOST = False
@@ -120,14 +121,14 @@ class DirectLinear:
     def down(
         h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
     ) -> tuple[Tensor, None]:
-        a = ops.swiglu_quantize(h, probs, Layout.COMPACT)
+        a = ops.swiglu_quantize(h, probs, ops.GEMM_LAYOUT)
         return ops.grouped_gemm(a, w, offsets, h.dtype), None
 
     @staticmethod
     def down_backward(
         da: Tensor, h: Tensor, probs: Tensor, kept: None, ops: Any
     ) -> tuple[tuple[Tensor, BlockScaledTensor], Tensor, Tensor]:
-        dh, quantized, dprobs, a = ops.swiglu_backward_quantize(da, h, probs, Layout.COMPACT)
+        dh, quantized, dprobs, a = ops.swiglu_backward_quantize(da, h, probs, ops.GEMM_LAYOUT)
         return (dh, quantized), a, dprobs
 
     @staticmethod

@@ -5,7 +5,7 @@
                     fp8_baseline    TransformerEngine's quantize, permute and GEMMs
                     fp8_compact     Triton's quantize and permute, which write COMPACT scales;
                                     TransformerEngine's dequantize and GEMMs, as the baseline's
-                    fp8_direct      Triton
+                    fp8_direct      Triton; DeepGEMM's grouped GEMM where it is installed
 
 All have the names and the meaning of `reference.py`. What `fp8_baseline` and `fp8_compact` share
 is the same code, so that they differ in layouts alone.
@@ -30,8 +30,11 @@ FROM_TE = {
 }
 
 
-def choose(path: PathName, device: str) -> Any:
-    """The operations of a path on `cpu` or `cuda`, and a `description` of them for the user."""
+def choose(path: PathName, device: str, deep_gemm: bool = True) -> Any:
+    """The operations of a path on `cpu` or `cuda`, and a `description` of them for the user.
+
+    Without `deep_gemm` DeepGEMM is left alone.
+    """
     if device == "cpu":
         return _namespace(reference, "operations by reference (PyTorch)")
     triton = importlib.import_module("models.fp8.triton")
@@ -41,6 +44,16 @@ def choose(path: PathName, device: str) -> Any:
         for name in FROM_TE[path]:
             setattr(operations, name, getattr(te, name))
         operations.description += f", {', '.join(FROM_TE[path])} by TransformerEngine"
+    if path == "fp8_direct" and deep_gemm:
+        try:
+            faster = importlib.import_module("models.fp8.deep_gemm")
+        except Exception as error:
+            state = "not installed" if _is_missing(error, "deep_gemm") else f"broken: {error}"
+            operations.description += f" (DeepGEMM, which is faster, is {state})"
+        else:
+            operations.grouped_gemm = faster.grouped_gemm
+            operations.GEMM_LAYOUT = faster.GEMM_LAYOUT
+            operations.description += ", grouped_gemm by DeepGEMM"
     return operations
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.fp8.gemm import (
+    GEMM_LAYOUT,
     grouped_gemm,
     grouped_gemm_dgrad,
     grouped_gemm_wgrad,
@@ -52,6 +53,7 @@ from models.fp8.tensor import (
 )
 
 __all__ = [
+    "GEMM_LAYOUT",
     "DirectLinear",
     "Fp8Linear",
     "HighPrecisionLinear",

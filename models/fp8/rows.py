@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.fp8.tensor import BLOCK, BlockScaledTensor, Layout
+from models.fp8.tensor import BLOCK, BlockScaledTensor, Layout, store_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +64,21 @@ def permute(x: Tensor, row_map: RowMap) -> Tensor:
     return out
 
 
-def permute_scaled(x: BlockScaledTensor, row_map: RowMap) -> BlockScaledTensor:
-    """`permute` for data and scales, COMPACT in and out. Bytes move; no value is computed.
+def permute_scaled(
+    x: BlockScaledTensor, row_map: RowMap, layout: Layout = Layout.COMPACT
+) -> BlockScaledTensor:
+    """`permute` for data and scales, COMPACT in, `layout` out. Bytes move; no value is computed.
 
-    Padding rows have zero data and zero scales, so they stay zero whatever multiplies them.
+    Every scale is written once anyhow, so writing it where a GEMM wants it is no relayout. Padding
+    rows have zero data and zero scales, so they stay zero whatever multiplies them.
     Raises ValueError unless the scales are COMPACT.
     """
     if x.layout is not Layout.COMPACT:
         raise ValueError(f"permute moves COMPACT scales, got {x.layout.name}; call relayout first")
     # As bytes, because not every PyTorch version can index float8 on every device.
     data = permute(x.data.view(torch.uint8), row_map).view(x.data.dtype)
-    return BlockScaledTensor(data, permute(x.scale_inv, row_map), Layout.COMPACT)
+    scale_inv = store_scales(permute(x.scale_inv, row_map), x.cols, layout)
+    return BlockScaledTensor(data, scale_inv, layout)
 
 
 def permute_probs(weights: Tensor, row_map: RowMap) -> Tensor:

@@ -24,7 +24,7 @@ from models.fp8.reference import (
     transpose_scaled,  # no path uses it
 )
 from models.fp8.rows import RowMap  # what plan_rows returns is one, with its inverse
-from models.fp8.triton.grouped_gemm import grouped_gemm, grouped_gemm_dgrad
+from models.fp8.triton.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_dgrad
 from models.fp8.triton.grouped_gemm_wgrad import grouped_gemm_wgrad
 from models.fp8.triton.grouped_mm import grouped_mm, grouped_mm_dgrad
 from models.fp8.triton.grouped_mm_wgrad import grouped_mm_wgrad
@@ -52,6 +52,7 @@ from models.fp8.triton.swiglu import (
 )
 
 __all__ = [
+    "GEMM_LAYOUT",
     "DirectLinear",
     "Fp8Linear",
     "HighPrecisionLinear",

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, ceil_div
+from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
 from models.fp8.triton.blocks import WIDTH, scale_strides
 
 OUT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -56,6 +56,9 @@ class Tiling:
 
 
 TILING = Tiling()
+
+GEMM_LAYOUT = Layout.COMPACT
+"""Where a producer best puts the scales of x: both layouts are read in place, this one faster."""
 
 
 def grouped_gemm(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.fp8.tensor import BlockScaledTensor
 from models.fp8.triton.grouped_mm_wgrad import grouped_mm_wgrad
-from models.fp8.triton.quantize import dequantize
+from models.fp8.triton.quantize import values
 
 
 def grouped_wgrad(
@@ -24,10 +24,8 @@ def grouped_wgrad(
 ) -> Tensor:
     """wgrad from rows: `dy [P, N]`, `x [P, K]` to `[E, N, K]` in `dtype`.
 
-    Either may be in FP8 blocks with COMPACT scales. Zeros for an expert without rows. Errors as
-    `dequantize` and `grouped_mm_wgrad`.
+    Either may be in FP8 blocks, with scales in either layout. Zeros for an expert without
+    rows. Errors as `grouped_mm_wgrad`.
     """
-    dy, x = (
-        dequantize(t, torch.bfloat16) if isinstance(t, BlockScaledTensor) else t for t in (dy, x)
-    )
+    dy, x = (values(t, torch.bfloat16) if isinstance(t, BlockScaledTensor) else t for t in (dy, x))
     return grouped_mm_wgrad(dy, x, offsets, dtype)

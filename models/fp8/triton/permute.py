@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from models.fp8.rows import RowMap
-from models.fp8.tensor import BLOCK, BlockScaledTensor, Layout, ceil_div
+from models.fp8.tensor import (
+    BLOCK,
+    SCALE_ALIGN,
+    BlockScaledTensor,
+    Layout,
+    ceil_div,
+    row_view,
+    scale_shape,
+)
 from models.fp8.triton.plan_rows import inverse
 
 WORDS = 4096  # 32-bit words that a program moves: 128 bytes a thread
@@ -38,8 +46,10 @@ def permute(x: Tensor, row_map: RowMap) -> Tensor:
     return out
 
 
-def permute_scaled(x: BlockScaledTensor, row_map: RowMap) -> BlockScaledTensor:
-    """`permute` for data and scales, COMPACT in and out. Bytes move; no value is computed.
+def permute_scaled(
+    x: BlockScaledTensor, row_map: RowMap, layout: Layout = Layout.COMPACT
+) -> BlockScaledTensor:
+    """`permute` for data and scales, COMPACT in, `layout` out. Bytes move; no value is computed.
 
     Padding rows have zero data and zero scales, so they stay zero whatever multiplies them.
     Raises ValueError unless the scales are COMPACT, for another number of rows than the plan's, and
@@ -50,10 +60,12 @@ def permute_scaled(x: BlockScaledTensor, row_map: RowMap) -> BlockScaledTensor:
     _check_length(x.data, row_map.rows.shape[0])
     rows = row_map.num_rows
     data = torch.empty(rows, x.cols, dtype=x.data.dtype, device=x.device)
-    blocks = x.scale_inv.shape[1]
-    scale_inv = torch.empty(rows, blocks, dtype=torch.float32, device=x.device)
-    _permute(x.data, data, row_map, x.scale_inv, scale_inv)
-    return BlockScaledTensor(data, scale_inv, Layout.COMPACT)
+    shape = scale_shape(rows, x.cols, layout)
+    # GEMM_READY rounds rows up to four, with zeros; plans of whole blocks have none to round.
+    new = torch.zeros if layout is Layout.GEMM_READY and rows % SCALE_ALIGN else torch.empty
+    scale_inv = new(shape, dtype=torch.float32, device=x.device)
+    _permute(x.data, data, row_map, x.scale_inv, row_view(scale_inv, rows, layout))
+    return BlockScaledTensor(data, scale_inv, layout)
 
 
 def _permute(
@@ -63,7 +75,7 @@ def _permute(
     scales: Tensor | None = None,
     out_scales: Tensor | None = None,
 ) -> None:
-    """Writes `out [P, K]`, and `out_scales [P, blocks]` if there are scales."""
+    """Writes `out [P, K]`, and `out_scales [P, blocks]`, a view in any layout, if there are."""
     if x.shape[1] * x.element_size() % 4:
         raise ValueError(f"a row must be a multiple of 4 bytes, got {x.shape[1]} of {x.dtype}")
     if not out.numel():
@@ -78,6 +90,7 @@ def _permute(
         x, out.view(torch.int32), scales, out_scales, inverse(row_map),
         row_map.num_rows, row_map.rows.shape[1], words, tiles,
         0 if scales is None else scales.shape[1],
+        *((0, 0) if out_scales is None else out_scales.stride()),
         ROWS=rows, WIDTH=width, SCALES=0 if scales is None else max(width // (BLOCK // 4), 1),
     )  # fmt: skip
 
@@ -85,7 +98,7 @@ def _permute(
 @triton.jit
 def _permute_kernel(
     x_ptr, out_ptr, scales_ptr, out_scales_ptr, source_ptr, num_rows, slots, words, tiles, blocks,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
+    stride_row, stride_block, ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
@@ -104,7 +117,8 @@ def _permute_kernel(
         s = tl.load(
             scales_ptr + source[:, None] * blocks + block, mask=ours & (block < blocks), other=0.0
         )
-        tl.store(out_scales_ptr + row[:, None] * blocks + block, s, mask=real & (block < blocks))
+        at = row[:, None] * stride_row + block * stride_block
+        tl.store(out_scales_ptr + at, s, mask=real & (block < blocks))
 
 
 def permute_probs(weights: Tensor, row_map: RowMap) -> Tensor:

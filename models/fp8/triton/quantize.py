@@ -224,23 +224,34 @@ def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     """
     if x.layout is not Layout.COMPACT:
         raise ValueError(f"needs COMPACT scales, got {x.layout.name}; call relayout first")
+    return values(x, dtype)
+
+
+def values(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize` that reads scales in either layout where they lie."""
     check_whole_blocks(x.cols)
     if dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"can dequantize to bfloat16 and float32, not {dtype}")
     out = torch.empty(x.rows, x.cols, dtype=dtype, device=x.device)
-    blocks = x.scale_inv.numel()
+    per_row = x.cols // BLOCK
+    blocks = x.rows * per_row
     if blocks:
-        _dequantize_kernel[(ceil_div(blocks, ROWS),)](x.data, x.scale_inv, out, blocks, ROWS=ROWS)
+        _dequantize_kernel[(ceil_div(blocks, ROWS),)](
+            x.data, x.scale_inv, out, blocks, per_row, *x.row_scales.stride(), ROWS=ROWS
+        )
     return out
 
 
 @triton.jit
-def _dequantize_kernel(data_ptr, scale_ptr, out_ptr, blocks, ROWS: tl.constexpr):
+def _dequantize_kernel(
+    data_ptr, scale_ptr, out_ptr, blocks, per_row, stride_row, stride_block, ROWS: tl.constexpr
+):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = (block * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     real = block < blocks
     data = tl.load(data_ptr + at, mask=real[:, None]).to(tl.float32)
-    scale_inv = tl.load(scale_ptr + block, mask=real)
+    scale_at = (block // per_row) * stride_row + (block % per_row) * stride_block
+    scale_inv = tl.load(scale_ptr + scale_at, mask=real)
     out = data * scale_inv[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 

@@ -1,4 +1,4 @@
-"""fp8_direct: as fp8_compact, and COMPACT goes into the GEMM, quantized once. 0 relayouts."""
+"""fp8_direct: as fp8_compact, and the GEMM takes what the permute writes. 0 relayouts."""
 
 from typing import Any
 
@@ -20,6 +20,6 @@ def to_experts(tokens: Tensor, w: Any, trip: Trip, ops: Any) -> tuple[Tensor, An
     # 3 wrap
     x = BlockScaledTensor(data, scale_inv, Layout.COMPACT)
     # 4 permute
-    x = ops.permute_scaled(x, trip.rows)
+    x = ops.permute_scaled(x, trip.rows, ops.GEMM_LAYOUT)
     # 5 up-projection
     return ops.grouped_gemm(x, w, trip.rows.offsets, tokens.dtype), x
