@@ -74,6 +74,16 @@ class Tracker:
         """Log one step's metrics under their names."""
         self._try(lambda run: run.log(dict(metrics), step=step))
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Log a PNG beside a step's metrics."""
+
+        def log_image(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._try(log_image)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set figures of the whole run, such as medians."""
         self._try(lambda run: run.summary.update(dict(values)))
