@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Run:
     """Lines of metrics.jsonl, in order."""
     environment: dict[str, Any] = field(default_factory=dict)
     """environment.json: device, device_name, world_size, versions, commit; empty if absent."""
+    folder: Path = Path()
 
     @property
     def path(self) -> str:
@@ -97,7 +98,7 @@ def read_run(folder: Path) -> Run:
         environment = {}
     if not isinstance(environment, dict):
         environment = {}
-    return Run(folder.resolve().name, config, rows, environment)
+    return Run(folder.resolve().name, config, rows, environment, folder)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -105,11 +106,29 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [
-        Run(str(folder), run.config, run.rows, run.environment)
-        if names.count(run.name) > 1
-        else run
+        replace(run, name=str(folder)) if names.count(run.name) > 1 else run
         for folder, run in zip(folders, runs, strict=True)
     ]
+
+
+def find_group(parent: Path, group: str) -> list[Run]:
+    """The runs below `parent` whose `run.group` is `group`, oldest first; perhaps none.
+
+    Folders that hold no readable run are passed over: a run that is starting has no metrics yet.
+    """
+    folders = sorted(
+        (path.parent for path in parent.glob("**/metrics.jsonl")),
+        key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime,
+    )
+    found = []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except InputError:
+            continue
+        if run.config.run.group == group:
+            found.append(folder)
+    return read_runs(found)
 
 
 def choose_baseline(runs: Sequence[Run], name: str | None) -> Run:
