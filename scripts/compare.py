@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         return 2
 
     arms = group_arms(runs)
+    runs = [run for arm in arms for run in arm.runs]  # repeats side by side
     baseline = arm_of(arms, first)
     table = make_table(runs, baseline)
     draws: list[Callable[[Axes], None]] = [lambda axes: draw_losses(axes, runs)]

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scripts.compare_arms import Arm
-from scripts.compare_noise import CONFIDENCE, FEWEST, Ratio, mean_interval
+from scripts.compare_noise import (
+    CONFIDENCE,
+    FEWEST,
+    Ratio,
+    mean_interval,
+    mean_interval_of_runs,
+)
 from scripts.compare_runs import (
     EQUAL_BY_DESIGN,
     Run,
@@ -162,10 +168,12 @@ def _gap(arm: Arm, baseline: Arm) -> str:
     if not all(map(math.isfinite, gaps)):
         return f"{arm.name} has no gap to {baseline.name}: a loss was not finite."
     if len(gaps) > 1:
-        inside = "inside" if min(gaps) <= 0 <= max(gaps) else "outside"
+        mean = sum(gaps) / len(gaps)
+        low, high = mean_interval_of_runs(gaps)
         return (
-            f"The training losses of {arm.name} ended {min(gaps):+.3f} % to {max(gaps):+.3f} % "
-            f"from those of {baseline.name} ({len(gaps)} runs): {inside} the noise between runs."
+            f"The {len(gaps)} runs of {arm.name} ended with training losses {_beside(mean)} those "
+            f"of {baseline.name} in the mean, {_inside(low, high)} the noise between runs "
+            f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
         )
     if _unsure_gap(arm, baseline):
         return ""  # told together
@@ -174,12 +182,19 @@ def _gap(arm: Arm, baseline: Arm) -> str:
         return f"{arm.name} ended with a training loss equal to that of {baseline.name}."
     last = _last_gaps(arm, baseline)
     low, high = mean_interval(last)
-    inside = "inside" if low <= 0 <= high else "outside"
     return (
-        f"{arm.name} ended with a training loss {abs(gap):.3f} % {'above' if gap > 0 else 'below'} "
-        f"that of {baseline.name}, {inside} the noise of its last {len(last)} logged steps "
+        f"{arm.name} ended with a training loss {_beside(gap)} that of {baseline.name}, "
+        f"{_inside(low, high)} the noise of its last {len(last)} logged steps "
         f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
     )
+
+
+def _beside(gap: float) -> str:
+    return f"{abs(gap):.3f} % {'above' if gap > 0 else 'below'}"
+
+
+def _inside(low: float, high: float) -> str:
+    return "inside" if low <= 0 <= high else "outside"
 
 
 def _unsure_gap(arm: Arm, baseline: Arm) -> float | None:

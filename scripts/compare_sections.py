@@ -300,10 +300,11 @@ def method(runs: Sequence[Run], baseline: Arm) -> str:
 first <code>train.warmup_steps</code> steps, validation and checkpoints. A run's speed is the median
 of its intervals ({shortest} in the shortest run); the spread under a figure is the middle half of
 them.</p>
-<p><b>Noise.</b> A ratio of speeds comes with a {PERCENT} interval: {RESAMPLES:,} times, the
-intervals of both sides are drawn anew, in blocks of neighbours because neighbours share a cause,
-and where a path was run more than once whole runs are drawn first. If that interval holds 1, the
-difference is inside the noise. Fewer than {FEWEST} intervals say nothing.</p>
+<p><b>Noise.</b> A ratio of speeds comes with a {PERCENT} interval. If it holds 1, the difference
+is inside the noise. Where both sides were run more than once, a run counts as one measurement, its
+median, and the interval is Student's (Welch). Otherwise the logging intervals of both sides are
+drawn anew {RESAMPLES:,} times, in blocks of neighbours, because neighbours share a cause. Fewer
+than {FEWEST} intervals say nothing. The ratio of repeats is that of their geometric means.</p>
 <p><b>Loss.</b> A final training loss is the mean over the last {TAIL:.0%} of the logged steps. The
 gap is (loss &minus; baseline's loss) / baseline's loss, of such means at the steps that both have
 logged; the baseline is {text(baseline.name)}. Its interval draws blocks of those steps anew.

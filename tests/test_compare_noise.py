@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scripts.compare_arms import group_arms
-from scripts.compare_noise import centre, compare, mean_interval
+from scripts.compare_noise import FEWEST, centre, compare, mean_interval, mean_interval_of_runs
 from scripts.compare_reading import warnings
 from scripts.compare_runs import read_runs
 from tests.test_compare import reading_of, write_run
@@ -76,7 +76,38 @@ def test_the_same_input_gives_the_same_answer() -> None:
 
 
 def test_centre_is_of_runs_not_of_intervals() -> None:
-    assert centre([[1.0] * 100, [5.0], [6.0]]) == 5
+    assert centre([[1.0] * 100, [4.0], [16.0]]) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_equal_paths_run_several_times_are_noise(repeats: int) -> None:
+    """Of 400 comparisons whose truth is 1, at most about 5 % are called a difference."""
+    generator = np.random.default_rng(3)
+    wrong = 0
+    for _ in range(400):
+        sides = [
+            [[level * 100] * FEWEST for level in 1 + 0.01 * generator.normal(size=repeats)]
+            for _ in range(2)
+        ]
+        ratio = compare(*sides)
+        assert ratio is not None
+        wrong += ratio.verdict != "noise"
+    assert wrong <= 0.07 * 400
+
+
+def test_a_difference_between_repeats_is_found() -> None:
+    ratio = compare([[103.0] * 9, [104.0] * 9, [105.0] * 9], [[99.0] * 9, [100.0] * 9, [101.0] * 9])
+    assert ratio is not None
+    # By hand: standard errors of 0.555 % and 0.577 %, 4 (3.99) degrees of freedom.
+    assert ratio.verdict == "higher"
+    assert ratio.value == pytest.approx(1.04, abs=1e-3)
+    assert ratio.low == pytest.approx(1.04 * (1 - 3.18 * 0.008), abs=2e-3)
+
+
+def test_mean_interval_of_runs_is_student_s() -> None:
+    assert mean_interval_of_runs([1.0, 2.0, 3.0]) == pytest.approx(
+        (2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5)
+    )
 
 
 def test_mean_interval_holds_the_mean() -> None:
@@ -106,10 +137,10 @@ def test_runs_that_differ_in_the_seed_are_repeats(tmp_path: Path) -> None:
     assert [(arm.name, len(arm.runs)) for arm in arms] == [("bf16", 2), ("fp8_direct", 2)]
     assert warnings(runs) == []
     said = reading_of(folders)
-    # 202 / 102, and the most extreme of the drawn runs: 200 / 104 and 204 / 100.
+    # Two runs each leave one degree of freedom, and say accordingly little.
     assert said[0] == (
-        "fp8_direct was faster than bf16: 98.0 % more tokens/s, outside the noise (ratio 1.980, "
-        "95 % interval 1.923 to 2.040)."
+        "fp8_direct was faster than bf16: 98.1 % more tokens/s, outside the noise (ratio 1.981, "
+        "95 % interval 1.498 to 2.619)."
     )
     assert not any("Not every path was run more than once" in sentence for sentence in said)
 
