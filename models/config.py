@@ -76,10 +76,12 @@ class MoEConfig(Section):
     """How tokens travel from the router to the experts' first GEMM. This is the one key that an
     experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct."""
     dispatch: Literal["auto", "all_to_all", "deep_ep"] = "auto"
-    """What moves tokens between ranks. `auto` takes all_to_all, which runs on gloo and NCCL alike.
-    deep_ep is experimental: a first run on two GPUs did not train (tests/test_deep_ep.py)."""
-    dispatch_sms: int = Field(default=24, gt=0, multiple_of=2)
-    """Multiprocessors of the GPU that DeepEP may take for communication."""
+    """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
+    all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
+    dispatch_sms: int | None = Field(default=None, gt=0, multiple_of=2)
+    """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
+    half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
+    beside DeepEP's, or the two wait for each other for ever."""
     num_experts: PositiveInt
     """Experts in all; a multiple of `parallel.expert_parallel`."""
     top_k: PositiveInt

@@ -70,6 +70,11 @@ class GPT(GPTModel):
     def moe_layers(self) -> list[ExpertParallelMoE]:
         return [layer.mlp for layer in self.decoder.layers]
 
+    def forget_prepared_weights(self) -> None:
+        """After a change of the parameters: experts quantize theirs once between two of them."""
+        for layer in self.moe_layers():
+            layer.experts.forget_prepared()
+
     @property
     def runtime(self) -> Runtime:
         """Who carries out the path, in all layers."""
@@ -168,23 +173,32 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
 def _why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
     from models.moe.dispatch import deep_ep
 
-    row_bytes = model.hidden_size * (2 if moe.path == "bf16" else 1)
-    return deep_ep.unavailable(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), row_bytes)
+    return deep_ep.unavailable(
+        ranks,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        model.hidden_size,
+        2 if moe.path == "bf16" else 1,
+        moe.top_k,
+        moe.num_experts // ranks,
+    )
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     """Settle, once, who carries out the path on this machine."""
     group = parallel_state.get_expert_model_parallel_group()
-    dispatcher: Dispatcher
-    if moe.dispatch == "deep_ep":
-        from models.moe.dispatch.deep_ep import DeepEP
-
-        dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
-    else:
-        dispatcher = AllToAll(group, moe.num_experts)
     chosen = operations.choose(moe.path, device)
-    description = f"{chosen.description}; dispatch by {dispatcher.name}"
-    return Runtime(PATHS[moe.path], chosen, dispatcher, description)
+    dispatcher: Dispatcher = AllToAll(group, moe.num_experts)
+    note = "dispatch by all_to_all"
+    if device == "cuda" and moe.dispatch != "all_to_all":
+        reason = _why_no_deep_ep(model, moe, group.size())
+        if reason is None:
+            from models.moe.dispatch.deep_ep import DeepEP
+
+            dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
+            note = "dispatch by deep_ep"
+        else:
+            note += f" (not deep_ep: {reason})"
+    return Runtime(PATHS[moe.path], chosen, dispatcher, f"{chosen.description}; {note}")
 
 
 @torch.no_grad()

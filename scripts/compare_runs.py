@@ -185,6 +185,14 @@ def median(metric: str) -> Callable[[Run], float | None]:
     return value
 
 
+def mean(metric: str) -> Callable[[Run], float | None]:
+    def value(run: Run) -> float | None:
+        values = run.finite(metric)
+        return statistics.fmean(values) if values else None
+
+    return value
+
+
 def largest(metric: str) -> Callable[[Run], float | None]:
     return lambda run: max(run.series(metric).values(), default=None)
 
@@ -223,19 +231,22 @@ def environment_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     ]
 
 
-STEP_TOTALS = ("time/step_ms", "time/data_ms")
+STEP_TOTALS = ("time/step_ms", "time/data_ms", "time/profiled_step_ms")
 
 
 def step_parts(run: Run) -> dict[str, float]:
-    """Milliseconds of each part of a profiled step, medians over profiled steps; often empty."""
+    """Milliseconds of each part of a profiled step; empty without any.
+
+    Means over profiled steps, not medians: so the parts add up to the step.
+    """
     names = dict.fromkeys(
         name
         for row in run.rows
         for name in row
         if name.startswith("time/") and name.endswith("_ms") and name not in STEP_TOTALS
     )
-    medians = {name: median(name)(run) for name in names}
-    return {name: value for name, value in medians.items() if value is not None}
+    means = {name: mean(name)(run) for name in names}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def expert_load(run: Run) -> tuple[int, list[list[float]]] | None:

@@ -18,6 +18,7 @@ from scripts.compare_runs import (
     config_differences,
     environment_differences,
     expert_load,
+    mean,
     median,
     step_parts,
 )
@@ -138,8 +139,8 @@ def _dot(run: Run) -> str:
     return f'<i class="swatch" style="background:var(--{run.path})"></i>'
 
 
-PART_COLOURS = 15
-"""`--part0` to `--part14` in the style sheet."""
+PART_COLOURS = 20
+"""`--part0` to `--part19` in the style sheet."""
 
 
 def breakdown(runs: Sequence[Run]) -> str:
@@ -184,10 +185,12 @@ def breakdown(runs: Sequence[Run]) -> str:
         for name in names
     )
     sums = [sum(parts.values()) for _, parts in measured]
-    whole = [median("time/step_ms")(run) for run, _ in measured]
+    profiled = [mean("time/profiled_step_ms")(run) for run, _ in measured]
+    every = [median("time/step_ms")(run) for run, _ in measured]
     for label, source, values in (
         ("sum of the parts", "", sums),
-        ("whole step", "time/step_ms, median of all steps", whole),
+        ("profiled step", "time/profiled_step_ms, mean", profiled),
+        ("step", "time/step_ms, median of all steps", every),
     ):
         cells = "".join(
             f"<td>{value:,.2f}</td>" if value is not None else "<td>&ndash;</td>"
@@ -199,7 +202,7 @@ def breakdown(runs: Sequence[Run]) -> str:
     )
     return (
         f'<section id="breakdown"><h2>Where a step\'s time goes</h2><p>Milliseconds of rank 0, '
-        f"medians over profiled steps ({text(steps)}). Parts of a step, from "
+        f"means over the profiled steps ({text(steps)}), from "
         f"{METRICS_FILE}.</p>{''.join(bars)}"
         f'<p class="legend">{legend}</p><details><summary>In figures, ms</summary>'
         f'<div class="scroll"><table><thead><tr><th scope="col">part</th>{heads}</tr></thead>'

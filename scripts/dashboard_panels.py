@@ -6,17 +6,12 @@ from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
+from train.profiling import PARTS
+
 TOKENS, STEP = "progress/tokens", "progress/step"
 
-STEP_PARTS = [
-    f"time/{part}_ms"
-    for part in (
-        *("quantize", "dispatch", "wrap", "permute", "up_projection", "swiglu", "down_projection"),
-        *("combine", "dgrad", "wgrad", "relayout", "attention", "optimizer", "gradient_sync"),
-        "other",
-    )
-]
-"""What a profiled step (`train.profile: true`) is divided into, in the order of the step."""
+STEP_PARTS = [f"time/{part}_ms" for part in (*PARTS, "other")]
+"""What a profiled step (`train.profile: true`) is divided into."""
 
 
 Draw = Callable[[str, Any], Any]

@@ -26,6 +26,8 @@ TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
+ABSENT = "–"  # noqa: RUF001
+
 COMPARED = (
     "final train loss",
     "final valid loss",
@@ -52,12 +54,12 @@ def render(path: Path) -> str:
         raise InputError(f"{path} is not JSON: {error}") from None
     try:
         rows = result["rows"]
-        if rows and "step_ms" in rows[0]:
+        if rows and "stack" in rows[0]:
             lines = _training(rows)
         elif rows and "run" in rows[0]:
             lines = _comparison(rows)
         else:
-            raise InputError(f"{path}: its rows have neither step_ms nor run; no table is known")
+            raise InputError(f"{path}: its rows have neither stack nor run; no table is known")
         return "\n".join([*lines, "", _origin(path, result), ""])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} lacks {error}") from None
@@ -66,30 +68,49 @@ def render(path: Path) -> str:
 def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Speed of whole training steps, a row per stack, path and number of GPUs."""
     lines = _head(
-        ("", "GPUs", "ms a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GiB", "speed / bf16")
+        (
+            *("", "GPUs", "micro-batch", "ms a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GiB"),
+            "speed / bf16",
+        )
     )
     for row in rows:
+        first = (_training_name(row), str(row["gpus"]), str(row["micro_batch"]))
+        if row.get("error"):  # such as out of memory: that is a result too
+            lines.append(_line([*first, row["error"], *[ABSENT] * 4]))
+            continue
         same = (
             other
             for other in rows
             if other["path"] == "bf16"
+            and not other.get("flags")
+            and not other.get("error")
             and all(other[key] == row[key] for key in ("stack", "gpus", "micro_batch"))
         )
         base = next(same, None)
         speed = row["tokens_per_sec_per_gpu"]
         ratio = speed["median"] / base["tokens_per_sec_per_gpu"]["median"] if base else None
-        who = f"`{row['path']}`" if row["stack"] == "ours" else f"{row['stack']}, `{row['path']}`"
+        peak = row.get("peak_allocated_gib")
         cells = (
-            who,
-            str(row["gpus"]),
+            *first,
             _spread(row["step_ms"], "{:,.1f}"),
             _spread(speed, "{:,.0f}"),
             _spread(row["tflops_per_gpu"], "{:,.0f}"),
-            f"{row['peak_allocated_gib']['max']:.1f}",
-            "–" if ratio is None else f"{ratio:.3f}",  # noqa: RUF001
+            ABSENT if peak is None else f"{peak['max']:.1f}",
+            ABSENT if ratio is None else f"{ratio:.3f}",
         )
         lines.append(_line(cells))
     return lines
+
+
+def _training_name(row: dict[str, Any]) -> str:
+    """The path, the stack if it is not ours, and what was set apart from others."""
+    parts = [f"`{row['path']}`"]
+    if row["stack"] != "ours":
+        parts.insert(0, row["stack"])
+    if operations := row.get("operations"):
+        parts.append(f"operations {operations}")
+    parts += row.get("flags", [])
+    return ", ".join(parts)
 
 
 def _spread(figure: dict[str, float], form: str) -> str:
@@ -104,7 +125,7 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = _head(["", *(f"`{row['path']}`" for row in rows)])
     for label in COMPARED:
         if any(label in row for row in rows):
-            lines.append(_line([label, *(row.get(label, "–") for row in rows)]))  # noqa: RUF001
+            lines.append(_line([label, *(row.get(label, ABSENT) for row in rows)]))
     return lines
 
 
@@ -119,7 +140,7 @@ def _line(cells: Sequence[str]) -> str:
 def _origin(path: Path, result: dict[str, Any]) -> str:
     machine = result["machine"]
     if isinstance(machine, dict):
-        machine = ", ".join(str(value) for value in machine.values())
+        machine = f"{machine['devices']} x {machine['device_name']}"
     versions = result.get("versions") or {}
     names = ("torch", "transformer-engine", "megatron-core")
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)

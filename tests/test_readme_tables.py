@@ -31,7 +31,7 @@ def row(path: str, speed: float, stack: str = "ours", gpus: int = 4) -> dict[str
 def write_results(folder: Path, rows: list[dict[str, Any]]) -> Path:
     folder.mkdir(exist_ok=True)
     result = {
-        "machine": "4 x NVIDIA H200",
+        "machine": {"device": "cuda", "device_name": "NVIDIA H200", "devices": 4},
         "versions": {"torch": "2.11.0", "python": "3.12"},
         "commit": "abc",
         "config": {},
@@ -58,13 +58,18 @@ def test_training_table(tmp_path: Path) -> None:
     write_results(tmp_path / "results", rows)
     status, text = run(tmp_path, TEXT.format("train_x.json"))
     assert status == 0
-    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | GPUs | ms a step |")
+    assert text.startswith(
+        "before\n\n<!-- table: train_x.json -->\n|  | GPUs | micro-batch | ms a step |"
+    )
     assert text.endswith("<!-- end of table -->\n\nafter\n")
     assert "old" not in text
     lines = text.splitlines()
-    assert ("| `fp8_direct` | 4 | 320.0 (318.5 to 321.5) | 12,500 | 125 | 62.0 | 1.250 |") in lines
-    assert "| megatron-core, `bf16` | 4 | 444.4 (442.9 to 445.9) | 9,000 | 90 | 62.0 | 1.000 |" in (
-        lines
+    assert (
+        "| `fp8_direct` | 4 | 8 | 320.0 (318.5 to 321.5) | 12,500 | 125 | 62.0 | 1.250 |"
+    ) in lines
+    assert (
+        "| megatron-core, `bf16` | 4 | 8 | 444.4 (442.9 to 445.9) | 9,000 | 90 | 62.0 | 1.000 |"
+        in (lines)
     )
     assert any(
         line.startswith("4 x NVIDIA H200; torch 2.11.0; commit abc; [train_x.json](")
@@ -75,6 +80,20 @@ def test_training_table(tmp_path: Path) -> None:
     assert run(tmp_path, text, "--check") == (0, text)
     edited = text.replace("12,500", "12,600")
     assert run(tmp_path, edited, "--check") == (1, edited)
+
+
+def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
+    failed = {"stack": "ours", "path": "bf16", "micro_batch": 16, "gpus": 4, "error": "no memory"}
+    apart = row("fp8_baseline", 9000) | {"operations": "as fp8_compact"}
+    flagged = row("bf16", 8000, "megatron-core") | {"flags": ["fused"]}
+    del flagged["peak_allocated_gib"]
+    write_results(tmp_path / "results", [failed, row("bf16", 10000), apart, flagged])
+    lines = run(tmp_path, TEXT.format("train_x.json"))[1].splitlines()
+    assert lines[5] == "| `bf16` | 4 | 16 | no memory | – | – | – | – |"  # noqa: RUF001
+    assert lines[7].startswith("| `fp8_baseline`, operations as fp8_compact | 4 | 8 |")
+    assert lines[7].endswith("| 0.900 |")
+    assert lines[8].startswith("| megatron-core, `bf16`, fused | 4 | 8 |")
+    assert lines[8].endswith("| – | – |")  # noqa: RUF001
 
 
 def test_no_ratio_without_its_bf16(tmp_path: Path) -> None:

@@ -18,23 +18,25 @@ from train.routing_picture import save_heat_map
 COUNTS = [[[4, 4, 4, 4], [10, 0, 0, 0]], [[4, 4, 4, 4], [10, 10, 0, 0]]]
 
 
-def collect(rank: int, choices: int) -> dict[str, Any]:
+def collect(rank: int) -> dict[str, Any]:
     layers: list[Any] = [
         SimpleNamespace(
             expert_load=torch.tensor(counts),
+            tokens_seen=8,
+            config=SimpleNamespace(moe_router_topk=2),
             router=SimpleNamespace(entropy=torch.tensor(0.25 + 0.5 * rank)),
         )
         for counts in COUNTS[rank]
     ]
     routing = RoutingHealth(layers)
-    metrics = routing.collect(choices)
+    metrics = routing.collect()
     left = sum(int(layer.expert_load.sum()) for layer in layers)
     return {**metrics, **routing.row(7), "left": left}
 
 
 def test_figures_of_two_ranks() -> None:
-    for found in run_ranks(2, collect, 32):
-        # Layer 1 got 20, 10, 0 and 0 tokens, 30 of the 32 that it should have placed.
+    for found in run_ranks(2, collect):
+        # Two ranks x 8 tokens x 2 experts are 32; layer 1 placed 30: 20, 10, 0 and 0.
         assert found["moe/max_expert_load"] == pytest.approx(20 / 7.5)
         entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(4)
         assert found["moe/load_entropy"] == pytest.approx(entropy)

@@ -80,6 +80,7 @@ FREE = {
     *("moe.path", "moe.dispatch", "moe.dispatch_sms"),
     *("train.steps", "train.micro_batch", "train.device", "train.deterministic"),
     *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
+    *("train.profile", "train.profile_every", "train.trace_step"),
     "data.workers",
 }
 """Sections and keys that may change when a run goes on."""

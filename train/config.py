@@ -97,6 +97,20 @@ class TrainConfig(Section):
     """Batches of the global batch's size in one validation."""
     warmup_steps: NonNegativeInt = 3
     """First steps that the throughput figures leave out."""
+    profile: bool = False
+    """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
+    GEMMs, combine, communication, optimizer."""
+    profile_every: PositiveInt = 10
+    """Of the lines of metrics, one in so many has these times."""
+    trace_step: NonNegativeInt = 0
+    """A step to record as a Chrome trace, `trace.json.gz` in the run's folder; 0 for none. Open it
+    in chrome://tracing or Perfetto."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.trace_step > self.steps:
+            raise ValueError(f"trace_step={self.trace_step} is after the last, steps={self.steps}")
+        return self
 
 
 class DataConfig(Section):

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from train.environment import describe_environment
 from train.metrics import Meter, MetricsFile, peak_bf16_flops
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.parallel import Ranks
+from train.profiling import PartMaker, StepProfiler, untimed
 from train.progress import Progress
 from train.routing import RoutingHealth
 from train.routing_picture import save_heat_map
@@ -166,11 +168,11 @@ def _train_steps(
     first_step: int,
 ) -> None:
     """The steps from `first_step` on."""
-    checkpoints = Path(config.run.dir) / config.run.name / "checkpoints"
+    run_dir = Path(config.run.dir) / config.run.name
+    checkpoints = run_dir / "checkpoints"
     tokens_per_step = config.global_batch(ranks.world_size) * config.model.seq_len
-    step_metrics = _StepMetrics(
-        model, config.accumulation(ranks.world_size), tokens_per_step * config.moe.top_k
-    )
+    profiler = StepProfiler(model, config.train, ranks.device, run_dir, ranks.is_first)
+    step_metrics = _StepMetrics(model, config.accumulation(ranks.world_size))
     batches = corpus.train_batches(ranks.rank, ranks.world_size, first_step)
     meter.start()
     for step in range(first_step, config.train.steps):
@@ -180,12 +182,15 @@ def _train_steps(
         is_last = done == config.train.steps
         is_logged = done % config.train.log_every == 0 or is_last
         step_metrics.routing.watch(entropy=is_logged)
-        data_seconds = _step(model, optimizer, batches, config, ranks, step_metrics)
-        meter.step(tokens_per_step, data_seconds)
+        traced = profiler.traces(done)
+        with meter.pause() if traced else nullcontext(), profiler.step(done, is_logged) as part:
+            data_seconds = _step(model, optimizer, batches, config, ranks, step_metrics, part)
+        if not traced:
+            meter.step(tokens_per_step, data_seconds)
 
         metrics: dict[str, float] = {}
         if is_logged:
-            metrics |= step_metrics.collect(rate) | meter.interval()
+            metrics |= step_metrics.collect(rate) | meter.interval() | profiler.metrics()
         every = config.train.valid_every
         if every and (done % every == 0 or is_last):
             with meter.pause():
@@ -208,8 +213,9 @@ def _step(
     config: Config,
     ranks: Ranks,
     metrics: "_StepMetrics",
+    part: PartMaker = untimed,
 ) -> float:
-    """One optimizer step; returns the seconds it waited for data."""
+    """One optimizer step; returns the seconds it waited for data. `part` times parts of it."""
     accumulation = config.accumulation(ranks.world_size)
     tokens_in_step = config.global_batch(ranks.world_size) * config.model.seq_len
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
@@ -227,10 +233,12 @@ def _step(
         loss = _losses(model, batch, config).sum() / tokens_in_step
         loss.backward()
         metrics.add_loss(loss.detach())
-    norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad)
-    metrics.grad_norm = norm
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with part("optimizer"):
+        norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
+        metrics.grad_norm = norm
+        optimizer.step()
+        model.forget_prepared_weights()
+        optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     return data_seconds
 
@@ -265,11 +273,10 @@ class _StepMetrics:
     Reading a number off a GPU waits for all the work queued on it.
     """
 
-    def __init__(self, model: GPT, accumulation: int, choices_per_step: int) -> None:
+    def __init__(self, model: GPT, accumulation: int) -> None:
         self.routing = RoutingHealth(model.moe_layers())
         self.runtime = model.runtime
         self.accumulation = accumulation
-        self.choices_per_step = choices_per_step  # tokens x top_k
         self.steps = 0
         self.loss = torch.zeros((), device=model.moe_layers()[0].expert_load.device)
         self.grad_norm = torch.zeros_like(self.loss)
@@ -285,7 +292,7 @@ class _StepMetrics:
             "loss/train": float(self.loss) / self.steps,
             "optim/lr": rate,
             "optim/grad_norm": float(self.grad_norm),
-            **self.routing.collect(self.steps * self.choices_per_step),
+            **self.routing.collect(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
         }

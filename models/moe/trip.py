@@ -39,13 +39,15 @@ class Trip:
         self._request = (expert_ids, weights)
         self._local_experts = local_experts
         self._row_alignment = row_alignment
+        self._planned = False
         self._handle: Any = None
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Dispatch [T, n] tensors row by row; what arrived, [R, n] each."""
-        if self._handle is not None:
+        if self._planned:
             return self.dispatcher.dispatch_again(tensors, self._handle)
         tensors, ids, weights, self._handle = self.dispatcher.dispatch(tensors, *self._request)
+        self._planned = True
         self.rows = self.ops.plan_rows(ids, self._local_experts, self._row_alignment)
         self.probs = self.ops.permute_probs(weights, self.rows)
         return tensors
