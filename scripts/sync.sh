@@ -56,6 +56,13 @@ while IFS= read -r piece; do
     held="$held$id "
     continue
   fi
+  if [ -n "$(find "$record" -mmin -1)" ]; then # W&B's own process may still write its last lines
+    size=0
+    while now=$(wc -c <"$record") && [ "$now" -ne "$size" ]; do
+      size=$now
+      sleep 1
+    done
+  fi
   # wandb's exit status and its marker say that all is well when the server has refused the data.
   # A record that a kill cut short is complete as it is.
   status=0

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import DecodeError
 
 from tests.fake_wandb import FakeWandb, fake_wandb
+from tests.test_tracking import records
 from train.config import load
 from train.tracking import Tracker
 
@@ -24,7 +27,20 @@ def record(folder: Path, steps: range, resumed: bool = False, finish: bool = Tru
         tracker.log({"progress/step": step, "loss/train": 10.0 - step}, step=step)
     if finish:
         tracker.finish()
+        # W&B's own process may write the end a little later.
+        newest = max(folder.glob("wandb/offline-run-*/*.wandb"))
+        deadline = time.monotonic() + 30
+        while not is_whole(newest):
+            assert time.monotonic() < deadline, f"{newest} has no end"
+            time.sleep(0.1)
     return tracker
+
+
+def is_whole(file: Path) -> bool:
+    try:
+        return any(entry.HasField("exit") for entry in records(file))
+    except (DecodeError, struct.error):
+        return False  # half a record at the end
 
 
 @pytest.fixture(scope="module")
