@@ -133,6 +133,10 @@ def build_gpt(
         apply_rope_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
         cross_entropy_fusion_impl="te" if on_gpu else "native",
+        fp8="e4m3" if model.dense_fp8 else None,
+        fp8_recipe="blockwise",
+        # Otherwise TransformerEngine keeps weights quantized until it is told of the next step.
+        disable_parameter_transpose_cache=True,
         moe_runtime=runtime,
         shared_expert_linears=MLPSubmodules(
             linear_fc1=parts.column_linear, linear_fc2=parts.row_linear
@@ -163,6 +167,8 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
     """
     if moe.dispatch == "deep_ep" and device == "cpu":
         return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
+    if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
+        return f"model.dense_fp8=true cannot run here: {reason}"
     if (reason := operations.why_not(moe.path, device)) is not None:
         return f"moe.path={moe.path} cannot run here: {reason}"
     if moe.dispatch == "deep_ep" and (reason := _why_no_deep_ep(model, moe, ranks)) is not None:
@@ -198,7 +204,11 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
             note = "dispatch by deep_ep"
         else:
             note += f" (not deep_ep: {reason})"
-    return Runtime(PATHS[moe.path], chosen, dispatcher, f"{chosen.description}; {note}")
+    path = PATHS[moe.path]
+    waits = device == "cpu" or getattr(chosen, path.LINEAR).NEEDS_SEGMENTS_ON_HOST
+    return Runtime(
+        path, chosen, dispatcher, f"{chosen.description}; {note}", None if waits else moe.capacity
+    )
 
 
 @torch.no_grad()

@@ -185,6 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = parallel.start("cuda" if on_gpu else "cpu", world_size, seed=0, timeout_s=600)
+    config = {
+        "tokens_per_gpu": args.tokens,
+        "repeats": args.repeats,
+        "calls": CALLS,
+        "dispatch": args.dispatch,
+        "routing": "even",
+        "dtype": "bfloat16" if on_gpu else "float32",
+    }
     rows: list[dict[str, Any]] = []
     for name in args.shapes:
         try:
@@ -203,16 +211,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += found
         if ranks.is_first:
             print(*map(line, found), sep="\n", flush=True)
-    if args.out and ranks.is_first:
-        config = {
-            "tokens_per_gpu": args.tokens,
-            "repeats": args.repeats,
-            "calls": CALLS,
-            "dispatch": args.dispatch,
-            "routing": "even",
-            "dtype": "bfloat16" if on_gpu else "float32",
-        }
-        results.write(args.out, ranks.device, config, rows)
+            if args.out:  # after every shape, so that a crash keeps what was measured
+                results.write(args.out, ranks.device, config, rows, world_size)
     dist.barrier()
     parallel.stop()
     return 1 if any("error" in row for row in rows) else 0

@@ -279,6 +279,8 @@ def run_stack(
     if not failure:
         about = {"dispatch": built[0].dispatch, "description": built[0].description}
         window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
+        if window and window.peak_gib is not None:
+            window = replace(window, peak_gib=window.peak_gib - before)
         if not (failure and failure.fatal):
             # Only here has every rank built one, as closing needs.
             _, close_failure = attempt(lambda: built[0].close())

@@ -80,10 +80,10 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         _median(runs, "busiest expert / mean", "moe/max_expert_load", "{:.2f}"),
         _row(
             runs,
-            "dropped tokens",
-            largest("moe/dropped_tokens"),
+            "dropped rows/step",
+            largest("moe/dropped_rows"),
             "{:,.0f}",
-            "moe/dropped_tokens, largest",
+            "moe/dropped_rows, largest",
         ),
     ]
     return [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]

@@ -80,7 +80,7 @@ SECTIONS: dict[str, list[Show]] = {
             ["moe/load_entropy", "moe/router_entropy"],
             _curves(STEP),
         ),
-        Show("Dropped tokens", ["moe/dropped_tokens"], _curves(STEP)),
+        Show("Dropped copies of tokens, a step", ["moe/dropped_rows"], _curves(STEP)),
     ],
 }
 

@@ -196,6 +196,15 @@ class StockMegatron:
             dist.barrier()
             torch.cuda.synchronize()
             fused_a2a._buffer = None
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:  # float32 copies, which the model holds too
+                parameter.untyped_storage().resize_(0)
+        for module in self.model.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
+        for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers):
+            for flat in (buffer.param_data, buffer.grad_data):
+                if flat is not None:
+                    flat.untyped_storage().resize_(0)
         free_large_tensors(self.device)
 
     def _forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -203,10 +212,11 @@ class StockMegatron:
         return model(batch.tokens, None, None, labels=batch.labels), _mean
 
 
-def free_large_tensors(device: torch.device, at_least: int = 1 << 24) -> None:
+def free_large_tensors(device: torch.device, at_least: int = 1 << 27) -> None:
     """Give back the memory of every tensor of `at_least` bytes on the device, whoever holds it.
 
     Megatron's modules are held from places that nothing clears, and the next stack needs the room.
+    What is smaller may be a workspace that TransformerEngine keeps for whoever comes next.
     """
     torch.cuda.synchronize(device)
     gc.collect()

@@ -38,7 +38,7 @@ def write_gpu_run(
             "moe/scale_relayouts_backward": relayouts,
             "moe/kept_mib": 96.0 - 40 * fp8,
             "moe/max_expert_load": 1.3 + chance.random() / 10,
-            "moe/dropped_tokens": 0.0,
+            "moe/dropped_rows": 0.0,
             "optim/grad_norm": 1 + chance.random(),
         }
         if index % 5 == 4:

@@ -93,7 +93,7 @@ def test_every_panel_draws_what_the_run_logged(
             *("loss/train", "loss/valid", "progress/tokens", "memory/peak_rss_gib"),
             *("throughput/tokens_per_sec_per_gpu", "throughput/tflops_per_gpu"),
             *("moe/scale_relayouts", "moe/scale_relayouts_backward", "moe/expert_load"),
-            *("moe/max_expert_load", "moe/router_entropy", "moe/dropped_tokens"),
+            *("moe/max_expert_load", "moe/router_entropy", "moe/dropped_rows"),
         }
         assert any(panel["viewType"] == "Run Comparer" for panel in panels(spec[part]))
 
@@ -195,9 +195,10 @@ def test_save_sends_chart_workspace_and_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Against W&B's own client code, with its GraphQL calls caught where they leave."""
-    import wandb
     import wandb_workspaces.reports.v2.interface as reports
     import wandb_workspaces.workspaces.internal as workspaces
+
+    import wandb
 
     sent: list[tuple[str, dict[str, Any]]] = []
 

@@ -81,7 +81,8 @@ def assert_close(got, exact, magnitude, terms, tensor_core_bits=24):
 
     A GPU's tensor cores do worse than float32 on FP8: they line 32 products, and what they are
     added to, up with the largest and cut off what is below 2^-13 of it, four times in a block of
-    128. That is allowed for as eight times 2^-13 of all magnitudes.
+    128. That is allowed for as eight times 2^-13 of all magnitudes, and where both operands have
+    scales along the sum, as twice that: up to 0.9 of the former was seen there.
     """
     error = (got.double() - exact).abs()
     bound = terms * 2.0**-24 * magnitude
@@ -111,7 +112,7 @@ def test_grouped_gemm(device, kind, layout, out_dtype, n, k):
 
 
 @pytest.mark.parametrize("tiling", [
-    Tiling(rows=64, warps=4, per_sm=2), Tiling(flatten=True, group=1),
+    Tiling(rows=128, warps=8, per_sm=1), Tiling(flatten=False, group=1),
 ])  # fmt: skip
 def test_tilings_agree(device, tiling):
     """The same sums in the same order, whatever the tiles."""
@@ -205,7 +206,7 @@ def test_grouped_gemm_wgrad(device, kind, layouts, out_dtype):
     terms = max(COUNTS[kind]) + 128
     assert_close(
         dw, sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs), terms,
-        13 if device == "cuda" else 24,
+        12 if device == "cuda" else 24,
     )  # fmt: skip
     for expert, count in enumerate(COUNTS[kind]):
         assert count or (dw[expert] == 0).all()

@@ -219,8 +219,9 @@ def _step(
     accumulation = config.accumulation(ranks.world_size)
     tokens_in_step = config.global_batch(ranks.world_size) * config.model.seq_len
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
+    # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
     MoEAuxLossAutoScaler.set_loss_scale(
-        torch.tensor(1 / (accumulation * ranks.world_size), device=ranks.device)
+        torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
     data_seconds = 0.0
     for micro_batch in range(accumulation):
@@ -295,6 +296,7 @@ class _StepMetrics:
             **self.routing.collect(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
+            "moe/dropped_rows": self._dropped_rows(),
         }
         for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
             entry = get_moe_layer_wise_logging_tracker().get(name)
@@ -314,6 +316,12 @@ class _StepMetrics:
         dispatcher.bytes_sent = 0
         dist.all_reduce(sent)
         return float(sent) / self.steps / 2**20
+
+    def _dropped_rows(self) -> float:
+        """Copies of tokens that found no room with their experts, in one step of all ranks."""
+        dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
+        dist.all_reduce(dropped)
+        return float(dropped) / self.steps
 
 
 class _Recorder:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from models.moe.layer import ExpertParallelMoE
 from train import parallel
@@ -25,7 +24,6 @@ class RoutingHealth:
 
     def __init__(self, layers: Sequence[ExpertParallelMoE]) -> None:
         self.layers = layers
-        self.top_k: int = layers[0].config.moe_router_topk
         self.load: torch.Tensor | None = None
 
     def watch(self, entropy: bool) -> None:
@@ -39,16 +37,11 @@ class RoutingHealth:
         moe/max_expert_load   the busiest expert's tokens over the mean, in the worst layer
         moe/load_entropy      of the layer whose load is the most uneven; 1 is even, 0 one expert
         moe/router_entropy    of one token's probabilities, mean of layers; 1 is undecided, 0 sure
-        moe/dropped_tokens    tokens x top_k that no expert got, in all layers
         """
-        # A last column beside the experts: what they should have got together.
-        counts = F.pad(torch.stack([layer.expert_load for layer in self.layers]), (0, 1))
-        counts[:, -1] = torch.tensor([layer.tokens_seen * self.top_k for layer in self.layers])
+        counts = torch.stack([layer.expert_load for layer in self.layers])
         dist.all_reduce(counts)
-        wanted, counts = counts[:, -1].sum(), counts[:, :-1]
         for layer in self.layers:
             layer.expert_load.zero_()
-            layer.tokens_seen = 0
         shares = counts.double() / counts.sum(1, keepdim=True)
         experts = counts.shape[1]
         self.load = shares * experts
@@ -56,7 +49,6 @@ class RoutingHealth:
         metrics = {
             "moe/max_expert_load": float(self.load.max()),
             "moe/load_entropy": float(entropy.min()),
-            "moe/dropped_tokens": float(wanted - counts.sum()),
         }
         measured = [layer.router.entropy for layer in self.layers]
         if all(value is not None for value in measured):

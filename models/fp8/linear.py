@@ -14,6 +14,8 @@ Weights are [E, N, K]. Each class has the same functions:
                       and dprobs [P]
     backward          dx = dy @ w, and what `wgrad` needs of dy right after
     wgrad             dw [E, N, K] = dy.T @ x, in the dtype asked for, from what the others kept
+
+`NEEDS_SEGMENTS_ON_HOST` says that the host must know `offsets`, and so waits for the device.
 """
 
 from typing import Any
@@ -26,6 +28,8 @@ from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
 
 class HighPrecisionLinear:
     """Everything in the dtype of x."""
+
+    NEEDS_SEGMENTS_ON_HOST = False
 
     @staticmethod
     def prepare_weights(w: Tensor, dtype: torch.dtype, ops: Any) -> tuple[Tensor, Tensor]:
@@ -62,6 +66,8 @@ class Fp8Linear:
     Each operand is quantized twice from high precision, along the sum of either GEMM that it is
     in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
     """
+
+    NEEDS_SEGMENTS_ON_HOST = False
 
     @staticmethod
     def prepare_weights(
@@ -105,6 +111,8 @@ class DirectLinear:
     runs; and of SwiGLU's result, which its backward pass computes again, so that none of it is
     kept. There is no `forward`: a path calls `ops.grouped_gemm` with what it permuted.
     """
+
+    NEEDS_SEGMENTS_ON_HOST = False
 
     prepare_weights = Fp8Linear.prepare_weights
 

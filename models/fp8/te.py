@@ -182,6 +182,8 @@ class Fp8Linear:
     multiple of 8, and of 128 where a block of scales must not span two experts.
     """
 
+    NEEDS_SEGMENTS_ON_HOST = True
+
     @staticmethod
     def prepare_weights(
         w: Tensor, dtype: torch.dtype, ops: ModuleType | None = None

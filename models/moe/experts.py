@@ -1,5 +1,6 @@
 """The experts of this rank: their weights, and the SwiGLU MLP between dispatch and combine."""
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -21,12 +22,21 @@ class Runtime:
     ops: Any  # the operations, from models/fp8/operations.py
     dispatcher: Dispatcher
     description: str = ""  # of both, for the user
+    capacity: float | None = None  # see `MoEConfig.capacity`; None where it does not apply
     counts: Counts = field(default_factory=Counts)
 
     @property
     def linear(self) -> Any:
         """The class that computes the experts' GEMMs."""
         return getattr(self.ops, self.path.LINEAR)
+
+    def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
+        """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
+        what rounding up each expert's rows may take. None where P is what arrives."""
+        if self.capacity is None:
+            return None
+        step = self.path.ROW_ALIGNMENT
+        return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
 
 
 class Experts(nn.Module):
@@ -90,9 +100,13 @@ class ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
         (up_forward, up_backward), (down_forward, down_backward) = prepared
-        trip = Trip(runtime.dispatcher, ops, expert_ids, weights, up.shape[0], path.ROW_ALIGNMENT)
-
+        max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], len(up))
+        trip = Trip(
+            runtime.dispatcher, ops, expert_ids, weights, len(up), path.ROW_ALIGNMENT, max_rows
+        )
         h, x_kept = path.to_experts(tokens, up_forward, trip, ops)
+        if max_rows is not None:
+            runtime.counts.dropped_rows += trip.dropped_rows()
         y, a_kept = linear.down(h, trip.probs, down_forward, trip.rows.offsets, ops)
         ctx.kept = (trip, h, x_kept, a_kept, up_backward, down_backward, up.dtype)
         ctx.runtime = runtime

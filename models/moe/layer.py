@@ -41,8 +41,7 @@ class ExpertParallelMoE(MoELayer):
     """megatron-core's MoELayer whose experts, dispatch included, are `models/moe/experts.py`.
 
     `config` is a `models.gpt.GPTConfig`. `expert_load` int64 [num_experts] counts the tokens that
-    this rank's router sent to each expert since it was last set to zero, `tokens_seen` the tokens
-    that it should have sent to `top_k` each.
+    this rank's router sent to each expert since it was last set to zero.
     """
 
     def __init__(self, config, layer_number=None, pg_collection=None) -> None:
@@ -60,7 +59,6 @@ class ExpertParallelMoE(MoELayer):
         )
         # The stock constructor insists on one of its dispatchers; ours belongs to the experts.
         self.token_dispatcher = None
-        self.tokens_seen = 0
         self.register_buffer(
             "expert_load", torch.zeros(config.num_moe_experts, dtype=torch.int64), persistent=False
         )
@@ -71,7 +69,6 @@ class ExpertParallelMoE(MoELayer):
         probs, routing_map = self.route(hidden_states)
         if self.training:
             self.expert_load += routing_map.sum(0)
-            self.tokens_seen += routing_map.shape[0]
         # The router's dense [T, experts] form, as the top_k lists that dispatchers want. Chosen by
         # the map, since a chosen expert's probability may have underflowed to zero.
         expert_ids = probs.detach().masked_fill(~routing_map, -1).topk(self.config.moe_router_topk)

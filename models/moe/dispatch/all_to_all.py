@@ -37,12 +37,13 @@ class AllToAll:
         self.bytes_sent = 0  # data and scales that left for other ranks, since the last reset
 
     def dispatch(
-        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor
+        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle | None]:
         """Send every token to the ranks of its experts.
 
         tensors: any number of [T, n] tensors of any dtype, one row a token (data, and its scales).
-        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k].
+        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: not heeded, as the
+        collective has to know how many rows arrive; DeepEP does not.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
         the experts here that each row is for, int64 [R, top_k], counted from 0 and -1 where the

@@ -17,9 +17,10 @@ On one node the results are those of `all_to_all.py`, bit for bit, so the two ar
   over 32, the kernel traps, hence the checks here. A rank holds 128 experts at most.
 - It writes fresh tensors on a stream of its own. Whatever else writes them on the current stream,
   such as PyTorch's filling of uninitialized memory in deterministic mode, races with it.
-- `expert_alignment` rounds the counts per expert that it returns, and pads nothing;
-  `num_worst_tokens` saves the host's wait for the number of rows by padding to the worst case.
-  Neither is used: `plan_rows` counts for itself, and the buffers for rows are made to measure.
+- `expert_alignment` rounds the counts per expert that it returns, and pads nothing. It is not
+  used: `plan_rows` counts for itself. `num_worst_tokens` saves the host's wait for the number of
+  rows by padding to the worst case, on one node; with top-8 routing that is hardly more than what
+  arrives anyway.
 - Between nodes, sums are rounded to BF16 once per node on the way, so the last bits differ there.
   This is from reading; several nodes have not been tried.
 """
@@ -120,8 +121,9 @@ class DeepEP:
     ranks and a hidden size of 2048.
 
     Every call is a collective: all ranks make the same calls in the same order. All of them wait
-    for the communication on the GPU, and the first `dispatch` of a batch on the host too, which
-    has to learn how many rows arrive. The host waits with Python's global lock held.
+    for the communication on the GPU, and the first `dispatch` of a batch on the host too, unless
+    told not to: it has to learn how many rows arrive. The host waits with Python's global lock
+    held.
     """
 
     name = "deep_ep"
@@ -165,12 +167,14 @@ class DeepEP:
         self._bytes_per_rank = torch.zeros(ranks, dtype=torch.int64, device="cuda")
 
     def dispatch(
-        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor
+        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle]:
         """Send every token to the ranks of its experts.
 
         tensors: (x,), BF16 [T, H], or (data, scales), FP8 [T, H] and float32 [T, H / 128].
-        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k].
+        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: whether the host
+        waits to know R; if not, and on one node, R is the most that can arrive, T for each rank,
+        where every rank must have the same T. Rows that nothing came in have -1 as every expert.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
         the experts here that each row is for, int64 [R, top_k], counted from 0 and -1 where the
@@ -178,6 +182,8 @@ class DeepEP:
         for rows, or a top_k, that the kernels don't take.
         """
         argument = _as_argument(tensors, expert_ids.shape[1])
+        ranks = self.group.size()
+        most = 0 if wait or ranks > NODE else ranks * len(expert_ids)
         expert_ids = expert_ids.contiguous()
         per_rank, per_node, per_expert, wanted, _ = self._buffer.get_dispatch_layout(
             expert_ids, self.num_experts
@@ -190,6 +196,7 @@ class DeepEP:
             is_token_in_rank=wanted,
             topk_idx=expert_ids,
             topk_weights=weights.contiguous(),
+            num_worst_tokens=most,
             config=self._dispatch_config,
         )
         handle = Handle(layout, per_rank)
