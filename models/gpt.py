@@ -117,6 +117,7 @@ def build_gpt(
         moe_aux_loss_coeff=moe.aux_loss_coeff,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_dtype="fp32",
+        moe_router_fusion=on_gpu,
         moe_router_force_load_balancing=moe.force_balance,
         # The one whose constructor needs no GPU; the layer puts our own in its place.
         moe_token_dispatcher_type="allgather",

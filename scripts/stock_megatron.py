@@ -83,8 +83,6 @@ def transformer_arguments(
         "moe_router_force_load_balancing": moe.force_balance,
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "flex" if dispatch == "deepep" else "alltoall",
-        # As ours: nothing runs beside DeepEP in this schedule either.
-        "moe_deepep_num_sms": moe.dispatch_sms or half_of_the_multiprocessors(),
         "expert_model_parallel_size": config.parallel.expert_parallel,
         # precision
         "bf16": True,
@@ -126,7 +124,11 @@ class StockMegatron:
         }
         set_experimental_flag("experimental" in flags)
 
-        transformer = TransformerConfig(**transformer_arguments(config, path, flags, self.dispatch))
+        transformer = TransformerConfig(
+            **transformer_arguments(config, path, flags, self.dispatch),
+            # As ours: nothing runs beside DeepEP in this schedule either.
+            moe_deepep_num_sms=config.moe.dispatch_sms or half_of_the_multiprocessors(),
+        )
         gpt = GPTModel(
             transformer,
             get_gpt_layer_with_transformer_engine_spec(
