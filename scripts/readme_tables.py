@@ -1,192 +1,156 @@
-"""Render the tables of the README and the docs from `docs/results/`, between markers.
+"""Render the tables and pictures of the README and the docs from `docs/results/`, between markers.
 
-    python -m scripts.readme_tables            # write
-    python -m scripts.readme_tables --check    # say what is out of date, write nothing
+    python -m scripts.readme_tables [FILE.md ...]     # write; the README and docs/*.md if none
+    python -m scripts.readme_tables --check           # say what is out of date, write nothing
 
-A table stands between two lines, and is made anew each time, so a figure is never typed:
+A block stands between two lines, and is made anew each time, so a figure is never typed:
 
     <!-- table: train_moe_small.json -->
     <!-- end of table -->
 
-What it looks like follows from the file: `train_*.json` (speeds by path, as the benchmark of whole
-training steps writes them), or a `compare.json` of `python -m scripts.compare`.
+What a table looks like follows from the file, by the script that wrote it:
+
+    train_*.json     scripts.bench_train      a row per stack, path, variant and micro-batch
+    kernels.json     scripts.bench_kernels    a row per kernel and shape
+    moe_layer.json   scripts.bench_moe_layer  a row per shape and path of one MoE layer
+    compare.json     scripts.compare          a column per run; what holds on a CPU too
+
+Rows can be chosen by their keys. A key given twice takes either value:
+
+    <!-- table: kernels.json | shape=16384 x 2048 | by=ours | by=TE -->
+
+The picture of a `train_*.json` (scripts/plot_train.py) is drawn to docs/images/train_*.svg:
+
+    <!-- picture: train_moe_small.json -->
+    <!-- end of picture -->
+
+Where the file is not there yet, a table says so and a picture is left out.
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.plot_train import alt_text, is_picture_of, plot
+from scripts.result_tables import InputError, make_table
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results"
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
-BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-
-ABSENT = "–"  # noqa: RUF001
-
-COMPARED = (
-    "final train loss",
-    "final valid loss",
-    "loss gap to bf16",
-    "relayouts/layer, forward",
-    "relayouts/layer, backward",
-    "kept for backward, MiB/layer",
-    "dispatched MiB/step",
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>table|picture): (?P<name>[^\s|]+)(?P<filters>(?: \| [^|\n]+?)*) -->\n)"
+    r".*?(<!-- end of (?P=kind) -->)",
+    re.DOTALL,
 )
-"""Of a comparison made on a CPU, what holds on any machine."""
+MARKS = re.compile(r"^<!-- (?:end of )?(?:table|picture)\b", re.MULTILINE)
 
 
-class InputError(Exception):
-    """Bad input; its text is the one line to print."""
-
-
-def render(path: Path) -> str:
-    """A results file as a Markdown table and a line about where it comes from."""
+def read(path: Path) -> dict[str, Any] | None:
+    """A results file; None where there is none yet. Raises InputError."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    try:
-        rows = result["rows"]
-        if rows and "stack" in rows[0]:
-            lines = _training(rows)
-        elif rows and "run" in rows[0]:
-            lines = _comparison(rows)
-        else:
-            raise InputError(f"{path}: its rows have neither stack nor run; no table is known")
-        return "\n".join([*lines, "", _origin(path, result), ""])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks {error}") from None
+    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+        raise InputError(f"{path} is not a results file: it has no rows")
+    return result
 
 
-def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Speed of whole training steps, a row per stack, path and number of GPUs."""
-    lines = _head(
-        (
-            *("", "GPUs", "micro-batch", "ms a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GiB"),
-            "speed / bf16",
-        )
-    )
-    for row in rows:
-        first = (_training_name(row), str(row["gpus"]), str(row["micro_batch"]))
-        if row.get("error"):  # such as out of memory: that is a result too
-            lines.append(_line([*first, row["error"], *[ABSENT] * 4]))
-            continue
-        same = (
-            other
-            for other in rows
-            if other["path"] == "bf16"
-            and not other.get("flags")
-            and not other.get("error")
-            and all(other[key] == row[key] for key in ("stack", "gpus", "micro_batch"))
-        )
-        base = next(same, None)
-        speed = row["tokens_per_sec_per_gpu"]
-        ratio = speed["median"] / base["tokens_per_sec_per_gpu"]["median"] if base else None
-        peak = row.get("peak_allocated_gib")
-        cells = (
-            *first,
-            _spread(row["step_ms"], "{:,.1f}"),
-            _spread(speed, "{:,.0f}"),
-            _spread(row["tflops_per_gpu"], "{:,.0f}"),
-            ABSENT if peak is None else f"{peak['max']:.1f}",
-            ABSENT if ratio is None else f"{ratio:.3f}",
-        )
-        lines.append(_line(cells))
-    return lines
+def parse_filters(text: str) -> dict[str, list[str]]:
+    """` | key=value | key=value` as values by key. Raises InputError."""
+    wanted: dict[str, list[str]] = {}
+    for part in text.split(" | ")[1:]:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{part!r} in a marker is not key=value")
+        wanted.setdefault(key.strip(), []).append(value.strip())
+    return wanted
 
 
-def _training_name(row: dict[str, Any]) -> str:
-    """The path, the stack if it is not ours, and what was set apart from others."""
-    parts = [f"`{row['path']}`"]
-    if row["stack"] != "ours":
-        parts.insert(0, row["stack"])
-    if operations := row.get("operations"):
-        parts.append(f"operations {operations}")
-    parts += row.get("flags", [])
-    return ", ".join(parts)
+class Renderer:
+    """Makes the blocks of one Markdown file."""
+
+    def __init__(self, text: Path, results: Path, images: Path, check: bool) -> None:
+        self.folder = text.parent
+        self.results, self.images, self.check = results, images, check
+        self.stale: list[Path] = []
+        """Pictures that are not of their file, found by `--check`."""
+
+    def update(self, text: str) -> str:
+        """`text` with every block made anew. Raises InputError."""
+        if len(MARKS.findall(text)) != 2 * len(BLOCK.findall(text)):
+            raise InputError("a marker of a table or picture has no partner, or is misspelt")
+        return BLOCK.sub(lambda found: f"{found[1]}{self._fill(found)}{found[5]}", text)
+
+    def _fill(self, found: re.Match[str]) -> str:
+        path = self.results / found["name"]
+        result = read(path)
+        if result is None:
+            if found["kind"] == "picture":
+                return ""
+            print(f"{path} is not there yet", file=sys.stderr)
+            return f"Not measured yet; the figures will be in `{path.name}`.\n"
+        wanted = parse_filters(found["filters"])
+        try:
+            if found["kind"] == "table":
+                link = self._link(self.results)
+                return make_table(path, result, wanted).replace("(RESULTS/", f"({link}/")
+            picture = self.images / f"{path.stem}.svg"
+            if not is_picture_of(picture, path):
+                if self.check:
+                    self.stale.append(picture)
+                else:
+                    plot(path, picture)
+            return f"![{alt_text(result)}]({self._link(picture)})\n"
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} lacks {error}") from None
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def _link(self, path: Path) -> str:
+        return os.path.relpath(path, self.folder).replace(os.sep, "/")
 
 
-def _spread(figure: dict[str, float], form: str) -> str:
-    """The median, and from where to where the measurements went."""
-    low, high = form.format(figure["min"]), form.format(figure["max"])
-    middle = form.format(figure["median"])
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A row per figure, a column per run."""
-    lines = _head(["", *(f"`{row['path']}`" for row in rows)])
-    for label in COMPARED:
-        if any(label in row for row in rows):
-            lines.append(_line([label, *(row.get(label, ABSENT) for row in rows)]))
-    return lines
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---", *("---:" for _ in names[1:])])]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _origin(path: Path, result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    if isinstance(machine, dict):
-        machine = f"{machine['devices']} x {machine['device_name']}"
-    versions = result.get("versions") or {}
-    names = ("torch", "transformer-engine", "megatron-core")
-    said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    commit = result.get("commit") or "not known"
-    return f"{machine}; {said}; commit {commit}; [{path.name}](RESULTS/{path.name})"
-
-
-def update(text: str, folder: Path, beside: Path) -> str:
-    """`text`, which stands in the folder `beside`, with every table made anew."""
-    for mark in ("<!-- table:", "<!-- end of table"):
-        if text.count(mark) != len(BLOCK.findall(text)):
-            raise InputError(f"a line with {mark} has no partner, or is misspelt")
-    link = Path("docs/results" if beside == ROOT else "results").as_posix()
-
-    def fill(found: re.Match[str]) -> str:
-        table = render(folder / found["name"]).replace("(RESULTS/", f"({link}/")
-        return f"{found[1]}{table}{found[3]}"
-
-    return BLOCK.sub(fill, text)
-
-
-def main(arguments: Sequence[str] | None = None, texts: Sequence[Path] = TEXTS) -> int:
-    """Returns the exit status: 0, 1 if --check finds an old table, 2 for bad input."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if --check finds an old block, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.readme_tables",
-        description="Render the tables of the README and the docs from docs/results/.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("texts", nargs="*", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", metavar="DIR")
     options = parser.parse_args(arguments)
     status = 0
-    for path in texts:
-        old = path.read_text(encoding="utf-8")
+    for path in options.texts or TEXTS:
+        renderer = Renderer(path, options.results, options.images, options.check)
         try:
-            new = update(old, options.results, path.parent)
+            old = path.read_text(encoding="utf-8")
+            new = renderer.update(old)
+        except OSError as error:
+            print(f"readme_tables: {path}: {error.strerror}", file=sys.stderr)
+            return 2
         except InputError as error:
             print(f"readme_tables: {path.name}: {error}", file=sys.stderr)
             return 2
-        if new == old:
-            continue
         if options.check:
-            print(f"{path.name}: its tables are not those of {options.results}", file=sys.stderr)
-            status = 1
-        else:
+            for what in [*([path] if new != old else []), *renderer.stale]:
+                print(f"{what.name} is not what {options.results} says", file=sys.stderr)
+                status = 1
+        elif new != old:
             path.write_text(new, encoding="utf-8")
-            print(f"{path.name}: tables written")
+            print(f"{path.name}: written")
     return status
 
 
