@@ -87,6 +87,9 @@ class MoEConfig(Section):
     layer waits; rows beyond it are dropped, counted in `moe/dropped_rows`. Only bf16 and
     fp8_direct on a GPU: the other paths launch one GEMM an expert, and a CPU has nothing to wait
     for."""
+    recompute: bool = False
+    """Keep no activations of the experts: the backward pass dispatches the tokens and computes the
+    forward pass again, but for the way home. The results are the same bits."""
     dispatch_sms: int | None = Field(default=None, gt=0, multiple_of=2)
     """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
     half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room

@@ -208,7 +208,12 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     path = PATHS[moe.path]
     waits = device == "cpu" or getattr(chosen, path.LINEAR).NEEDS_SEGMENTS_ON_HOST
     return Runtime(
-        path, chosen, dispatcher, f"{chosen.description}; {note}", None if waits else moe.capacity
+        path,
+        chosen,
+        dispatcher,
+        f"{chosen.description}; {note}",
+        capacity=None if waits else moe.capacity,
+        recompute=moe.recompute,
     )
 
 

@@ -10,7 +10,8 @@ same number of operations beside each GEMM, in the same run.
 
 TransformerEngine's kernels are measured too where it is installed (`models/fp8/te.py`). Its linear
 layer launches several kernels for each expert, more than can be queued ahead: there the host counts
-too, as it does in training.
+too, as it does in training. So are DeepGEMM's grouped GEMMs (github.com/deepseek-ai/DeepGEMM), with
+scales as it wants them and with COMPACT ones, which it transposes first.
 `--tune` tries settings of the FP8 grouped GEMM, and writes nothing.
 """
 
@@ -246,12 +247,15 @@ def gemm_problem(ops: Any, experts: int, rows: int, k: int, n: int) -> SimpleNam
         x8={layout: ops.quantize(x, layout) for layout in Layout},
         dy8=ops.quantize(dy, COMPACT),
         w8=ops.quantize_weights(w),
+        w8_t=ops.quantize_weights(w.transpose(1, 2).contiguous()),
         x8_t=ops.quantize_columns(x, GEMM_READY),
         dy8_t=ops.quantize_columns(dy, GEMM_READY),
     )
 
 
-def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int, n: int) -> None:
+def bench_gemms(
+    bench: Bench, ops: Any, te: Any, deep_gemm: Any, experts: int, rows: int, k: int, n: int
+) -> None:
     shape = f"{experts} x {rows}, {k} to {n}"
     p = gemm_problem(ops, experts, rows, k, n)
     bf16 = torch.bfloat16
@@ -271,6 +275,22 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
             f"grouped_gemm {layout.name}", "ours", ops.grouped_gemm, p.x8[layout], p.w8,
             p.offsets, bf16, kind="FP8",
         )  # fmt: skip
+    run("grouped_gemm dgrad", "ours", ops.grouped_gemm, p.dy8, p.w8_t, p.offsets, bf16, kind="FP8")
+    if deep_gemm:
+        experts_of_rows = torch.arange(experts, device="cuda", dtype=torch.int32)
+        experts_of_rows = experts_of_rows.repeat_interleave(rows)
+        aligned = deep_gemm.get_mn_major_tma_aligned_tensor(p.x8[COMPACT].scale_inv)
+        for name, scales in (("COMPACT", p.x8[COMPACT].scale_inv), ("its own", aligned)):
+            x8 = (p.x8[COMPACT].data, scales)
+            run(
+                f"grouped_gemm {name}", "DeepGEMM", deep_gemm_forward, deep_gemm, x8, p.w8,
+                experts_of_rows, kind="FP8",
+            )  # fmt: skip
+        got = deep_gemm_forward(deep_gemm, x8, p.w8, experts_of_rows)
+        want = ops.grouped_gemm(p.x8[COMPACT], p.w8, p.offsets, bf16)
+        error = float((got - want).float().norm() / want.float().norm())
+        print(f"DeepGEMM and ours differ by {error:.1e}, relative, Frobenius")
+        assert error < 0.01, "DeepGEMM computed something else"
     run("grouped_mm", "PyTorch", ops.grouped_mm, p.x, p.w, p.offsets, kind="bf16")
     wgrad = "bf16 wgrad"
     for dtype in (bf16, torch.float32):
@@ -292,6 +312,15 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
 
 def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(dy.t(), x, offs=offsets[1:].to(torch.int32))
+
+
+def deep_gemm_forward(
+    deep_gemm: Any, x: tuple[Tensor, Tensor], w: BlockScaledWeights, experts_of_rows: Tensor
+) -> Tensor:
+    """DeepGEMM's forward GEMM of rows that lie together by expert; `experts_of_rows` int32 [P]."""
+    y = torch.empty(len(x[0]), w.data.shape[1], device="cuda", dtype=torch.bfloat16)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(x, (w.data, w.scale_inv), y, experts_of_rows)
+    return y
 
 
 def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
@@ -351,12 +380,18 @@ def main() -> int:
     except Exception as error:
         print(f"without TransformerEngine: {type(error).__name__}: {error}")
 
+    deep_gemm: Any = None
+    try:
+        import deep_gemm  # type: ignore[no-redef]
+    except Exception as error:
+        print(f"without DeepGEMM: {type(error).__name__}: {error}")
+
     bench = Bench(args.only)
     for rows, cols in SIZES:
         bench_memory_bound(bench, ops, te, rows, cols)
     for experts, rows, k, n in GEMMS:
         bench_weights(bench, ops, experts, n, k)
-        bench_gemms(bench, ops, te, experts, rows, k, n)
+        bench_gemms(bench, ops, te, deep_gemm, experts, rows, k, n)
     if args.out:
         config = {
             "calls": CALLS,

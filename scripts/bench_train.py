@@ -13,7 +13,8 @@ events on the GPU. Peak memory is the window's, on the fullest rank. Model FLOPs
 in the same way for all (`train/flops.py`).
 
 `fp8_baseline:triton` is the baseline's layouts with the kernels of `fp8_compact`: it tells how much
-of a difference is layout and how much is kernels. Peers take what megatron-core offers beyond its
+of a difference is layout and how much is kernels. `fp8_direct:recompute` is `moe.recompute=true`:
+experts' activations computed again in backward. Peers take what megatron-core offers beyond its
 usual flags the same way, `fp8:experimental`; see `scripts/stock_megatron.py`. `none` is no stack.
 
 Writes `train_<config>.json` after every stack. A stack that fails gets a row with `error`, and the
@@ -60,6 +61,7 @@ from train.optim import build_optimizer  # noqa: E402
 from train.parallel import Ranks  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
+PATH_FLAGS = ("triton", "recompute")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = ("experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion")
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
@@ -326,7 +328,8 @@ class Row:
         }
         if self.spec.stack == "ours" and "triton" in flags:
             row["operations"] = "as fp8_compact"
-        elif flags:
+            flags.remove("triton")
+        if flags:
             row["flags"] = flags
         row |= self.about
         if self.error:
@@ -362,7 +365,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
     """`fp8_compact` or `fp8:experimental:fp8_param`, with commas between. Raises ConfigError."""
     specs = []
     for stack, option, text, known, flags in (
-        ("ours", "--paths", paths, PATHS, ("triton",)),
+        ("ours", "--paths", paths, PATHS, PATH_FLAGS),
         ("megatron-core", "--peers", peers, PEERS, PEER_FLAGS),
     ):
         for item in text.split(",") if text not in ("", "none") else []:
@@ -390,6 +393,8 @@ def load_configs(
             overrides = list(arguments.overrides)
             if micro_batch is not None:
                 overrides.append(f"train.micro_batch={micro_batch}")
+            if "recompute" in spec.flags:
+                overrides.append("moe.recompute=true")
             # A peer has paths of its own; the rest of the config is for all.
             overrides.append(f"moe.path={spec.path if spec.stack == 'ours' else 'bf16'}")
             config = load(arguments.config, overrides)

@@ -178,6 +178,19 @@ def test_fp8_halves_what_travels_and_what_is_kept(tmp_path):
         assert fp8["moe/kept_mib"] < bf16["moe/kept_mib"], path
 
 
+@pytest.mark.parametrize("path", ["bf16", "fp8_baseline", "fp8_direct"])
+def test_recomputed_activations_change_nothing_but_memory(tmp_path, path):
+    keys = [f"moe.path={path}", "train.steps=3", "train.profile=true"]
+    kept = run(tmp_path, "kept", 2, *keys)
+    again = run(tmp_path, "again", 2, "moe.recompute=true", *keys)
+    for a, b in zip(kept, again, strict=True):
+        for name in ("loss/train", "optim/grad_norm", "moe/scale_relayouts"):
+            assert a[name] == b[name], name
+        assert b["moe/kept_mib"] < 0.5 * a["moe/kept_mib"]
+        # Out and back in forward, out and back in backward; and out once more.
+        assert b["moe/dispatched_mib"] > a["moe/dispatched_mib"]
+
+
 def test_a_resumed_run_goes_on_bitwise(tmp_path):
     keys = ["train.steps=6", "checkpoint.every=3", "train.global_batch=16", "moe.path=fp8_compact"]
     whole = run(tmp_path, "a", 2, *keys)

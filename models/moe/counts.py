@@ -12,7 +12,7 @@ class Counts:
     """Sums over layers and micro-batches since the last `reset`."""
 
     forward_passes: int = 0
-    """Forward passes of one MoE layer."""
+    """Forward passes of one MoE layer; one that is computed again counts again."""
     backward_passes: int = 0
     kept_bytes: int = 0
     """Activations that layers kept for the backward pass, in forward passes that have one. Weights

@@ -23,6 +23,7 @@ class Runtime:
     dispatcher: Dispatcher
     description: str = ""  # of both, for the user
     capacity: float | None = None  # see `MoEConfig.capacity`; None where it does not apply
+    recompute: bool = False  # see `MoEConfig.recompute`
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -98,31 +99,35 @@ class ExpertMLP(torch.autograd.Function):
         runtime: Runtime,
         prepared: Any,
     ) -> Tensor:
-        path, ops, linear = runtime.path, runtime.ops, runtime.linear
-        (up_forward, up_backward), (down_forward, down_backward) = prepared
-        max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], len(up))
-        trip = Trip(
-            runtime.dispatcher, ops, expert_ids, weights, len(up), path.ROW_ALIGNMENT, max_rows
-        )
-        h, x_kept = path.to_experts(tokens, up_forward, trip, ops)
-        if max_rows is not None:
-            runtime.counts.dropped_rows += trip.dropped_rows()
-        y, a_kept = linear.down(h, trip.probs, down_forward, trip.rows.offsets, ops)
-        ctx.kept = (trip, h, x_kept, a_kept, up_backward, down_backward, up.dtype)
-        ctx.runtime = runtime
-        runtime.counts.forward_passes += 1
+        local_experts = len(up)
+        y, kept = _compute(tokens, weights, expert_ids, local_experts, runtime, prepared)
+        trip = kept[0]
+        counts = runtime.counts
+        if runtime.capacity is not None:
+            counts.dropped_rows += trip.dropped_rows()
+        ctx.runtime, ctx.prepared = runtime, prepared
+        ctx.local_experts, ctx.dtype = local_experts, up.dtype
+        ctx.kept = None if runtime.recompute else kept
+        if runtime.recompute:
+            ctx.save_for_backward(tokens, weights, expert_ids)
         if any(ctx.needs_input_grad):
-            runtime.counts.kept_passes += 1
-            kept = (h, x_kept, a_kept)
-            runtime.counts.kept_bytes += sum(t.nbytes for t in kept if t is not None)
+            counts.kept_passes += 1
+            tensors = (tokens, weights, expert_ids) if runtime.recompute else kept[1:]
+            counts.kept_bytes += sum(t.nbytes for t in tensors if t is not None)
         return trip.bring_home(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         runtime = ctx.runtime
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
+        (_, up), (_, down) = ctx.prepared
         # Taken off ctx, so that memory is free after this layer and not after the whole backward.
-        (trip, h, x_kept, a_kept, up, down, dtype), ctx.kept = ctx.kept, None
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            inputs: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
+            _, kept = _compute(*inputs, ctx.local_experts, runtime, ctx.prepared)
+        trip, h, x_kept, a_kept = kept
+        del kept
         trip.phase = "backward"
         offsets = trip.rows.offsets
 
@@ -130,10 +135,34 @@ class ExpertMLP(torch.autograd.Function):
         dh, a_kept, dprobs = linear.down_backward(da, h, trip.probs, a_kept, ops)
         dx, dh_kept = linear.backward(dh, up, offsets, ops)
         d_tokens, d_weights = trip.bring_home_with(dx, dprobs)
-        d_down = linear.wgrad(dy_kept, a_kept, offsets, dtype, ops)
-        d_up = linear.wgrad(dh_kept, x_kept, offsets, dtype, ops)
+        d_down = linear.wgrad(dy_kept, a_kept, offsets, ctx.dtype, ops)
+        d_up = linear.wgrad(dh_kept, x_kept, offsets, ctx.dtype, ops)
         runtime.counts.backward_passes += 1
         return d_tokens, d_weights, d_up, d_down, None, None, None
+
+
+def _compute(
+    tokens: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    local_experts: int,
+    runtime: Runtime,
+    prepared: Any,
+) -> tuple[Tensor, tuple[Trip, Tensor, Any, Any]]:
+    """Forward but for the way home: rows [P, H], and what the backward pass needs, the trip first.
+
+    The backward pass calls it too where activations are computed again.
+    """
+    path, ops = runtime.path, runtime.ops
+    (up, _), (down, _) = prepared
+    max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], local_experts)
+    trip = Trip(
+        runtime.dispatcher, ops, expert_ids, weights, local_experts, path.ROW_ALIGNMENT, max_rows
+    )
+    h, x_kept = path.to_experts(tokens, up, trip, ops)
+    y, a_kept = runtime.linear.down(h, trip.probs, down, trip.rows.offsets, ops)
+    runtime.counts.forward_passes += 1
+    return y, (trip, h, x_kept, a_kept)
 
 
 def _local(parameter: Tensor) -> Tensor:
