@@ -1,8 +1,8 @@
 """The page of a comparison: one file, nothing from the network.
 
-What needs no script is HTML from `compare_sections.py`; `compare_page.js` draws the curves from the
-data that is put into the page. The drawing is our own, since it is little, and a charting library
-inside every page would be much.
+What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `compare_page.js`
+draws the curves from the data that is put into the page. The drawing is our own, since it is
+little, and a charting library inside every page would be much.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts import compare_parts as parts
 from scripts import compare_sections as sections
 from scripts.compare_arms import Arm
 from scripts.compare_reading import on_cpu, partner, reading, warnings
@@ -42,6 +43,8 @@ def make_html(
 {css}</style></head><body>
 <h1>Runs compared: {title}</h1>
 <p class="sub">{sections.summary(runs)}</p>
+<p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
+are re-arranged (a relayout) more or less often.</p>
 {notes}
 {sections.verdicts(runs, arms, baseline)}
 <section id="reading"><h2>What it says</h2><ul>{said}</ul></section>
@@ -55,8 +58,8 @@ the middle half of the logged steps.</p>{sections.table(runs, rows)}</section>
 <div id="charts" class="charts"></div>
 <noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
 it.</p></noscript></section>
-{sections.breakdown(runs)}
-{sections.routing(runs)}
+{parts.breakdown(runs)}
+{parts.routing(runs)}
 <section id="differences"><h2>What differs between the runs</h2>
 {sections.differences(runs)}</section>
 <section id="method"><h2>How it is counted</h2>{sections.method(runs, baseline)}</section>

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from scripts.compare_arms import Arm
 from scripts.compare_noise import (
@@ -21,6 +22,7 @@ from scripts.compare_runs import (
     environment_differences,
     loss_gap,
     median,
+    step_parts,
     tail,
 )
 
@@ -156,7 +158,19 @@ def reading(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> list[str
     ]
     if counted:
         said.append(f"Scale relayouts per layer, forward and backward: {', '.join(counted)}.")
+    if not on_cpu(runs) and (shares := [share for arm in arms if (share := _relayout_time(arm))]):
+        said.append(f"Time that relayouts took of a profiled step: {', '.join(shares)}.")
     return [sentence for sentence in said if sentence]
+
+
+def _relayout_time(arm: Arm) -> str:
+    """How much of its profiled steps an arm spent on relayouts; empty without profiled steps."""
+    steps = [parts for run in arm.runs if (parts := step_parts(run))]
+    if not steps:
+        return ""
+    spent = fmean(parts.get("time/relayout_ms", 0.0) for parts in steps)
+    whole = fmean(sum(parts.values()) for parts in steps)
+    return f"{arm.name} {spent:.3g} of {whole:.1f} ms ({spent / whole * 100:.2f} %)"
 
 
 def _gap(arm: Arm, baseline: Arm) -> str:

@@ -166,6 +166,9 @@ def test_a_stranger_finds_the_answer(browser: Any, page_file: Path) -> None:
         assert all("x the speed of fp8_baseline" in card for card in cards.values())
         first = page.query_selector("#reading li").inner_text()
         assert first.startswith("bf16 was slower than fp8_baseline: ")
+        said = page.inner_text("#reading")
+        assert re.search(r"relayouts took of a profiled step: bf16 0 of 36\d.\d ms", said)
+        assert re.search(r"fp8_baseline 1.4\d of 34\d.\d ms \(0.41\s%\)", said)
         # All of that is seen before the first scroll.
         for card in page.query_selector_all(".card, .whiskers"):
             box = card.bounding_box()
@@ -197,6 +200,11 @@ def test_step_parts_are_stacked_to_scale(browser: Any, page_file: Path) -> None:
             totals.append(float(bar.query_selector("b").inner_text().removesuffix(" ms")))
         for width, total in zip(widths, totals, strict=True):
             assert width / max(widths) == pytest.approx(total / max(totals), abs=0.01)
+        said = page.query_selector("#breakdown p").inner_text()
+        assert f"({', '.join(f'4 of {path}' for path in SPEEDS)})" in said
+        # The relayouts' times can be compared by eye: they are where a bar begins.
+        titles = [bar.query_selector(".stack i").get_attribute("title") for bar in bars]
+        assert [title.startswith("relayout: 1.4") for title in titles] == [False, True, True, False]
         page.click("#breakdown summary")
         table = page.query_selector("#breakdown table").inner_text()
         assert "up projection" in table
@@ -254,6 +262,7 @@ def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None
         text = page.inner_text("body")
         assert "says nothing about GPUs" in text
         assert "faster" not in text
+        assert "profiled step" not in text
         assert "slower" not in text
         assert page.query_selector("#breakdown") is None
         assert page.query_selector("#routing") is None
