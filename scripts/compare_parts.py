@@ -7,8 +7,8 @@ from scripts.compare_runs import (
     ROUTING_FILE,
     Run,
     expert_load,
-    mean,
     median,
+    profiled_rows,
     step_parts,
 )
 from scripts.compare_sections import dot, text
@@ -63,11 +63,9 @@ def breakdown(runs: Sequence[Run]) -> str:
         for name in names
     )
     sums = [sum(parts.values()) for _, parts in measured]
-    profiled = [mean("time/profiled_step_ms")(run) for run, _ in measured]
     every = [median("time/step_ms")(run) for run, _ in measured]
     for label, source, values in (
-        ("sum of the parts", "", sums),
-        ("profiled step", "time/profiled_step_ms, mean", profiled),
+        ("sum of the parts", "a profiled step", sums),
         ("step", "time/step_ms, median of all steps", every),
     ):
         cells = "".join(
@@ -75,13 +73,15 @@ def breakdown(runs: Sequence[Run]) -> str:
             for value in values
         )
         lines += f'<tr><th scope="row">{label}<small>{source}</small></th>{cells}</tr>'
-    steps = ", ".join(
-        f"{sum(any(name in row for name in names) for row in run.rows)} of {run.name}"
+    counts = (
+        f"{len(counted)} of {all_profiled} in {run.name}"
         for run, _ in measured
+        for counted, all_profiled in [profiled_rows(run)]
     )
     return (
         f'<section id="breakdown"><h2>Where a step\'s time goes</h2><p>Milliseconds of rank 0, '
-        f"means over the profiled steps ({text(steps)}), from "
+        f"means over the middle half of the profiled steps by length "
+        f"({text(', '.join(counts))}), from "
         f"{METRICS_FILE}.</p>{''.join(bars)}"
         f'<p class="legend">{legend}</p><details><summary>In figures, ms</summary>'
         f'<div class="scroll"><table><thead><tr><th scope="col">part</th>{heads}</tr></thead>'

@@ -234,19 +234,35 @@ def environment_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 STEP_TOTALS = ("time/step_ms", "time/data_ms", "time/profiled_step_ms")
 
 
+def profiled_rows(run: Run) -> tuple[list[dict[str, float]], int]:
+    """Milliseconds by part of the profiled steps that count, and how many there are in all.
+
+    Those that count are the middle half by length: a stall of one step, of a few that are
+    profiled, would be most of a bar.
+    """
+    found = [
+        {
+            name: value
+            for name, value in row.items()
+            if name.startswith("time/") and name.endswith("_ms") and name not in STEP_TOTALS
+            if value is not None and math.isfinite(value)
+        }
+        for row in run.rows
+        if "time/other_ms" in row
+    ]
+    rows = sorted(found, key=lambda row: sum(row.values()))
+    apart = len(rows) // 4
+    return rows[apart : len(rows) - apart], len(rows)
+
+
 def step_parts(run: Run) -> dict[str, float]:
     """Milliseconds of each part of a profiled step; empty without any.
 
-    Means over profiled steps, not medians: so the parts add up to the step.
+    Means, not medians: so the parts add up to the step.
     """
-    names = dict.fromkeys(
-        name
-        for row in run.rows
-        for name in row
-        if name.startswith("time/") and name.endswith("_ms") and name not in STEP_TOTALS
-    )
-    means = {name: mean(name)(run) for name in names}
-    return {name: value for name, value in means.items() if value is not None}
+    rows, _ = profiled_rows(run)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: statistics.fmean(row.get(name, 0.0) for row in rows) for name in names}
 
 
 def expert_load(run: Run) -> tuple[int, list[list[float]]] | None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from scripts import compare, compare_runs
 from scripts.compare_arms import arm_of, group_arms
 from scripts.compare_reading import reading
+from scripts.compare_runs import profiled_rows, read_run, step_parts
 
 STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
 
@@ -421,3 +423,16 @@ def test_unknown_baseline_is_one_line(
 ) -> None:
     assert run_main(*three, "--baseline", "z")[0] == 2
     assert capsys.readouterr().err == "compare: --baseline z is none of the runs: a, b, c\n"
+
+
+def test_a_stalled_step_is_not_the_breakdown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", "bf16")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, other in zip(rows, (10.0, 800.0, 12.0, 11.0), strict=False):
+        row |= {"time/combine_ms": 5.0, "time/other_ms": other, "time/profiled_step_ms": other + 5}
+    rows[7]["time/data_ms"] = 1.0  # not profiled
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(folder)
+    assert step_parts(run) == {"time/combine_ms": 5.0, "time/other_ms": 11.5}
+    assert profiled_rows(run)[1] == 4
+    assert step_parts(replace(run, rows=rows[4:])) == {}

@@ -201,7 +201,7 @@ def test_step_parts_are_stacked_to_scale(browser: Any, page_file: Path) -> None:
         for width, total in zip(widths, totals, strict=True):
             assert width / max(widths) == pytest.approx(total / max(totals), abs=0.01)
         said = page.query_selector("#breakdown p").inner_text()
-        assert f"({', '.join(f'4 of {path}' for path in SPEEDS)})" in said
+        assert f"({', '.join(f'2 of 4 in {path}' for path in SPEEDS)})" in said
         # The relayouts' times can be compared by eye: they are where a bar begins.
         titles = [bar.query_selector(".stack i").get_attribute("title") for bar in bars]
         assert [title.startswith("relayout: 1.4") for title in titles] == [False, True, True, False]
