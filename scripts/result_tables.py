@@ -45,25 +45,26 @@ def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
 
 def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     head = ["", "dispatch", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
-    lines = _head([*head, "speed / best stock"])
     stock = best_stock(rows)
+    body = []
     for row in shown:
         first = [training_name(row, "`"), row.get("dispatch", ABSENT), str(row["micro_batch"])]
         if "step_ms" not in row:
-            lines.append(_line([*first, failure(row), *[ABSENT] * 4]))
+            body.append([*first, failure(row), *[ABSENT] * 4])
             continue
         if "error" in row:  # it failed in a later repeat
             first[0] += f", {row['repeats']} of the repeats, then {failure(row)}"
         speed = row["tokens_per_sec_per_gpu"]
-        cells = (
+        cells = [
             *first,
             _spread(row["step_ms"], "{:,.1f}"),
             _spread(row["tflops_per_gpu"], "{:,.1f}"),
             _spread(speed, "{:,.0f}"),
             _largest(row.get("peak_allocated_gib")),
             _ratio(speed, stock["tokens_per_sec_per_gpu"]) if stock else ABSENT,
-        )
-        lines.append(_line(cells))
+        ]
+        body.append(cells)
+    lines = _table([*head, "speed / best stock"], body, left=2)
     if stock:
         name, size = training_name(stock, "`"), stock["micro_batch"]
         lines += ["", f"Best stock, the fastest of the peers: {name} at micro-batch {size}."]
@@ -103,10 +104,10 @@ def _ratio(ours: Line, theirs: Line) -> str:
 
 def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     head = ["shape", "path", "forward ms", "backward ms", "TFLOP/s/GPU", "peak GiB", "relayouts"]
-    lines = _head([*head, "kernels", "speed / fp8_baseline"])
+    body = []
     for row in shown:
         if "error" in row:
-            lines.append(_line([row["shape"], failure(row), *[ABSENT] * 7]))
+            body.append([row["shape"], failure(row), *[ABSENT] * 7])
             continue
         speed = row["tflops_per_gpu"]
         same = (
@@ -117,7 +118,7 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
         base = next(same, None)
         passes = [row["profile"][name] for name in ("forward", "backward")]
         kernels = [one.get("kernels") for one in passes]
-        cells = (
+        cells = [
             row["shape"],
             f"`{row['path']}`",
             _spread(row["forward_ms"], "{:,.2f}"),
@@ -127,35 +128,36 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
             " + ".join(str(one["relayouts"]["counted"]) for one in passes),
             ABSENT if None in kernels else " + ".join(map(str, kernels)),
             f"{speed['median'] / base['median']:.3f}" if base else ABSENT,
-        )
-        lines.append(_line(cells))
-    return lines
+        ]
+        body.append(cells)
+    return _table([*head, "kernels", "speed / `fp8_baseline`"], body, left=2)
 
 
 # Kernels: scripts/bench_kernels.py
 
 
 def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
-    head = ["kernel", "by", "shape", "µs", "GB/s", "of copy", "TFLOP/s"]
-    lines = _head([*head, "of dense"], left=3)
+    head = ["kernel", "by", "shape", "µs", "GB/s", "of copy", "TFLOP/s", "of dense"]
     forms = {"gb_per_s": "{:,.0f}", "share_of_copy": "{:.0%}"}
     forms |= {"tflops": "{:,.0f}", "share_of_dense": "{:.0%}"}
+    body = []
     for row in shown:
         figures = (form.format(row[key]) if key in row else ABSENT for key, form in forms.items())
         spread = _spread(row["us"], "{:,.1f}")
-        lines.append(_line([row["kernel"], row["by"], row["shape"], spread, *figures]))
-    return lines
+        body.append([row["kernel"], row["by"], row["shape"], spread, *figures])
+    return _table(head, body, left=3)
 
 
 # Runs laid side by side: scripts/compare.py
 
 
 def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
-    lines = _head(["", *(f"`{row['path']}`" for row in shown)])
-    for label in COMPARED:
-        if any(label in row for row in shown):
-            lines.append(_line([label, *(row.get(label, ABSENT) for row in shown)]))
-    return lines
+    body = [
+        [label, *(row.get(label, ABSENT) for row in shown)]
+        for label in COMPARED
+        if any(label in row for row in shown)
+    ]
+    return _table(["", *(f"`{row['path']}`" for row in shown)], body)
 
 
 KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {
@@ -178,8 +180,12 @@ def _largest(figure: dict[str, float] | None) -> str:
     return ABSENT if figure is None else f"{figure['max']:.1f}"
 
 
-def _head(names: Sequence[str], left: int = 1) -> list[str]:
-    return [_line(names), _line([*["---"] * left, *["---:"] * (len(names) - left)])]
+def _table(head: list[str], body: Sequence[list[str]], left: int = 1) -> list[str]:
+    """Lines of Markdown, the first `left` columns as text; columns without a figure left out."""
+    kept = [i for i in range(len(head)) if i < left or any(row[i] != ABSENT for row in body)]
+    rule = ["---" if i < left else "---:" for i in kept]
+    lines = [_line([row[i] for i in kept]) for row in (head, *body)]
+    return [lines[0], _line(rule), *lines[1:]]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -192,10 +198,10 @@ def _origin(path: Path, result: Line) -> str:
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     parts = [machine_name(result), said, f"commit {result.get('commit') or 'not known'}"]
     if bench := result.get("bench"):  # of training steps
-        parts.append(
-            "median [least to most] of "
-            f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
-        )
+        windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
+        parts.append(f"median [least to most] of {windows}")
+    elif "run" not in result["rows"][0]:
+        parts.append("median [least to most]")
     return "; ".join([*parts, f"[{path.name}](RESULTS/{path.name})"])
 
 
