@@ -79,10 +79,10 @@ def best_stock(rows: Sequence[Line]) -> Line | None:
 
 def training_name(row: Line, quote: str = "") -> str:
     """Stack, path and variant."""
-    name = f"{row['stack']} {quote}{row['path']}{quote}"
+    parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
     if operations := row.get("operations"):
-        return f"{name}, operations {operations}"
-    return ", ".join([name, *row.get("flags", [])])
+        parts.append(f"operations {operations}")
+    return ", ".join([*parts, *row.get("flags", [])])
 
 
 def failure(row: Line) -> str:

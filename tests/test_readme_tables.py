@@ -105,14 +105,14 @@ def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
 def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
     failed = {"stack": "ours", "path": "bf16", "micro_batch": 16, "gpus": 4}
     failed["error"] = "OutOfMemoryError: CUDA out of memory. Tried to allocate | 2 GiB"
-    apart = row("fp8_baseline", 9000) | {"operations": "as fp8_compact", "flags": ["triton"]}
+    apart = row("fp8_baseline", 9000) | {"operations": "as fp8_compact", "flags": ["recompute"]}
     later = row("fp8_compact", 9000) | {"repeats": 1, "error": "RuntimeError: a | b"}
     flagged = row("bf16", 8000, "megatron-core") | {"flags": ["experimental"]}
     del flagged["peak_allocated_gib"]
     write_results(tmp_path, [failed, apart, later, flagged])
     lines = table(tmp_path, "train_x.json")
     assert lines[1] == ["ours `bf16`", NONE, "16", "out of memory", *[NONE] * 4]
-    assert lines[2][0] == "ours `fp8_baseline`, operations as fp8_compact"
+    assert lines[2][0] == "ours `fp8_baseline`, operations as fp8_compact, recompute"
     assert lines[3][0] == "ours `fp8_compact`, 1 of the repeats, then RuntimeError: a / b"
     assert lines[3][-1].startswith("1.125")
     assert lines[4][0] == "megatron-core `bf16`, experimental"
