@@ -146,7 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         if options.check:
             for what in [*([path] if new != old else []), *renderer.stale]:
-                print(f"{what.name} is not what {options.results} says", file=sys.stderr)
+                print(
+                    f"{what.name} is not what {options.results} says; "
+                    "python -m scripts.readme_tables writes it anew",
+                    file=sys.stderr,
+                )
                 status = 1
         elif new != old:
             path.write_text(new, encoding="utf-8")
