@@ -1,13 +1,14 @@
 """Lay runs side by side: one table, `compare.png`, `compare.json`, a self-contained `compare.html`.
 
     python -m scripts.compare runs/A runs/B [...] [--out DIR] [--baseline NAME]
+    python -m scripts.compare --group GROUP [--runs DIR]
 
-Needs each run's `config.yaml` and `metrics.jsonl`, and nothing from the network or a GPU.
+Needs each run's `config.yaml` and `metrics.jsonl`, and nothing from the network or a GPU. Runs of
+one configuration, or that differ in the seed alone, count as repeats of each other.
 """
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,68 +20,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.compare_page import draw_gaps, draw_losses, make_html, make_svg, save_png
-from scripts.compare_runs import (
-    InputError,
-    Run,
-    choose_baseline,
-    final_loss,
-    largest,
-    last,
-    loss_gap,
-    median,
-    read_runs,
-    warnings,
-)
+from scripts.compare_arms import Arm, arm_of, group_arms
+from scripts.compare_page import make_html
+from scripts.compare_picture import draw_gaps, draw_losses, save_png
+from scripts.compare_reading import reading, speed_verdicts, warnings
+from scripts.compare_runs import InputError, Run, choose_baseline, find_group, read_runs
+from scripts.compare_table import Row, make_table
 
 
-def make_table(runs: Sequence[Run], baseline: Run) -> list[tuple[str, list[str]]]:
-    """Label and one cell per run for each figure that at least one run has."""
-    speed = median("throughput/tokens_per_sec")
-    emulated = " (CPU)" if any(run.device == "cpu" for run in runs) else ""
-    paths = [run.path for run in runs]
-    base = baseline.path if paths.count(baseline.path) == 1 else baseline.name
-
-    def ratio(run: Run) -> float | None:
-        ours, theirs = speed(run), speed(baseline)
-        return ours / theirs if ours and theirs else None
-
-    def mfu(run: Run) -> float | None:
-        value = median("throughput/mfu")(run)
-        return None if value is None else value * 100
-
-    figures: list[tuple[str, Callable[[Run], float | None], str]] = [
-        ("final train loss", final_loss, "{:.4f}"),
-        ("final valid loss", last("loss/valid"), "{:.4f}"),
-        (f"loss gap to {base}", lambda run: loss_gap(run, baseline), "{:+.3f} %"),
-        ("relayouts/layer, forward", median("moe/scale_relayouts"), "{:g}"),
-        ("relayouts/layer, backward", median("moe/scale_relayouts_backward"), "{:g}"),
-        ("kept for backward, MiB/layer", median("moe/kept_mib"), "{:,.2f}"),
-        ("dispatched MiB/step", median("moe/dispatched_mib"), "{:,.1f}"),
-        (f"tokens/s{emulated}", speed, "{:,.0f}"),
-        (f"speed / {base}{emulated}", ratio, "{:.3f}x"),
-        ("MFU", mfu, "{:.1f} %"),
-        ("peak GPU memory GiB", largest("memory/peak_allocated_gib"), "{:.2f}"),
-        ("peak memory GiB", largest("memory/peak_rss_gib"), "{:.2f}"),
-    ]
-    table = [
-        ("path", paths),
-        ("steps", [str(run.rows[-1]["progress/step"]) for run in runs]),
-    ]
-    for label, figure, form in figures:
-        values = [figure(run) for run in runs]
-        if any(value is not None for value in values):
-            table.append((label, [_cell(value, form) for value in values]))
-    return table
-
-
-def _cell(value: float | None, form: str) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    return form.format(value) if math.isfinite(value) else "not finite"
-
-
-def make_json(runs: Sequence[Run], table: list[tuple[str, list[str]]]) -> dict[str, Any]:
+def make_json(
+    runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, table: Sequence[Row]
+) -> dict[str, Any]:
     """The comparison as data: what the table and the pictures show, and where it comes from."""
     first = runs[0]
     return {
@@ -88,10 +38,23 @@ def make_json(runs: Sequence[Run], table: list[tuple[str, list[str]]]) -> dict[s
         "versions": first.environment.get("versions"),
         "commit": first.environment.get("commit"),
         "config": first.config.model_dump(mode="json"),
+        "baseline": baseline.name,
+        "speed": [
+            {
+                "arm": verdict.arm.name,
+                "runs": [run.name for run in verdict.arm.runs],
+                "ratio": verdict.ratio.value,
+                "interval": [verdict.ratio.low, verdict.ratio.high],
+                "verdict": verdict.short,
+            }
+            for verdict in speed_verdicts(arms, baseline)
+        ],
+        "reading": reading(runs, arms, baseline),
         "rows": [
             {
                 "run": run.name,
-                **{label: cells[index] for label, cells in table},
+                "folder": str(run.folder),
+                **{row.label: row.cells[index].text for row in table},
                 "tokens": list(run.series("progress/tokens").values()),
                 "loss/train": list(run.series("loss/train").values()),
             }
@@ -100,13 +63,13 @@ def make_json(runs: Sequence[Run], table: list[tuple[str, list[str]]]) -> dict[s
     }
 
 
-def print_table(console: Console, runs: Sequence[Run], table: list[tuple[str, list[str]]]) -> None:
+def print_table(console: Console, runs: Sequence[Run], table: Sequence[Row]) -> None:
     shown = Table()
     shown.add_column("run", no_wrap=True)
     for run in runs:
         shown.add_column(escape(run.name), justify="right", overflow="fold", min_width=6)
-    for label, cells in table:
-        shown.add_row(label, *cells)
+    for row in table:
+        shown.add_row(row.label, *(cell.text for cell in row.cells))
     console.print(shown)
 
 
@@ -116,17 +79,21 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         prog="python -m scripts.compare",
         description="Lay runs side by side: one table, compare.png and compare.html.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/NAME")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/NAME")
+    parser.add_argument("--group", help="all runs of this experiment (run.group), below --runs")
+    parser.add_argument("--runs", dest="parent", type=Path, default=Path("runs"), metavar="DIR")
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: compare, beside them)"
     )
-    parser.add_argument("--baseline", help="run that gaps and speeds refer to (default: bf16's)")
+    parser.add_argument(
+        "--baseline", help="run or path that gaps and speeds refer to (default: bf16)"
+    )
     options = parser.parse_args(arguments)
     console = console or Console()
     try:
-        runs = read_runs(options.runs)
-        baseline = choose_baseline(runs, options.baseline)
-        out = options.out or _beside(options.runs)
+        runs = _find_runs(options.runs, options.group, options.parent)
+        first = choose_baseline(runs, options.baseline)
+        out = options.out or _beside([run.folder for run in runs])
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,24 +102,40 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         print(f"compare: {error}", file=sys.stderr)
         return 2
 
+    arms = group_arms(runs)
+    runs = [run for arm in arms for run in arm.runs]  # repeats side by side
+    baseline = arm_of(arms, first)
     table = make_table(runs, baseline)
-    draws: list[tuple[str, Callable[[Axes], None]]] = [
-        ("Training loss by tokens", lambda axes: draw_losses(axes, runs))
-    ]
+    draws: list[Callable[[Axes], None]] = [lambda axes: draw_losses(axes, runs)]
     if len(runs) > 1:
-        title = f"Gap of the training loss to {baseline.name} by tokens"
-        draws.append((title, lambda axes: draw_gaps(axes, runs, baseline)))
-    save_png(out / "compare.png", [draw for _, draw in draws])
-    svgs = [make_svg(draw, description) for description, draw in draws]
-    page = make_html(runs, baseline, table, svgs)
+        draws.append(lambda axes: draw_gaps(axes, runs, baseline))
+    save_png(out / "compare.png", draws)
+    page = make_html(runs, arms, baseline, table, out)
     (out / "compare.html").write_text(page, encoding="utf-8")
-    (out / "compare.json").write_text(json.dumps(make_json(runs, table), indent=1) + "\n")
+    data = make_json(runs, arms, baseline, table)
+    (out / "compare.json").write_text(json.dumps(data, indent=1) + "\n")
 
     print_table(console, runs, table)
+    for text in reading(runs, arms, baseline):
+        console.print(f"- {text}", markup=False)
     for text in warnings(runs):
         console.print(f"! {text}", markup=False)
     console.print(f"{out / 'compare.html'}  {out / 'compare.png'}", markup=False, soft_wrap=True)
     return 0
+
+
+def _find_runs(folders: Sequence[Path], group: str | None, parent: Path) -> list[Run]:
+    """Read the runs that were asked for. Raises InputError."""
+    if folders and group:
+        raise InputError(f"give run folders or --group {group}, not both")
+    if group:
+        runs = find_group(parent, group)
+        if not runs:
+            raise InputError(f"no run of group {group} below {parent}")
+        return runs
+    if not folders:
+        raise InputError("which runs? give run folders, or --group NAME")
+    return read_runs(folders)
 
 
 def _beside(folders: Sequence[Path]) -> Path:

@@ -1,174 +1,145 @@
-"""The pictures and the page of a comparison."""
+"""The page of a comparison: one file, nothing from the network.
 
-import html
-import io
-import re
+What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `compare_page.js`
+draws the curves from the data that is put into the page. The drawing is our own, since it is
+little, and a charting library inside every page would be much.
+"""
+
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from scripts import compare_parts as parts
+from scripts import compare_sections as sections
+from scripts.compare_arms import Arm
+from scripts.compare_reading import on_cpu, partner, reading, warnings
+from scripts.compare_runs import Run
+from scripts.compare_sections import text
+from scripts.compare_table import Row
 
-from scripts.compare_runs import TAIL, Run, common_losses, reading, warnings
+HERE = Path(__file__).parent
 
-# Colour, line width, opacity. The colours are Okabe and Ito's, told apart by the colour-blind too;
-# the widest line lies under a run that it equals, so that both can be seen.
-STYLES: dict[str, tuple[str, float, float]] = {
-    "bf16": ("#767676", 1.5, 1.0),
-    "fp8_baseline": ("#D55E00", 4.5, 0.5),
-    "fp8_compact": ("#0072B2", 1.5, 1.0),
-    "fp8_direct": ("#009E73", 1.5, 1.0),
-}
-
-DASHES = ["-", "--", ":", "-."]  # runs of one path
-
-
-def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
-    """Training loss as lines, validation loss as dots, by tokens."""
-    for run, style in zip(runs, _styles(runs), strict=True):
-        loss, valid = run.series("loss/train"), run.series("loss/valid")
-        axes.plot(run.tokens(list(loss)), list(loss.values()), label=run.name, **style)
-        axes.plot(run.tokens(list(valid)), list(valid.values()), "o", color=style["color"], ms=4)
-    dots = any(run.series("loss/valid") for run in runs)
-    axes.set_title("Training loss" + (" (dots: validation)" if dots else ""))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("cross-entropy, nats per token")
-
-
-def draw_gaps(axes: Axes, runs: Sequence[Run], baseline: Run) -> None:
-    """Each run's training loss relative to the baseline's, in percent, by tokens."""
-    for run, style in zip(runs, _styles(runs), strict=True):
-        pairs = common_losses(run, baseline)
-        gaps = [(ours - theirs) / theirs * 100 for _, ours, theirs in pairs]
-        axes.plot(run.tokens([step for step, _, _ in pairs]), gaps, label=run.name, **style)
-    axes.set_title(f"Gap of the training loss to {baseline.name}")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("gap, %")
-
-
-def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    styles = []
-    for index, run in enumerate(runs):
-        color, width, opacity = STYLES[run.path]
-        earlier = sum(other.path == run.path for other in runs[:index])
-        dash = DASHES[earlier % len(DASHES)]
-        styles.append({"color": color, "lw": width, "alpha": opacity, "ls": dash})
-    return styles
-
-
-def _figure(draws: Sequence[Callable[[Axes], None]], ink: str, width: float) -> Figure:
-    """Panels side by side, with text, axes and grid in the colour `ink`."""
-    figure = Figure(figsize=(width * len(draws), 3.8), layout="constrained")
-    for index, draw in enumerate(draws):
-        axes = figure.add_subplot(1, len(draws), index + 1)
-        draw(axes)
-        axes.grid(color=ink, alpha=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(ink)
-        axes.tick_params(colors=ink)
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(ink)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_offset_text().set_color(ink)
-    # Below the panels, where it hides no curve.
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    columns = 2 * len(draws)
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink
-    )
-    return figure
-
-
-def save_png(path: Path, draws: Sequence[Callable[[Axes], None]]) -> None:
-    _figure(draws, "#222222", 6.4).savefig(path, dpi=150, facecolor="white")
-
-
-INK = "#010203"
-"""Stands for the page's text colour until the SVG is in the page."""
-
-
-def make_svg(draw: Callable[[Axes], None], description: str) -> str:
-    """One panel as an SVG element that takes the page's colours and width."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
-        _figure([draw], INK, 5.6).savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator"))
-        )
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    head, body = svg.split(">", 1)
-    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    head += f' role="img" aria-label="{html.escape(description)}"'
-    return f"{head}>{body}".replace(INK, "currentColor")
-
-
-CSS = """
-:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --line: #d5d5da;
-        --soft: #f4f4f6; --warn: #fff3d6; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececf0; --paper: #16171a; --line: #3a3b40; --soft: #202125; --warn: #3d3217; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child { text-align: left; font-weight: normal; }
-thead th { background: var(--soft); font-weight: 600; }
-.warn { background: var(--warn); padding: .6rem .9rem; border-radius: .4rem; margin: .6rem 0; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-svg { width: 100%; height: auto; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
-"""  # noqa: E501
+Values = dict[int, float]
 
 
 def make_html(
-    runs: Sequence[Run], baseline: Run, table: list[tuple[str, list[str]]], svgs: Sequence[str]
+    runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, rows: Sequence[Row], out: Path
 ) -> str:
-    """The page; it loads nothing."""
-    heads = "".join(f"<th scope=col>{html.escape(run.name)}</th>" for run in runs)
-    body = "".join(
-        f"<tr><th scope=row>{html.escape(label)}</th>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for label, cells in table
-    )
-    notes = "".join(f'<p class="warn">{html.escape(text)}</p>' for text in warnings(runs))
-    said = "".join(f"<li>{html.escape(text)}</li>" for text in reading(runs, baseline))
-    origin = "".join(
-        f"<dt>{html.escape(run.name)}</dt><dd>{html.escape(_origin(run))}</dd>" for run in runs
-    )
-    figures = "".join(f"<figure style='margin:0'>{svg}</figure>" for svg in svgs)
-    title = html.escape(" / ".join(dict.fromkeys(run.path for run in runs)))
+    """The page, to be written into the folder `out`, from which it links to the runs' files."""
+    css = (HERE / "compare_page.css").read_text(encoding="utf-8")
+    script = (HERE / "compare_page.js").read_text(encoding="utf-8")
+    title = text(" / ".join(dict.fromkeys(run.path for run in runs)))
+    notes = "".join(f'<p class="warn">{text(note)}</p>' for note in warnings(runs))
+    sentences = reading(runs, arms, baseline)
+    said = "".join(f"<li>{text(line).replace(' %', '&nbsp;%')}</li>" for line in sentences)
+    # A name must not end the script that the data is in.
+    data = json.dumps(make_data(runs, baseline), allow_nan=False).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{CSS}</style></head><body>
+<title>{title}</title><style>
+{css}</style></head><body>
 <h1>Runs compared: {title}</h1>
+<p class="sub">{sections.summary(runs)}</p>
+<p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
+are re-arranged (a relayout) more or less often.</p>
 {notes}
-<div class="scroll"><table>
-<thead><tr><th>run</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<h2>What it says</h2><ul>{said}</ul>
-<div class="figures">{figures}</div>
-<h2>How it is counted</h2>
-<p>A final training loss is the mean over the last {TAIL:.0%} of the logged steps. The gap is
-(loss &minus; baseline's loss) / baseline's loss, of such means at the steps that both have logged;
-the baseline is {html.escape(baseline.name)}. A relayout is a pass whose only work is to re-arrange
-FP8 scales; it is counted per MoE layer and step. Speeds are medians over logging intervals, without
-the first steps, validation and checkpoints. Peak memory is the largest of rank 0.</p>
-<h2>Where it comes from</h2><dl>{origin}</dl>
+{sections.verdicts(runs, arms, baseline)}
+<section id="reading"><h2>What it says</h2><ul>{said}</ul></section>
+<section id="figures"><h2>Figures</h2>
+<p>Each is made from the metric named beside it, in the run's metrics.jsonl. Below a median stands
+the middle half of the logged steps.</p>{sections.table(runs, rows)}</section>
+<section id="curves"><h2>Curves</h2>
+<div class="controls"><span id="legend" class="controls"></span>
+<span id="tools" class="controls"></span></div>
+<p class="small">Point at a curve to read it, click a run to hide it, drag to zoom.</p>
+<div id="charts" class="charts"></div>
+<noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
+it.</p></noscript></section>
+{parts.breakdown(runs)}
+{parts.routing(runs)}
+<section id="differences"><h2>What differs between the runs</h2>
+{sections.differences(runs)}</section>
+<section id="method"><h2>How it is counted</h2>{sections.method(runs, baseline)}</section>
+<section id="origin"><h2>Where it comes from</h2>{sections.origin(runs, out)}</section>
+<script type="application/json" id="data">{data}</script>
+<script>
+{script}</script>
 </body></html>
 """
 
 
-def _origin(run: Run) -> str:
-    parts = [run.machine]
-    if commit := run.environment.get("commit"):
-        parts.append(f"commit {commit}")
-    versions = run.environment.get("versions")
-    if isinstance(versions, dict):
-        parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    return "; ".join(parts)
+def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
+    """What the script draws: runs with their x values, charts with a list of y values per run.
+
+    Lists of one run are equally long; null stands where a step has no value, or none that is
+    finite.
+    """
+    steps = [[row["progress/step"] for row in run.rows] for run in runs]
+
+    def gaps(run: Run) -> Values:
+        ours, theirs = run.series("loss/train"), partner(run, baseline).series("loss/train")
+        return {
+            step: (loss - theirs[step]) / theirs[step] * 100
+            for step, loss in ours.items()
+            if theirs.get(step)
+        }
+
+    def metric(name: str) -> Callable[[Run], Values]:
+        return lambda run: run.series(name)
+
+    emulated = " (CPU, emulated)" if on_cpu(runs) else ""
+    wanted: list[tuple[str, str, Callable[[Run], Values]]] = [
+        ("Training loss", "", metric("loss/train")),
+        (f"Gap of the training loss to {baseline.name}, %", " %", gaps),
+        (f"Tokens per second{emulated}", "", metric("throughput/tokens_per_sec")),
+        ("Peak GPU memory, GiB", " GiB", metric("memory/peak_allocated_gib")),
+        ("Busiest expert over the mean", "", metric("moe/max_expert_load")),
+        ("Gradient norm", "", metric("optim/grad_norm")),
+    ]
+    charts = []
+    for title, unit, values in wanted:
+        if len(runs) == 1 and values is gaps:
+            continue
+        found = [values(run) for run in runs]
+        if not any(map(math.isfinite, (v for one in found for v in one.values()))):
+            continue
+        chart: dict[str, Any] = {"title": title, "unit": unit, "zero": values is gaps}
+        chart["series"] = _lists(found, steps)
+        if title == "Training loss":
+            valid = [run.series("loss/valid") for run in runs]
+            if any(valid):
+                chart["title"] = "Training loss (dots: validation)"
+                chart["dots"] = _lists(valid, steps)
+        charts.append(chart)
+    described = []
+    for index, run in enumerate(runs):
+        tokens = run.series("progress/tokens")
+        described.append(
+            {
+                "index": index,
+                "name": run.name,
+                "path": run.path,
+                "step": steps[index],
+                "tokens": [_number(tokens.get(step, math.nan)) for step in steps[index]],
+                "repeat": sum(other.path == run.path for other in runs[:index]),
+                "under": run.path == "fp8_baseline",
+            }
+        )
+    return {"runs": described, "charts": charts}
+
+
+def _lists(found: Sequence[Values], steps: Sequence[Sequence[int]]) -> list[list[float | None]]:
+    return [
+        [_number(values.get(step, math.nan)) for step in own]
+        for values, own in zip(found, steps, strict=True)
+    ]
+
+
+def _number(value: float) -> float | None:
+    """Seven digits are more than a screen shows; tokens are whole. JSON has no NaN."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) else float(f"{value:.7g}")

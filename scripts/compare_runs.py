@@ -1,11 +1,10 @@
 """Finished runs: their folders read, their figures, and what can be said of them."""
 
-import itertools
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,10 @@ mostly the luck of its batch."""
 
 EQUAL_BY_DESIGN = ("moe.path", "run.", "tracking.")
 """Config keys in which fairly compared runs may differ."""
+
+
+METRICS_FILE = "metrics.jsonl"
+ROUTING_FILE = "routing.jsonl"
 
 
 class InputError(Exception):
@@ -33,6 +36,7 @@ class Run:
     """Lines of metrics.jsonl, in order."""
     environment: dict[str, Any] = field(default_factory=dict)
     """environment.json: device, device_name, world_size, versions, commit; empty if absent."""
+    folder: Path = Path()
 
     @property
     def path(self) -> str:
@@ -57,6 +61,10 @@ class Run:
             for row in self.rows
             if metric in row
         }
+
+    def finite(self, metric: str) -> list[float]:
+        """The metric's values in the order of steps, without those that are not finite."""
+        return [value for value in self.series(metric).values() if math.isfinite(value)]
 
     def tokens(self, steps: Sequence[int]) -> list[float]:
         seen = self.series("progress/tokens")
@@ -97,7 +105,7 @@ def read_run(folder: Path) -> Run:
         environment = {}
     if not isinstance(environment, dict):
         environment = {}
-    return Run(folder.resolve().name, config, rows, environment)
+    return Run(folder.resolve().name, config, rows, environment, folder)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -105,19 +113,40 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [
-        Run(str(folder), run.config, run.rows, run.environment)
-        if names.count(run.name) > 1
-        else run
+        replace(run, name=str(folder)) if names.count(run.name) > 1 else run
         for folder, run in zip(folders, runs, strict=True)
     ]
 
 
+def find_group(parent: Path, group: str) -> list[Run]:
+    """The runs below `parent` whose `run.group` is `group`, oldest first; perhaps none.
+
+    Folders that hold no readable run are passed over: a run that is starting has no metrics yet.
+    """
+    folders = sorted(
+        (path.parent for path in parent.glob("**/metrics.jsonl")),
+        key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime,
+    )
+    found = []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except InputError:
+            continue
+        if run.config.run.group == group:
+            found.append(folder)
+    return read_runs(found)
+
+
 def choose_baseline(runs: Sequence[Run], name: str | None) -> Run:
-    """The run of that name; by default the first bf16 run, or else the first run."""
+    """The run of that name or path; by default the first bf16 run, or else the first run."""
     if name is None:
         return next((run for run in runs if run.path == "bf16"), runs[0])
     for run in runs:
         if run.name == name:
+            return run
+    for run in runs:
+        if run.path == name:
             return run
     raise InputError(f"--baseline {name} is none of the runs: {', '.join(r.name for r in runs)}")
 
@@ -150,8 +179,16 @@ def loss_gap(run: Run, baseline: Run) -> float | None:
 
 def median(metric: str) -> Callable[[Run], float | None]:
     def value(run: Run) -> float | None:
-        values = [v for v in run.series(metric).values() if math.isfinite(v)]
+        values = run.finite(metric)
         return statistics.median(values) if values else None
+
+    return value
+
+
+def mean(metric: str) -> Callable[[Run], float | None]:
+    def value(run: Run) -> float | None:
+        values = run.finite(metric)
+        return statistics.fmean(values) if values else None
 
     return value
 
@@ -165,87 +202,83 @@ def last(metric: str) -> Callable[[Run], float | None]:
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Keys beside the path in which the runs differ, with each run's value."""
-    flat = [_flatten(run.config.model_dump(mode="json")) for run in runs]
+    """All keys in which the runs differ, with each run's value."""
+    flat = [flatten(run.config.model_dump(mode="json")) for run in runs]
     return [
         (key, [str(one[key]) for one in flat])
         for key in flat[0]
-        if not key.startswith(EQUAL_BY_DESIGN) and any(one[key] != flat[0][key] for one in flat)
+        if any(one[key] != flat[0][key] for one in flat)
     ]
 
 
-def _flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def environment_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What of machine, versions and commit differs, with each run's value."""
+    described = []
+    for run in runs:
+        versions = run.environment.get("versions")
+        described.append(
+            {
+                "machine": run.machine,
+                "commit": str(run.environment.get("commit") or "not known"),
+                **(versions if isinstance(versions, dict) else {}),
+            }
+        )
+    keys = list(dict.fromkeys(key for one in described for key in one))
+    return [
+        (key, [str(one.get(key, "not known")) for one in described])
+        for key in keys
+        if len({one.get(key) for one in described}) > 1
+    ]
+
+
+STEP_TOTALS = ("time/step_ms", "time/data_ms", "time/profiled_step_ms")
+
+
+def profiled_rows(run: Run) -> tuple[list[dict[str, float]], int]:
+    """Milliseconds by part of the profiled steps that count, and how many there are in all.
+
+    Those that count are the middle half by length: a stall of one step, of a few that are
+    profiled, would be most of a bar.
+    """
+    found = [
+        {
+            name: value
+            for name, value in row.items()
+            if name.startswith("time/") and name.endswith("_ms") and name not in STEP_TOTALS
+            if value is not None and math.isfinite(value)
+        }
+        for row in run.rows
+        if "time/other_ms" in row
+    ]
+    rows = sorted(found, key=lambda row: sum(row.values()))
+    apart = len(rows) // 4
+    return rows[apart : len(rows) - apart], len(rows)
+
+
+def step_parts(run: Run) -> dict[str, float]:
+    """Milliseconds of each part of a profiled step; empty without any.
+
+    Means, not medians: so the parts add up to the step.
+    """
+    rows, _ = profiled_rows(run)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: statistics.fmean(row.get(name, 0.0) for row in rows) for name in names}
+
+
+def expert_load(run: Run) -> tuple[int, list[list[float]]] | None:
+    """Step and load [layers][experts] of the last line of `routing.jsonl`; None without one."""
+    try:
+        lines = (run.folder / ROUTING_FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+            return row["progress/step"], row["moe/expert_load"]
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line of a run that was killed
+    return None
+
+
+def flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
-
-
-def warnings(runs: Sequence[Run]) -> list[str]:
-    """What makes this comparison unfair, or its speeds meaningless; a sentence each."""
-    found = []
-    if any(run.device == "cpu" for run in runs):
-        found.append(
-            "These runs were made on a CPU, where FP8 is emulated: the speed of emulated FP8 on a "
-            "CPU means nothing, and no path's speed on a GPU follows from it. Losses and relayout "
-            "counts hold on any device."
-        )
-    machines = [run.machine for run in runs]
-    if len(set(machines)) > 1:
-        found.append(
-            "The runs were made on different machines, so their speeds and memory cannot be "
-            f"compared: {_each(runs, machines)}."
-        )
-    for key, values in config_differences(runs):
-        found.append(f"The runs differ in more than the path: {key} is {_each(runs, values)}.")
-    steps = [run.rows[-1]["progress/step"] for run in runs]
-    if len(set(steps)) > 1:
-        found.append(
-            f"The runs have come to different steps: {_each(runs, steps)}. Gaps are taken at the "
-            "steps that both runs have."
-        )
-    return found
-
-
-def _each(runs: Sequence[Run], values: Sequence[object]) -> str:
-    return ", ".join(f"{value} ({run.name})" for run, value in zip(runs, values, strict=True))
-
-
-def reading(runs: Sequence[Run], baseline: Run) -> list[str]:
-    """What the figures say, a sentence each."""
-    said = []
-    for run in runs:
-        gap = loss_gap(run, baseline)
-        if gap is not None and math.isfinite(gap):
-            where = f"{abs(gap):.3f} % {'above' if gap > 0 else 'below'}" if gap else "equal to"
-            said.append(f"{run.name} ended with a training loss {where} that of {baseline.name}.")
-        elif gap is not None:
-            said.append(f"{run.name} has no gap to {baseline.name}: a loss was not finite.")
-    for one, other in itertools.combinations(runs, 2):
-        pairs = common_losses(one, other)
-        if len(pairs) > 1 and all(ours == theirs for _, ours, theirs in pairs):
-            said.append(
-                f"{one.name} and {other.name} have the same training loss, to the last bit, at all "
-                f"{len(pairs)} steps that both have logged."
-            )
-    for run in runs:
-        forward = median("moe/scale_relayouts")(run)
-        backward = median("moe/scale_relayouts_backward")(run)
-        if forward is not None:
-            more = "" if backward is None else f" and {backward:g} backward"
-            said.append(f"{run.name} made {forward:g} scale relayouts per layer forward{more}.")
-    if not any(run.device == "cpu" for run in runs):
-        said += [_speed(run, baseline) for run in runs if run is not baseline]
-    return [sentence for sentence in said if sentence]
-
-
-def _speed(run: Run, baseline: Run) -> str:
-    ours, theirs = (
-        [v for v in r.series("throughput/tokens_per_sec").values() if math.isfinite(v)]
-        for r in (run, baseline)
-    )
-    if not ours or not theirs:
-        return ""
-    ratio = statistics.median(ours) / statistics.median(theirs)
-    overlap = min(ours) <= max(theirs) and min(theirs) <= max(ours)
-    return (
-        f"{run.name} trained at {ratio:.3f} times the speed of {baseline.name} (medians over "
-        f"logging intervals; their ranges {'overlap' if overlap else 'do not overlap'})."
-    )

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from scripts import compare, compare_page, compare_runs
+from scripts import compare, compare_runs
+from scripts.compare_arms import arm_of, group_arms
+from scripts.compare_reading import reading
+from scripts.compare_runs import profiled_rows, read_run, step_parts
 
 STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
 
@@ -87,7 +91,15 @@ def three(tmp_path: Path) -> list[Path]:
 
 def table_of(folders: list[Path], baseline: str | None = None) -> dict[str, list[str]]:
     runs = compare.read_runs(folders)
-    return dict(compare.make_table(runs, compare.choose_baseline(runs, baseline)))
+    arm = arm_of(group_arms(runs), compare.choose_baseline(runs, baseline))
+    rows = compare.make_table(runs, arm)
+    return {row.label: [cell.text for cell in row.cells] for row in rows}
+
+
+def reading_of(folders: list[Path], baseline: str | None = None) -> list[str]:
+    runs = compare.read_runs(folders)
+    arms = group_arms(runs)
+    return reading(runs, arms, arm_of(arms, compare.choose_baseline(runs, baseline)))
 
 
 def run_main(*arguments: object) -> tuple[int, str]:
@@ -109,6 +121,7 @@ def test_figures(three: list[Path]) -> None:
 
 def test_baseline_can_be_chosen(three: list[Path]) -> None:
     table = table_of(three, "b")
+    assert table == table_of(three, "fp8_baseline")
     assert table["speed / fp8_baseline"] == ["1.250x", "1.000x", "1.125x"]
     assert table["loss gap to fp8_baseline"] == ["-0.990 %", "–", "+0.000 %"]  # noqa: RUF001
 
@@ -214,16 +227,30 @@ def test_cpu_speed_is_said_to_mean_nothing(tmp_path: Path) -> None:
     assert status == 0
     assert "on a CPU means nothing" in " ".join(output.split())
     assert "on a CPU means nothing" in " ".join(page.split())
-    assert "times the speed" not in page
+    assert "faster" not in page
+    assert "slower" not in page
+    assert "says nothing about GPUs" in page
 
 
-def test_gpu_speed_is_told(three: list[Path]) -> None:
-    runs = compare.read_runs(three)
-    said = compare_runs.reading(runs, runs[0])
-    assert "c made 2 scale relayouts per layer forward and 1 backward." in said
-    assert any("c trained at 0.900 times the speed of a" in sentence for sentence in said)
+def test_speed_is_told(three: list[Path]) -> None:
+    said = reading_of(three)
+    assert said[:2] == [
+        "b was slower than a: 20.0 % fewer tokens/s, outside the noise (ratio 0.800, 95 % interval "
+        "0.800 to 0.800).",
+        "c was slower than a: 10.0 % fewer tokens/s, outside the noise (ratio 0.900, 95 % interval "
+        "0.900 to 0.900).",
+    ]
+    assert any("Not every path was run more than once" in sentence for sentence in said)
+    assert (
+        "Scale relayouts per layer, forward and backward: a 0 and 0, b 5 and 3, c 2 and 1." in said
+    )
     assert any("b and c have the same training loss, to the last bit" in s for s in said)
     assert not any("a and b have the same" in sentence for sentence in said)
+
+
+def test_gap_on_few_steps_is_not_called_a_finding(three: list[Path]) -> None:
+    (told,) = (s for s in reading_of(three) if "final training losses" in s)
+    assert told.endswith("too few logged steps to tell it from noise: b +1.000 %, c +1.000 %.")
 
 
 def test_without_environment_the_device_is_unknown(tmp_path: Path) -> None:
@@ -237,7 +264,7 @@ def test_without_environment_the_device_is_unknown(tmp_path: Path) -> None:
 class Page(HTMLParser):
     """Collects what a browser would load, and checks that every tag is closed."""
 
-    void = ("meta", "br", "link")
+    void = ("meta", "br", "link", "wbr")
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,14 +302,14 @@ def test_page_and_picture(three: list[Path]) -> None:
     page = Page()
     page.feed(text)
     assert page.open == []
-    assert page.loads == []
-    assert page.tags.count("svg") == 2
-    assert not re.search(r"@import|url\((?!#)", text)
-    assert compare_page.INK not in text
-    assert "currentColor" in text
+    # The links to what it was made from, and nothing else, lead out of the page.
+    files = ("config.yaml", "metrics.jsonl", "environment.json")
+    assert page.loads == [f"../{name}/{file}" for name in "abc" for file in files]
+    assert all((out / link).exists() for link in page.loads)
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp|import\(", text)
     for color in ("#767676", "#d55e00", "#0072b2"):
         assert color in text.lower()
-    for expected in ("prefers-color-scheme: dark", "width=device-width", "cross-entropy", "tokens"):
+    for expected in ("prefers-color-scheme: dark", "width=device-width", "Training loss", "tokens"):
         assert expected in text
     assert "abc123" in text
 
@@ -341,8 +368,71 @@ def test_bad_input_is_one_line(
     assert not (three[0].parent / "compare").exists()
 
 
+def test_group_is_found(three: list[Path], tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "d", "bf16", config={"run": {"group": "g"}})
+    write_run(tmp_path / "runs" / "deeper" / "e", "fp8_direct", config={"run": {"group": "g"}})
+    (tmp_path / "runs" / "just-started").mkdir()
+    (tmp_path / "runs" / "just-started" / "metrics.jsonl").touch()
+    assert run_main("--group", "g", "--runs", tmp_path / "runs", "--out", tmp_path / "o")[0] == 0
+    data = json.loads((tmp_path / "o" / "compare.json").read_text())
+    assert [row["run"] for row in data["rows"]] == ["d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "which runs? give run folders, or --group NAME"),
+        (["--group", "x"], "no run of group x below"),
+        (["--group", "x", "a-folder"], "give run folders or --group x, not both"),
+    ],
+)
+def test_no_runs_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run_main(*arguments, "--runs", tmp_path)[0] == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"compare: {says}")
+    assert error.count("\n") == 1
+
+
+def test_json_has_the_ratios(three: list[Path]) -> None:
+    run_main(*three)
+    data = json.loads((three[0].parent / "compare" / "compare.json").read_text())
+    assert data["baseline"] == "a"
+    assert data["speed"][0] == {
+        "arm": "b",
+        "runs": ["b"],
+        "ratio": 0.8,
+        "interval": [0.8, 0.8],
+        "verdict": "slower",
+    }
+    assert data["rows"][1]["folder"] == str(three[1])
+
+
+def test_different_code_is_named(three: list[Path]) -> None:
+    path = three[1] / "environment.json"
+    path.write_text(path.read_text().replace("abc123", "def456"))
+    (warning,) = warnings_of(three)
+    assert warning == (
+        "The runs were made with different code: commit abc123 (a), def456 (b), abc123 (c)."
+    )
+
+
 def test_unknown_baseline_is_one_line(
     three: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(*three, "--baseline", "z")[0] == 2
     assert capsys.readouterr().err == "compare: --baseline z is none of the runs: a, b, c\n"
+
+
+def test_a_stalled_step_is_not_the_breakdown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", "bf16")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, other in zip(rows, (10.0, 800.0, 12.0, 11.0), strict=False):
+        row |= {"time/combine_ms": 5.0, "time/other_ms": other, "time/profiled_step_ms": other + 5}
+    rows[7]["time/data_ms"] = 1.0  # not profiled
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(folder)
+    assert step_parts(run) == {"time/combine_ms": 5.0, "time/other_ms": 11.5}
+    assert profiled_rows(run)[1] == 4
+    assert step_parts(replace(run, rows=rows[4:])) == {}

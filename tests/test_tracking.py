@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import wandb
 from wandb.proto import wandb_internal_pb2
 
+import wandb
 from train import tracking
 from train.config import Config
 from train.tracking import Tracker, resolve_mode
@@ -92,7 +92,7 @@ def test_offline_run_holds_everything(
     for row in logged:
         tracker.log(row, step=int(row["progress/step"]))
     tracker.summary({"throughput/tokens_per_sec_median": 123.0})
-    assert "wandb sync" in tracker.describe()
+    assert "scripts/sync.sh" in tracker.describe()
     tracker.finish()
 
     found = read_offline_run(tmp_path)

@@ -165,6 +165,8 @@ class TrackingConfig(Section):
     """`auto` is online with an API key and offline without one."""
     project: str = "moe-compact-fp8"
     """W&B project."""
+    pictures_every: NonNegativeInt = 100
+    """Steps between two heat maps of the expert load, each at the next logged step; 0 for none."""
 
 
 class Config(Section):

@@ -27,6 +27,8 @@ from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.parallel import Ranks
 from train.profiling import PartMaker, StepProfiler, untimed
 from train.progress import Progress
+from train.routing import RoutingHealth
+from train.routing_picture import save_heat_map
 from train.tracking import Tracker
 
 
@@ -179,6 +181,7 @@ def _train_steps(
         done = step + 1
         is_last = done == config.train.steps
         is_logged = done % config.train.log_every == 0 or is_last
+        step_metrics.routing.watch(entropy=is_logged)
         traced = profiler.traces(done)
         with meter.pause() if traced else nullcontext(), profiler.step(done, is_logged) as part:
             data_seconds = _step(model, optimizer, batches, config, ranks, step_metrics, part)
@@ -194,6 +197,9 @@ def _train_steps(
                 metrics["loss/valid"] = validate(model, corpus, config, ranks)
         if metrics and recorder:
             recorder.write(done, done * tokens_per_step, metrics)
+        if recorder and is_logged and recorder.wants_picture(done):
+            with meter.pause():
+                recorder.picture(step_metrics.routing.row(done))
         every = config.checkpoint.every
         if is_last or (every and done % every == 0):
             with meter.pause():
@@ -269,11 +275,11 @@ class _StepMetrics:
     """
 
     def __init__(self, model: GPT, accumulation: int) -> None:
-        self.layers = model.moe_layers()
+        self.routing = RoutingHealth(model.moe_layers())
         self.runtime = model.runtime
         self.accumulation = accumulation
         self.steps = 0
-        self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
+        self.loss = torch.zeros((), device=model.moe_layers()[0].expert_load.device)
         self.grad_norm = torch.zeros_like(self.loss)
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -287,7 +293,7 @@ class _StepMetrics:
             "loss/train": float(self.loss) / self.steps,
             "optim/lr": rate,
             "optim/grad_norm": float(self.grad_norm),
-            "moe/max_expert_load": self._max_expert_load(),
+            **self.routing.collect(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
             "moe/dropped_rows": self._dropped_rows(),
@@ -317,15 +323,6 @@ class _StepMetrics:
         dist.all_reduce(dropped)
         return float(dropped) / self.steps
 
-    def _max_expert_load(self) -> float:
-        """Tokens of the busiest expert over the mean, in the layer where that is worst."""
-        load = torch.stack([layer.expert_load for layer in self.layers])
-        dist.all_reduce(load)
-        for layer in self.layers:
-            layer.expert_load.zero_()
-        load = load.double()
-        return float((load.amax(1) / load.mean(1)).max())
-
 
 class _Recorder:
     """Rank 0: metrics to the terminal, the file and W&B."""
@@ -335,6 +332,9 @@ class _Recorder:
     ) -> None:
         self.run_dir = run_dir
         self.file = MetricsFile(run_dir / "metrics.jsonl", first_step)
+        self.routing_file = MetricsFile(run_dir / "routing.jsonl", first_step)
+        self.pictures_every = config.tracking.pictures_every
+        self.last_picture = first_step
         self.tracker = Tracker(config, run_dir, environment, resumed=first_step > 0)
         self.progress = Progress(config.train.steps, first_step)
         self.last: dict[str, float] = {}
@@ -346,10 +346,24 @@ class _Recorder:
         self.progress.line(step, row)
         self.last |= row
 
+    def wants_picture(self, step: int) -> bool:
+        """Whether a picture of the routing is due at this logged step."""
+        every = self.pictures_every
+        return bool(every) and step // every > self.last_picture // every
+
+    def picture(self, row: dict[str, Any]) -> None:
+        """The expert load of one logged step, as data, as a PNG and in W&B."""
+        step = self.last_picture = row["progress/step"]
+        self.routing_file.write(row)
+        path = self.run_dir / "pictures" / f"expert_load_{step:08d}.png"
+        save_heat_map(path, row["moe/expert_load"], step)
+        self.tracker.picture("moe/expert_load", path, step)
+
     def give_up(self) -> None:
         """The training has failed: close what is open, so that nothing logged is lost."""
         self.progress.bar.stop()
         self.file.close()
+        self.routing_file.close()
         self.tracker.finish(exit_code=1)
 
     def finish(self, summary: dict[str, float]) -> None:
@@ -357,4 +371,5 @@ class _Recorder:
         self.tracker.summary(summary | final)
         self.tracker.finish()
         self.file.close()
+        self.routing_file.close()
         self.progress.finish(self.last, summary, self.run_dir)

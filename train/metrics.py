@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -196,7 +197,7 @@ class MetricsFile:
             _keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: Mapping[str, float | None]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one step's metrics. Raises KeyError without `progress/step`."""
         metrics["progress/step"]
         row = {

@@ -1,6 +1,6 @@
 """Weights & Biases, kept from ever getting in the way of the training.
 
-Online with an API key, offline without one. An offline run is whole: `wandb sync DIR` uploads it
+Online with an API key, offline without one. An offline run is whole: `scripts/sync.sh` uploads it
 later. Whatever W&B or the network does, the training goes on: the first failure prints one line,
 and from then on `metrics.jsonl` is the only record.
 """
@@ -18,6 +18,8 @@ from train.config import Config
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
+FINISHED_FILE = "finished"
+"""In the folder of an offline run that came to its end."""
 
 INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 60
@@ -44,6 +46,7 @@ class Tracker:
         begins, since W&B ignores a step that a run has already logged.
         """
         self._run: Any = None
+        self._run_dir = run_dir
         self.mode = resolve_mode(config.tracking.mode)
         if self.mode == "disabled":
             return
@@ -68,11 +71,21 @@ class Tracker:
             return "W&B: off"
         if self.mode == "online":
             return f"W&B: {self._run.url}"
-        return f"W&B: offline; to upload: wandb sync {Path(self._run.dir).parent}"
+        return f"W&B: offline; to upload: bash scripts/sync.sh {self._run_dir}"
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log one step's metrics under their names."""
         self._try(lambda run: run.log(dict(metrics), step=step))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Log a PNG beside a step's metrics."""
+
+        def log_image(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._try(log_image)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set figures of the whole run, such as medians."""
@@ -83,7 +96,12 @@ class Tracker:
 
         What a dead network holds back stays in the folder for `wandb sync`.
         """
+        folder = Path(self._run.dir).parent if self._run and self.mode == "offline" else None
         self._try(lambda run: run.finish(exit_code=exit_code))
+        if self._run and folder:
+            # scripts/sync.sh would otherwise wait: the record may still be growing.
+            with contextlib.suppress(OSError):
+                (folder / FINISHED_FILE).touch()
         self._run = None
 
     def _try(self, action: Callable[[Any], object]) -> None:

@@ -1,5 +1,7 @@
 """The MoE layer: router, path, combine, as megatron-core's MoELayer with our experts inside."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -12,13 +14,27 @@ from models.moe.experts import Experts
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router, in plain PyTorch where its own GEMM cannot run."""
+    """megatron-core's top-k router, in plain PyTorch where its own GEMM cannot run.
+
+    `entropy` is a float32 scalar on the device: of the last training batch's probabilities over
+    all experts, mean of tokens, 1 where every expert is as likely. It costs a few small kernels,
+    so it is taken only while `measures_entropy`.
+    """
+
+    measures_entropy = False
+    entropy: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         if input.is_cuda:
-            return super().gating(input)
-        # The stock gating moves its weight to a GPU, and its GEMM needs TransformerEngine.
-        return F.linear(input.float(), self.weight.float())
+            logits = super().gating(input)
+        else:
+            # The stock gating moves its weight to a GPU; its GEMM needs TransformerEngine.
+            logits = F.linear(input.float(), self.weight.float())
+        if self.measures_entropy and self.training:
+            probs = logits.detach().float().softmax(-1)
+            experts = max(logits.shape[-1], 2)
+            self.entropy = torch.special.entr(probs).sum(-1).mean() / math.log(experts)
+        return logits
 
 
 class ExpertParallelMoE(MoELayer):

@@ -1,0 +1,213 @@
+"""Files of `docs/results/` as Markdown tables; `scripts/readme_tables.py` says which kinds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+"""One of a file's `rows`."""
+
+ABSENT = "–"  # noqa: RUF001
+
+COMPARED = (
+    "final train loss",
+    "final valid loss",
+    "loss gap to bf16",
+    "relayouts/layer, forward",
+    "relayouts/layer, backward",
+    "kept for backward, MiB/layer",
+    "dispatched MiB/step",
+)
+"""Of a comparison made on a CPU, what holds on any machine."""
+
+
+class InputError(Exception):
+    """Bad input; its text is the one line to print."""
+
+
+def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
+    """A Markdown table and a line about where it comes from.
+
+    `wanted` has the values that a row's keys may have; empty for all rows. Raises InputError.
+    """
+    rows = result["rows"]
+    shown = [row for row in rows if all(str(row.get(k)) in v for k, v in wanted.items())]
+    if not shown:
+        raise InputError(f"{path} has no row of {wanted}" if rows else f"{path} has no rows")
+    for mark, make in KINDS.items():
+        if mark in rows[0]:
+            return "\n".join([*make(shown, rows), "", _origin(path, result), ""])
+    raise InputError(f"{path}: its rows have none of {', '.join(KINDS)}; no table is known")
+
+
+# Training steps: scripts/bench_train.py
+
+
+def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+    head = ["", "dispatch", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
+    stock = best_stock(rows)
+    body = []
+    for row in shown:
+        first = [training_name(row, "`"), row.get("dispatch", ABSENT), str(row["micro_batch"])]
+        if "step_ms" not in row:
+            body.append([*first, failure(row), *[ABSENT] * 4])
+            continue
+        if "error" in row:  # it failed in a later repeat
+            first[0] += f", {row['repeats']} of the repeats, then {failure(row)}"
+        speed = row["tokens_per_sec_per_gpu"]
+        cells = [
+            *first,
+            _spread(row["step_ms"], "{:,.1f}"),
+            _spread(row["tflops_per_gpu"], "{:,.1f}"),
+            _spread(speed, "{:,.0f}"),
+            _largest(row.get("peak_allocated_gib")),
+            _ratio(speed, stock["tokens_per_sec_per_gpu"]) if stock else ABSENT,
+        ]
+        body.append(cells)
+    lines = _table([*head, "speed / best stock"], body, left=2)
+    if stock:
+        name, size = training_name(stock, "`"), stock["micro_batch"]
+        lines += ["", f"Best stock, the fastest of the peers: {name} at micro-batch {size}."]
+    return lines
+
+
+def best_stock(rows: Sequence[Line]) -> Line | None:
+    """The fastest row that is not ours, at whichever micro-batch: the global batch is one."""
+    peers = [row for row in rows if row["stack"] != "ours" and "step_ms" in row]
+    return max(peers, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
+
+
+def training_name(row: Line, quote: str = "") -> str:
+    """Stack, path and variant."""
+    parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
+    if operations := row.get("operations"):
+        parts.append(f"operations {operations}")
+    return ", ".join([*parts, *row.get("flags", [])])
+
+
+def failure(row: Line) -> str:
+    """The row's error in few words; they must not end a cell of the table."""
+    error = str(row["error"])
+    if "out of memory" in error.lower() or "OutOfMemory" in error:
+        return "out of memory"
+    return error[:60].replace("|", "/")
+
+
+def _ratio(ours: Line, theirs: Line) -> str:
+    """Of the medians, and how small and how large it gets between any two of the repeats."""
+    low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
+    return f"{ours['median'] / theirs['median']:.3f} [{low:.3f} to {high:.3f}]"
+
+
+# One MoE layer: scripts/bench_moe_layer.py
+
+
+def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+    head = ["shape", "path", "forward ms", "backward ms", "TFLOP/s/GPU", "peak GiB", "relayouts"]
+    body = []
+    for row in shown:
+        if "error" in row:
+            body.append([row["shape"], failure(row), *[ABSENT] * 7])
+            continue
+        speed = row["tflops_per_gpu"]
+        same = (
+            other["tflops_per_gpu"]
+            for other in rows
+            if other["shape"] == row["shape"] and other.get("path") == "fp8_baseline"
+        )
+        base = next(same, None)
+        passes = [row["profile"][name] for name in ("forward", "backward")]
+        kernels = [one.get("kernels") for one in passes]
+        cells = [
+            row["shape"],
+            f"`{row['path']}`",
+            _spread(row["forward_ms"], "{:,.2f}"),
+            _spread(row["backward_ms"], "{:,.2f}"),
+            f"{speed['median']:,.0f}",
+            _largest(row.get("peak_allocated_gib")),
+            " + ".join(str(one["relayouts"]["counted"]) for one in passes),
+            ABSENT if None in kernels else " + ".join(map(str, kernels)),
+            f"{speed['median'] / base['median']:.3f}" if base else ABSENT,
+        ]
+        body.append(cells)
+    return _table([*head, "kernels", "speed / `fp8_baseline`"], body, left=2)
+
+
+# Kernels: scripts/bench_kernels.py
+
+
+def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+    head = ["kernel", "by", "shape", "µs", "GB/s", "of copy", "TFLOP/s", "of dense"]
+    forms = {"gb_per_s": "{:,.0f}", "share_of_copy": "{:.0%}"}
+    forms |= {"tflops": "{:,.0f}", "share_of_dense": "{:.0%}"}
+    body = []
+    for row in shown:
+        figures = (form.format(row[key]) if key in row else ABSENT for key, form in forms.items())
+        spread = _spread(row["us"], "{:,.1f}")
+        body.append([row["kernel"], row["by"], row["shape"], spread, *figures])
+    return _table(head, body, left=3)
+
+
+# Runs laid side by side: scripts/compare.py
+
+
+def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+    body = [
+        [label, *(row.get(label, ABSENT) for row in shown)]
+        for label in COMPARED
+        if any(label in row for row in shown)
+    ]
+    return _table(["", *(f"`{row['path']}`" for row in shown)], body)
+
+
+KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {
+    "stack": _training,
+    "kernel": _kernels,
+    "shape": _layer,
+    "run": _comparison,
+}
+"""By a key that only rows of that kind have; of several, the first. (Kernels have shapes too.)"""
+
+
+def _spread(figure: dict[str, float], form: str) -> str:
+    """The median, and from where to where the measurements went."""
+    low, high = form.format(figure["min"]), form.format(figure["max"])
+    middle = form.format(figure["median"])
+    return middle if low == high else f"{middle} [{low} to {high}]"
+
+
+def _largest(figure: dict[str, float] | None) -> str:
+    return ABSENT if figure is None else f"{figure['max']:.1f}"
+
+
+def _table(head: list[str], body: Sequence[list[str]], left: int = 1) -> list[str]:
+    """Lines of Markdown, the first `left` columns as text; columns without a figure left out."""
+    kept = [i for i in range(len(head)) if i < left or any(row[i] != ABSENT for row in body)]
+    rule = ["---" if i < left else "---:" for i in kept]
+    lines = [_line([row[i] for i in kept]) for row in (head, *body)]
+    return [lines[0], _line(rule), *lines[1:]]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(path: Path, result: Line) -> str:
+    versions = result.get("versions") or {}
+    names = ("torch", "transformer-engine", "megatron-core", "triton")
+    said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    parts = [machine_name(result), said, f"commit {result.get('commit') or 'not known'}"]
+    if bench := result.get("bench"):  # of training steps
+        windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
+        parts.append(f"median [least to most] of {windows}")
+    elif "run" not in result["rows"][0]:
+        parts.append("median [least to most]")
+    return "; ".join([*parts, f"[{path.name}](RESULTS/{path.name})"])
+
+
+def machine_name(result: Line) -> str:
+    machine = result["machine"]
+    if not isinstance(machine, dict):
+        return str(machine)
+    name = machine.get("gpu") or machine.get("device_name") or machine["cpu"]
+    return f"{machine.get('devices', 1)} x {name}"

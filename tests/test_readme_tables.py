@@ -1,0 +1,269 @@
+"""Tables and pictures between markers: from files of results, never out of date here."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from scripts import bench_train, plot_train, readme_tables
+from scripts.bench_train import Row, Spec, Window
+from train.config import load
+
+TEXT = "before\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nafter\n"
+PICTURE = "<!-- picture: train_x.json -->\n<!-- end of picture -->\n"
+NONE = "–"  # noqa: RUF001
+
+
+def figure(median: float, spread: float = 0.0) -> dict[str, float]:
+    return {"median": median, "min": median - spread, "max": median + spread}
+
+
+def row(path: str, speed: float, stack: str = "ours", micro_batch: int = 8) -> dict[str, Any]:
+    return {
+        "stack": stack,
+        "path": path,
+        "micro_batch": micro_batch,
+        "gpus": 4,
+        "dispatch": "deep_ep",
+        "repeats": 3,
+        "step_ms": figure(4e6 / speed, 1.5),
+        "tokens_per_sec_per_gpu": figure(speed, speed / 100),
+        "tflops_per_gpu": figure(speed / 100, 1),
+        "peak_allocated_gib": figure(60, 2),
+    }
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]], name: str = "train_x.json") -> None:
+    (folder / "results").mkdir(exist_ok=True)
+    result = {
+        "machine": {"device": "cuda", "device_name": "NVIDIA H200", "devices": 4},
+        "versions": {"torch": "2.11.0", "python": "3.12"},
+        "commit": "abc",
+        "config": {},
+        "rows": rows,
+    }
+    (folder / "results" / name).write_text(json.dumps(result))
+
+
+def run(folder: Path, text: str, *arguments: str) -> tuple[int, str]:
+    path = folder / "README.md"
+    path.write_text(text)
+    options = ["--results", str(folder / "results"), "--images", str(folder / "images")]
+    status = readme_tables.main([str(path), *arguments, *options])
+    return status, path.read_text()
+
+
+def table(folder: Path, marker: str) -> list[list[str]]:
+    """The cells of the table that the marker gives, without the line under its head."""
+    status, text = run(folder, TEXT.format(marker))
+    assert status == 0
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_blocks_of_this_repository_are_up_to_date() -> None:
+    assert readme_tables.main(["--check"]) == 0
+
+
+def test_training_table(tmp_path: Path) -> None:
+    rows = [row("bf16", 10000), row("fp8_direct", 12500)]
+    rows += [row("bf16", 9000, "megatron-core"), row("fp8", 10000, "megatron-core", micro_batch=4)]
+    write_results(tmp_path, rows)
+    status, text = run(tmp_path, TEXT.format("train_x.json"))
+    assert status == 0
+    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | dispatch | micro-batch |")
+    assert text.endswith("<!-- end of table -->\n\nafter\n")
+    assert "old" not in text
+    assert (
+        "| ours `fp8_direct` | deep_ep | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
+        "12,500 [12,375 to 12,625] | 62.0 | 1.250 [1.225 to 1.275] |"
+    ) in text
+    # The best stock is the fastest one, whatever its micro-batch.
+    assert "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 4." in text
+    assert "| 62.0 | 0.900 [0.882 to 0.918] |" in text
+    assert (
+        "4 x NVIDIA H200; torch 2.11.0; commit abc; median [least to most]; [train_x.json](res"
+        in text
+    )
+    # A second time nothing changes, and --check agrees; an edited figure is noticed, and kept.
+    assert run(tmp_path, text) == (0, text)
+    assert run(tmp_path, text, "--check") == (0, text)
+    edited = text.replace("12,500", "12,600")
+    assert run(tmp_path, edited, "--check") == (1, edited)
+
+
+def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
+    rows = [row("bf16", 10000), row("bf16", 8000, micro_batch=4), row("fp8_direct", 12500)]
+    write_results(tmp_path, [*rows, row("fp8", 10000, "megatron-core", micro_batch=4)])
+    lines = table(tmp_path, "train_x.json | micro_batch=8 | path=bf16 | path=fp8_direct")
+    assert [line[0] for line in lines[1:]] == ["ours `bf16`", "ours `fp8_direct`"]
+    assert lines[2][-1].startswith("1.250")
+
+
+def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
+    failed = {"stack": "ours", "path": "bf16", "micro_batch": 16, "gpus": 4}
+    failed["error"] = "OutOfMemoryError: CUDA out of memory. Tried to allocate | 2 GiB"
+    apart = row("fp8_baseline", 9000) | {"operations": "as fp8_compact", "flags": ["recompute"]}
+    later = row("fp8_compact", 9000) | {"repeats": 1, "error": "RuntimeError: a | b"}
+    flagged = row("bf16", 8000, "megatron-core") | {"flags": ["experimental"]}
+    del flagged["peak_allocated_gib"]
+    write_results(tmp_path, [failed, apart, later, flagged])
+    lines = table(tmp_path, "train_x.json")
+    assert lines[1] == ["ours `bf16`", NONE, "16", "out of memory", *[NONE] * 4]
+    assert lines[2][0] == "ours `fp8_baseline`, operations as fp8_compact, recompute"
+    assert lines[3][0] == "ours `fp8_compact`, 1 of the repeats, then RuntimeError: a / b"
+    assert lines[3][-1].startswith("1.125")
+    assert lines[4][0] == "megatron-core `bf16`, experimental"
+    assert lines[4][-2] == NONE
+
+
+def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
+    write_results(tmp_path, [row("bf16", 10000), row("fp8_direct", 12500)])
+    head, *lines = table(tmp_path, "train_x.json")
+    assert head[-1] == "peak GiB", "a column without a figure is left out"
+    assert [line[-1] for line in lines] == ["62.0", "62.0"]
+
+
+def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
+    """The very rows of scripts/bench_train.py, not only those of this test."""
+    config = load("configs/demo_cpu.yaml")
+    ours = Row(Spec("ours", "fp8_baseline", ("triton",)), config, 2)
+    ours.about = {"dispatch": "all_to_all", "description": "x"}
+    ours.windows = [Window(0.1, [0.1], 2.0, 5.0), Window(0.2, [0.2], 3.0, 5.0)]
+    stock = Row(Spec("megatron-core", "fp8"), config, 2, windows=[Window(0.3, [0.3], 1.0, 5.0)])
+    write_results(tmp_path, [ours.figures(), stock.figures(), bench_train_failure(config)])
+    lines = table(tmp_path, "train_x.json")
+    assert lines[1][0] == "ours `fp8_baseline`, operations as fp8_compact"
+    assert lines[1][3] == "150.0 [100.0 to 200.0]"
+    assert lines[1][6] == "3.0"
+    assert lines[2][-1] == "1.000 [1.000 to 1.000]"
+    assert lines[3][3] == "ConfigError: no"
+
+
+def bench_train_failure(config: Any) -> dict[str, Any]:
+    return bench_train.Row(Spec("ours", "bf16"), config, 2, error="ConfigError: no").figures()
+
+
+def test_layer_table(tmp_path: Path) -> None:
+    def layer(path: str, tflops: float, relayouts: int, **profile: int) -> dict[str, Any]:
+        one = {"relayouts": {"counted": relayouts}, **profile}
+        return {
+            "shape": "mixtral_8x7b",
+            "path": path,
+            "forward_ms": figure(2, 0.1),
+            "backward_ms": figure(4),
+            "tflops_per_gpu": figure(tflops),
+            "peak_allocated_gib": figure(20),
+            "profile": {"forward": one, "backward": one},
+        }
+
+    rows = [layer("fp8_baseline", 400, 5, kernels=60), layer("fp8_direct", 500, 0)]
+    write_results(tmp_path, [*rows, {"shape": "big", "error": "out of memory"}], "moe_layer.json")
+    lines = table(tmp_path, "moe_layer.json")
+    assert lines[1][2:] == [
+        "2.00 [1.90 to 2.10]",
+        "4.00",
+        "400",
+        "20.0",
+        "5 + 5",
+        "60 + 60",
+        "1.000",
+    ]
+    assert lines[2][1] == "`fp8_direct`"
+    assert lines[2][-3:] == ["0 + 0", NONE, "1.250"]
+    assert lines[3][:3] == ["big", "out of memory", NONE]
+
+
+def test_kernels_table_of_the_measured_file(tmp_path: Path) -> None:
+    source = readme_tables.ROOT / "docs" / "results" / "kernels.json"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "kernels.json").write_bytes(source.read_bytes())
+    rows = json.loads(source.read_text())["rows"]
+    assert len(table(tmp_path, "kernels.json")) == len(rows) + 1
+    head, *lines = table(tmp_path, "kernels.json | shape=16384 x 2048 | by=TE")
+    assert head[:4] == ["kernel", "by", "shape", "µs"]
+    wanted = [r["kernel"] for r in rows if r["shape"] == "16384 x 2048" and r["by"] == "TE"]
+    assert [line[0] for line in lines] == wanted != []
+
+
+def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = row("fp8_compact", 1) | {"error": "CUDA out of memory"}
+    del failed["step_ms"]
+    write_results(tmp_path, [row("fp8_direct", 12500), failed, row("fp8", 10000, "megatron-core")])
+    status, text = run(tmp_path, PICTURE)
+    assert status == 0
+    assert (
+        "![TFLOP/s per GPU of training steps, the fastest: "
+        "ours fp8_direct 125.0, megatron-core fp8 100.0](images/train_x.svg)"
+    ) in text
+    picture = tmp_path / "images" / "train_x.svg"
+    shown = " ".join(ElementTree.parse(picture).getroot().itertext())
+    for words in ("ours fp8_direct", "125.0", "100.0", "out of memory", "4 x NVIDIA H200"):
+        assert words in shown
+    drawn = picture.read_bytes()
+    assert run(tmp_path, text, "--check")[0] == 0
+    # New figures make the picture old, which --check says, and writing draws it anew.
+    write_results(tmp_path, [row("fp8_direct", 12600), row("fp8", 10000, "megatron-core")])
+    capsys.readouterr()
+    assert run(tmp_path, text, "--check")[0] == 1
+    assert "train_x.svg is not what" in capsys.readouterr().err
+    assert picture.read_bytes() == drawn
+    assert run(tmp_path, text)[0] == 0
+    assert "126.0" in picture.read_text()
+
+
+def test_same_figures_give_the_same_picture(tmp_path: Path) -> None:
+    write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000, micro_batch=4)])
+    source = tmp_path / "results" / "train_x.json"
+    for name in ("a.svg", "b.svg"):
+        assert plot_train.main([str(source), "--picture", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_what_is_not_measured_yet_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = run(tmp_path, TEXT.format("train_x.json") + PICTURE)
+    assert status == 0
+    assert "Not measured yet; the figures will be in `train_x.json`." in text
+    assert text.endswith(PICTURE)
+    assert capsys.readouterr().err.endswith("train_x.json is not there yet\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<!-- table: train_x.json -->\n", "has no partner"),
+        ("<!-- end of table -->\n", "has no partner"),
+        ("<!-- table: train_x.json -->\n<!-- end of picture -->\n", "has no partner"),
+        (TEXT.format("train_x.json | path=bf61"), "has no row of {'path': ['bf61']}"),
+        (TEXT.format("train_x.json | path"), "'path' in a marker is not key=value"),
+        (TEXT.format("odd.json"), "no table is known"),
+        (TEXT.format("short.json"), "lacks 'tflops_per_gpu'"),
+        (PICTURE.replace("train_x", "failed"), "failed.json has no measurements"),
+        (TEXT.format("broken.json"), "broken.json is not JSON"),
+        (TEXT.format("list.json"), "is not a results file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    write_results(tmp_path, [row("bf16", 1)])
+    write_results(tmp_path, [{"what": 1}], "odd.json")
+    short = row("bf16", 1)
+    del short["tflops_per_gpu"]
+    write_results(tmp_path, [short], "short.json")
+    write_results(tmp_path, [{"error": "no", "micro_batch": 1}], "failed.json")
+    (tmp_path / "results" / "broken.json").write_text("{")
+    (tmp_path / "results" / "list.json").write_text("[]")
+    assert run(tmp_path, text) == (2, text)
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_no_such_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme_tables.main([str(tmp_path / "none.md")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
