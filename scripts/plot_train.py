@@ -44,18 +44,18 @@ def plot(source: Path, picture: Path) -> None:
         all_axes = figure.subplots(
             len(panels), 1, sharex=True, squeeze=False, height_ratios=heights
         )[:, 0]
-        stock = best_stock(rows)
         for axes, panel, size in zip(all_axes, panels, sizes, strict=True):
             _draw(axes, panel)
             axes.set_title(f"micro-batch {size}", fontsize=9, loc="left")
-            if stock:
+            if stock := best_stock(rows, size):
                 axes.axvline(
                     stock["tflops_per_gpu"]["median"], color="#333333", lw=1, ls=":", zorder=0
                 )
         most = max(row["tflops_per_gpu"]["max"] for row in measured)
         all_axes[-1].set_xlim(0, most * 1.12)
         all_axes[-1].set_xlabel(
-            f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if stock else "")
+            f"TFLOP/s per GPU, {machine_name(result)}"
+            + ("; dotted: best stock" if any(row["stack"] != "ours" for row in measured) else "")
         )
         picture.parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Description": _mark(source)} if picture.suffix == ".svg" else None
@@ -84,12 +84,14 @@ def _draw(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def alt_text(result: dict[str, Any]) -> str:
-    """The picture in words: the fastest of ours and of stock."""
-    ours = [row for row in result["rows"] if row["stack"] == "ours" and "step_ms" in row]
+    """The picture in words: the fastest of ours, and of stock at the same micro-batch."""
+    rows = result["rows"]
+    ours = [row for row in rows if row["stack"] == "ours" and "step_ms" in row]
     best = max(ours, key=lambda row: row["tflops_per_gpu"]["median"], default=None)
+    stock = best_stock(rows, (best or rows[0])["micro_batch"])
     said = [
         f"{training_name(row)} {row['tflops_per_gpu']['median']:,.1f}"
-        for row in (best, best_stock(result["rows"]))
+        for row in (best, stock)
         if row
     ]
     return f"TFLOP/s per GPU of training steps, the fastest: {', '.join(said)}"

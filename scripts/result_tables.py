@@ -45,7 +45,6 @@ def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
 
 def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     head = ["", "dispatch", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
-    stock = best_stock(rows)
     body = []
     for row in shown:
         first = [training_name(row, "`"), row.get("dispatch", ABSENT), str(row["micro_batch"])]
@@ -55,6 +54,7 @@ def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
         if "error" in row:  # it failed in a later repeat
             first[0] += f", {row['repeats']} of the repeats, then {failure(row)}"
         speed = row["tokens_per_sec_per_gpu"]
+        stock = best_stock(rows, row["micro_batch"])
         cells = [
             *first,
             _spread(row["step_ms"], "{:,.1f}"),
@@ -65,15 +65,24 @@ def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
         ]
         body.append(cells)
     lines = _table([*head, "speed / best stock"], body, left=2)
-    if stock:
-        name, size = training_name(stock, "`"), stock["micro_batch"]
-        lines += ["", f"Best stock, the fastest of the peers: {name} at micro-batch {size}."]
+    best = {size: best_stock(rows, size) for size in {row["micro_batch"]: None for row in shown}}
+    names = [
+        f"{training_name(stock, '`')} at micro-batch {size}"
+        for size, stock in best.items()
+        if stock
+    ]
+    if names:
+        lines += ["", f"Best stock, the fastest of the peers: {'; '.join(names)}."]
     return lines
 
 
-def best_stock(rows: Sequence[Line]) -> Line | None:
-    """The fastest row that is not ours, at whichever micro-batch: the global batch is one."""
-    peers = [row for row in rows if row["stack"] != "ours" and "step_ms" in row]
+def best_stock(rows: Sequence[Line], micro_batch: int) -> Line | None:
+    """The fastest row at this micro-batch that is not ours."""
+    peers = [
+        row
+        for row in rows
+        if row["stack"] != "ours" and row["micro_batch"] == micro_batch and "step_ms" in row
+    ]
     return max(peers, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
 
 

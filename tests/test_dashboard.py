@@ -195,10 +195,9 @@ def test_save_sends_chart_workspace_and_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Against W&B's own client code, with its GraphQL calls caught where they leave."""
+    import wandb
     import wandb_workspaces.reports.v2.interface as reports
     import wandb_workspaces.workspaces.internal as workspaces
-
-    import wandb
 
     sent: list[tuple[str, dict[str, Any]]] = []
 

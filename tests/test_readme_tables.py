@@ -69,7 +69,8 @@ def test_the_blocks_of_this_repository_are_up_to_date() -> None:
 
 def test_training_table(tmp_path: Path) -> None:
     rows = [row("bf16", 10000), row("fp8_direct", 12500)]
-    rows += [row("bf16", 9000, "megatron-core"), row("fp8", 10000, "megatron-core", micro_batch=4)]
+    rows += [row("bf16", 9000, "megatron-core"), row("fp8", 10000, "megatron-core")]
+    rows += [row("fp8", 20000, "megatron-core", micro_batch=16)]
     write_results(tmp_path, rows)
     status, text = run(tmp_path, TEXT.format("train_x.json"))
     assert status == 0
@@ -80,8 +81,11 @@ def test_training_table(tmp_path: Path) -> None:
         "| ours `fp8_direct` | deep_ep | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
         "12,500 [12,375 to 12,625] | 62.0 | 1.250 [1.225 to 1.275] |"
     ) in text
-    # The best stock is the fastest one, whatever its micro-batch.
-    assert "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 4." in text
+    # The best stock is the fastest one at the same micro-batch.
+    assert (
+        "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 8; "
+        "megatron-core `fp8` at micro-batch 16."
+    ) in text
     assert "| 62.0 | 0.900 [0.882 to 0.918] |" in text
     assert (
         "4 x NVIDIA H200; torch 2.11.0; commit abc; median [least to most]; [train_x.json](res"

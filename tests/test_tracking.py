@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
-import wandb
 from train import tracking
 from train.config import Config
 from train.tracking import Tracker, resolve_mode
