@@ -100,7 +100,7 @@ def test_training_table(tmp_path: Path) -> None:
 
 def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
     rows = [row("bf16", 10000), row("bf16", 8000, micro_batch=4), row("fp8_direct", 12500)]
-    write_results(tmp_path, [*rows, row("fp8", 10000, "megatron-core", micro_batch=4)])
+    write_results(tmp_path, [*rows, row("fp8", 10000, "megatron-core")])
     lines = table(tmp_path, "train_x.json | micro_batch=8 | path=bf16 | path=fp8_direct")
     assert [line[0] for line in lines[1:]] == ["ours `bf16`", "ours `fp8_direct`"]
     assert lines[2][-1].startswith("1.250")
@@ -116,7 +116,7 @@ def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
     write_results(tmp_path, [failed, apart, later, flagged])
     lines = table(tmp_path, "train_x.json")
     assert lines[1] == ["ours `bf16`", NONE, "16", "out of memory", *[NONE] * 4]
-    assert lines[2][0] == "ours `fp8_baseline`, operations as fp8_compact, recompute"
+    assert lines[2][0] == "ours `fp8_baseline`, operations triton, recompute"
     assert lines[3][0] == "ours `fp8_compact`, 1 of the repeats, then RuntimeError: a / b"
     assert lines[3][-1].startswith("1.125")
     assert lines[4][0] == "megatron-core `bf16`, experimental"
