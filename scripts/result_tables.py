@@ -65,12 +65,9 @@ def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
         ]
         body.append(cells)
     lines = _table([*head, "speed / best stock"], body, left=2)
-    best = {size: best_stock(rows, size) for size in {row["micro_batch"]: None for row in shown}}
-    names = [
-        f"{training_name(stock, '`')} at micro-batch {size}"
-        for size, stock in best.items()
-        if stock
-    ]
+    sizes = dict.fromkeys(row["micro_batch"] for row in shown)
+    stocks = [stock for size in sizes if (stock := best_stock(rows, size))]
+    names = [f"{training_name(row, '`')} at micro-batch {row['micro_batch']}" for row in stocks]
     if names:
         lines += ["", f"Best stock, the fastest of the peers: {'; '.join(names)}."]
     return lines

@@ -109,7 +109,7 @@ def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
 def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
     failed = {"stack": "ours", "path": "bf16", "micro_batch": 16, "gpus": 4}
     failed["error"] = "OutOfMemoryError: CUDA out of memory. Tried to allocate | 2 GiB"
-    apart = row("fp8_baseline", 9000) | {"operations": "as fp8_compact", "flags": ["recompute"]}
+    apart = row("fp8_baseline", 9000) | {"operations": "triton", "flags": ["recompute"]}
     later = row("fp8_compact", 9000) | {"repeats": 1, "error": "RuntimeError: a | b"}
     flagged = row("bf16", 8000, "megatron-core") | {"flags": ["experimental"]}
     del flagged["peak_allocated_gib"]
@@ -139,7 +139,7 @@ def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
     stock = Row(Spec("megatron-core", "fp8"), config, 2, windows=[Window(0.3, [0.3], 1.0, 5.0)])
     write_results(tmp_path, [ours.figures(), stock.figures(), bench_train_failure(config)])
     lines = table(tmp_path, "train_x.json")
-    assert lines[1][0] == "ours `fp8_baseline`, operations as fp8_compact"
+    assert lines[1][0] == "ours `fp8_baseline`, operations triton"
     assert lines[1][3] == "150.0 [100.0 to 200.0]"
     assert lines[1][6] == "3.0"
     assert lines[2][-1] == "1.000 [1.000 to 1.000]"
