@@ -53,10 +53,9 @@ def plot(source: Path, picture: Path) -> None:
                 )
         most = max(row["tflops_per_gpu"]["max"] for row in measured)
         all_axes[-1].set_xlim(0, most * 1.12)
-        has_stock = any(row["stack"] != "ours" for row in measured)
+        dotted = any(row["stack"] != "ours" for row in measured)
         all_axes[-1].set_xlabel(
-            f"TFLOP/s per GPU, {machine_name(result)}"
-            + ("; dotted: best stock" if has_stock else "")
+            f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
         )
         picture.parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Description": _mark(source)} if picture.suffix == ".svg" else None
