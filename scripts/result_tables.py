@@ -154,6 +154,18 @@ def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return _table(head, body, left=3)
 
 
+# Kernels of one traced step: scripts/step_kernels.py
+
+
+def _step_kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+    body = [
+        [kind, *(f"{row['ms'][kind]:,.1f}" for row in shown)]
+        for kind in shown[0]["ms"]
+        if kind in ("idle", "span") or any(row["ms"][kind] >= 0.05 for row in shown)
+    ]
+    return _table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
+
+
 # Runs laid side by side: scripts/compare.py
 
 
@@ -171,6 +183,7 @@ KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {
     "kernel": _kernels,
     "shape": _layer,
     "run": _comparison,
+    "traced": _step_kernels,
 }
 """By a key that only rows of that kind have; of several, the first. (Kernels have shapes too.)"""
 
@@ -206,9 +219,9 @@ def _origin(path: Path, result: Line) -> str:
     if bench := result.get("bench"):  # of training steps
         windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
         parts.append(f"median [least to most] of {windows}")
-    elif "run" not in result["rows"][0]:
+    elif not {"run", "traced"} & set(result["rows"][0]):
         parts.append("median [least to most]")
-    return "; ".join([*parts, f"[{path.name}](RESULTS/{path.name})"])
+    return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
 
 
 def machine_name(result: Line) -> str:

@@ -1,0 +1,99 @@
+"""Where a GPU's time goes in a training step, by kind of kernel, from Chrome traces.
+
+    python -m train CONFIG train.trace_step=20 run.name=A moe.path=bf16     # records one
+    python -m scripts.step_kernels bf16=runs/A/trace.json [PATH=TRACE ...] [--out FILE.json]
+        [--machine "2 x NVIDIA H200"] [--commit HASH]
+
+A trace is what torch.profiler exports, also compressed as .json.gz. A kernel is of the first kind
+whose pattern its name has. `idle` is the time between the first and the last kernel in which none
+ran; kernels of different streams can run at the same time, so kinds and `idle` may add up to more
+than `span`. One step of one rank, with the profiler's own cost in the gaps: to see shares, not to
+compare speeds.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.results import write_json
+
+KINDS = {
+    "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer",
+    "attention": r"sdpa|fmha|cudnn::fusion",
+    "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_",
+    "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad",
+    "dense GEMMs": r"nvjet|cutlass|sm90_xmma|gemm",
+    "dispatch and combine": r"deep_ep",
+    "FSDP's communication": r"nccl",
+    "SwiGLU": r"swiglu",
+    "quantize, dequantize": r"quantize|block_scaled",
+    "permute, unpermute": r"permute|_place_kernel|_count_kernel|_scan_kernel",
+    "norms, positions": r"rmsnorm|rope|layernorm",
+}
+"""Names of kernels by kind, the first that matches; all else is `other`."""
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    return next((kind for kind, part in KINDS.items() if re.search(part, kernel)), "other")
+
+
+def summarize(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds by kind, and `idle` and `span`. Raises ValueError without a kernel."""
+    kernels = [
+        event
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    if not kernels:
+        raise ValueError("the trace has no kernel of a GPU")
+    total = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in kernels:
+        total[kind_of(event["name"])] += event["dur"] / 1e3
+    busy, until = 0.0, 0.0
+    for event in sorted(kernels, key=lambda event: event["ts"]):
+        end = event["ts"] + event["dur"]
+        busy += max(0.0, end - max(event["ts"], until))
+        until = max(until, end)
+    span = until - min(event["ts"] for event in kernels)
+    return {**total, "idle": (span - busy) / 1e3, "span": span / 1e3}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace. Raises OSError or ValueError."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return json.load(file)["traceEvents"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("traces", nargs="+", metavar="PATH=TRACE")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--machine", default="not known")
+    parser.add_argument("--commit", default="not known")
+    args = parser.parse_args(arguments)
+    rows = []
+    for item in args.traces:
+        path, _, name = item.partition("=")
+        try:
+            sums = summarize(read(Path(name)))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{item}: {error or type(error).__name__}; give PATH=TRACE", file=sys.stderr)
+            return 2
+        rows.append({"traced": path, "ms": sums})
+        print(path, *(f"{kind} {ms:.1f}" for kind, ms in sums.items()), sep="\n  ")
+    if args.out:
+        write_json(args.out, {"machine": args.machine, "commit": args.commit, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Kernels of a traced step, summed by kind."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import step_kernels
+from scripts.step_kernels import kind_of, summarize
+
+
+def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+
+
+EVENTS = [
+    kernel("void deep_ep::intranode::dispatch<2>", 1000, 2000),
+    kernel("ncclDevKernel_ReduceScatter", 2000, 3000),  # beside the one before
+    kernel("Memcpy DtoD", 6000, 500, "gpu_memcpy"),
+    kernel("aten::mm", 0, 9000, "cpu_op"),
+]
+
+
+def test_kinds_add_up_and_what_overlaps_is_not_idle():
+    sums = summarize(EVENTS)
+    assert sums["dispatch and combine"] == 2.0
+    assert sums["FSDP's communication"] == 3.0
+    assert sums["other"] == 0.5
+    assert sums["span"] == 5.5
+    assert sums["idle"] == 1.0
+    assert sum(ms for kind, ms in sums.items() if kind not in ("idle", "span")) == 5.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_grouped_mm_wgrad_kernel", "expert weight gradients"),
+        ("_grouped_gemm_kernel", "expert GEMMs"),
+        ("void deep_gemm::sm90_fp8_gemm_1d2d_impl<128>", "expert GEMMs"),
+        ("nvjet_sm90_tst_256x128_64x4", "dense GEMMs"),
+        ("_swiglu_backward_kernel", "SwiGLU"),
+        ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer, gradient norm"),
+        ("triton_poi_fused_add_0", "other"),
+    ],
+)
+def test_kinds(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_a_file_is_written_and_bad_traces_are_one_line(tmp_path: Path, capsys):
+    trace = tmp_path / "t.json.gz"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": EVENTS}).encode()))
+    out = tmp_path / "step.json"
+    assert step_kernels.main([f"bf16={trace}", "--out", str(out), "--commit", "abc"]) == 0
+    content = json.loads(out.read_text())
+    assert content["commit"] == "abc"
+    assert content["rows"] == [{"traced": "bf16", "ms": summarize(EVENTS)}]
+    capsys.readouterr()
+    (tmp_path / "empty.json").write_text('{"traceEvents": []}')
+    for bad in ("bf16=nowhere.json", f"bf16={tmp_path / 'empty.json'}", "nothing"):
+        assert step_kernels.main([bad]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
