@@ -97,6 +97,9 @@ class TrainConfig(Section):
     """Batches of the global batch's size in one validation."""
     warmup_steps: NonNegativeInt = 3
     """First steps that the throughput figures leave out."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
+    the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
 
 
 class DataConfig(Section):
@@ -142,6 +145,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0 saves at the end alone."""
     keep: PositiveInt = 2
     """Checkpoints that are kept, the newest."""
+    keep_every: NonNegativeInt = 0
+    """Steps; a checkpoint whose step is a multiple of it is kept for good. 0 for none."""
 
 
 class TrackingConfig(Section):
@@ -184,8 +189,10 @@ class Config(Section):
         return self.global_batch(world_size) // (self.train.micro_batch * world_size)
 
     def save(self, path: Path) -> None:
-        """Write the resolved config as YAML that `load` reads back."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Write the resolved config as YAML that `load` reads back; whole, or not at all."""
+        new = path.with_name(f"{path.name}.tmp")
+        new.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        new.replace(path)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

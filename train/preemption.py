@@ -1,0 +1,92 @@
+"""A signal asks the training to stop: it ends the step, saves, and exits with REQUEUE.
+
+    with StopRequest(ranks) as stop:
+        for ...:
+            ...                      # a step
+            if stop.agreed(): ...    # save and leave
+
+SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second signal exits at once. A batch
+system whose signals reach only its own script can create the file that TRAIN_STOP_FILE names.
+"""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from train.parallel import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+ONE_REQUEST_S = 1.0
+"""Signals this close together are one request: a batch system may signal all processes of a job,
+and torchrun then passes on its own."""
+
+
+class StopRequest:
+    """Listens while it is open, and has all ranks stop after the same step."""
+
+    def __init__(self, ranks: Ranks, timeout_s: int) -> None:
+        self.ranks = ranks
+        self.reason: str | None = None
+        """What asked this rank, such as SIGTERM."""
+        # Signals reach ranks at different moments, so they ask each other after every step: on the
+        # CPU, because a GPU would have to be waited for.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        path = os.environ.get("TRAIN_STOP_FILE") if ranks.is_first else None
+        self.file = Path(path) if path else None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # Python runs a handler when its main thread comes back from what it does; a thread that
+        # reads the signals' numbers is there even while that waits for another rank forever.
+        self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._old_fd)
+        os.close(self._write)  # ends the thread
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Every rank calls it after every step."""
+        if self.file is not None and self.reason is None and self.file.exists():
+            self.reason = self.file.name
+        asked = torch.tensor(self.reason is not None, dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        return bool(asked)
+
+    def _listen(self) -> None:
+        first: float | None = None
+        while received := os.read(self._read, 1):
+            if received[0] not in SIGNALS:
+                continue
+            name = signal.Signals(received[0]).name
+            if first is None:
+                first, self.reason = time.monotonic(), name
+            elif time.monotonic() - first > ONE_REQUEST_S:
+                os.write(2, f"a second signal, {name}: leaving at once\n".encode())
+                os._exit(128 + received[0])
+        os.close(self._read)
+
+
+def ignore_in_worker() -> None:
+    """For a data worker: its training stops it in good time, and a signal to all processes of a
+    job must not take the data away from the step that is to be ended."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _nothing(*_: object) -> None:
+    """Instead of what the signal would do by default."""
