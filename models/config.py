@@ -43,6 +43,9 @@ class ModelConfig(Section):
     """RMSNorm on queries and keys, as Qwen3 has it."""
     tie_embeddings: bool = False
     """One matrix for the input embedding and the output layer."""
+    dense_fp8: bool = False
+    """Attention's projections in blockwise FP8 as well, by TransformerEngine, whatever `moe.path`
+    is; on GPUs of compute capability 9.0."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections back into the residual stream get
     `init_std / sqrt(2 * num_layers)` (GPT-2)."""
@@ -76,10 +79,18 @@ class MoEConfig(Section):
     """How tokens travel from the router to the experts' first GEMM. This is the one key that an
     experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct."""
     dispatch: Literal["auto", "all_to_all", "deep_ep"] = "auto"
-    """What moves tokens between ranks. `auto` takes all_to_all, which runs on gloo and NCCL alike.
-    deep_ep is experimental: a first run on two GPUs did not train (tests/test_deep_ep.py)."""
-    dispatch_sms: int = Field(default=24, gt=0, multiple_of=2)
-    """Multiprocessors of the GPU that DeepEP may take for communication."""
+    """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
+    all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
+    capacity: float | None = Field(default=None, ge=1)
+    """Rows that a rank's experts have room for, as a multiple of their even share. By default they
+    get room for what arrives, which the host has to wait for, once a layer. With room set aside no
+    layer waits; rows beyond it are dropped, counted in `moe/dropped_rows`. Only bf16 and
+    fp8_direct on a GPU: the other paths launch one GEMM an expert, and a CPU has nothing to wait
+    for."""
+    dispatch_sms: int | None = Field(default=None, gt=0, multiple_of=2)
+    """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
+    half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
+    beside DeepEP's, or the two wait for each other for ever."""
     num_experts: PositiveInt
     """Experts in all; a multiple of `parallel.expert_parallel`."""
     top_k: PositiveInt

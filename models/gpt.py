@@ -70,6 +70,11 @@ class GPT(GPTModel):
     def moe_layers(self) -> list[ExpertParallelMoE]:
         return [layer.mlp for layer in self.decoder.layers]
 
+    def forget_prepared_weights(self) -> None:
+        """After a change of the parameters: experts quantize theirs once between two of them."""
+        for layer in self.moe_layers():
+            layer.experts.forget_prepared()
+
     @property
     def runtime(self) -> Runtime:
         """Who carries out the path, in all layers."""
@@ -112,6 +117,7 @@ def build_gpt(
         moe_aux_loss_coeff=moe.aux_loss_coeff,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_dtype="fp32",
+        moe_router_fusion=on_gpu,
         moe_router_force_load_balancing=moe.force_balance,
         # The one whose constructor needs no GPU; the layer puts our own in its place.
         moe_token_dispatcher_type="allgather",
@@ -128,6 +134,10 @@ def build_gpt(
         apply_rope_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
         cross_entropy_fusion_impl="te" if on_gpu else "native",
+        fp8="e4m3" if model.dense_fp8 else None,
+        fp8_recipe="blockwise",
+        # Otherwise TransformerEngine keeps weights quantized until it is told of the next step.
+        disable_parameter_transpose_cache=True,
         moe_runtime=runtime,
         shared_expert_linears=MLPSubmodules(
             linear_fc1=parts.column_linear, linear_fc2=parts.row_linear
@@ -158,6 +168,8 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
     """
     if moe.dispatch == "deep_ep" and device == "cpu":
         return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
+    if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
+        return f"model.dense_fp8=true cannot run here: {reason}"
     if (reason := operations.why_not(moe.path, device)) is not None:
         return f"moe.path={moe.path} cannot run here: {reason}"
     if moe.dispatch == "deep_ep" and (reason := _why_no_deep_ep(model, moe, ranks)) is not None:
@@ -168,23 +180,36 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
 def _why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
     from models.moe.dispatch import deep_ep
 
-    row_bytes = model.hidden_size * (2 if moe.path == "bf16" else 1)
-    return deep_ep.unavailable(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), row_bytes)
+    return deep_ep.unavailable(
+        ranks,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        model.hidden_size,
+        2 if moe.path == "bf16" else 1,
+        moe.top_k,
+        moe.num_experts // ranks,
+    )
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     """Settle, once, who carries out the path on this machine."""
     group = parallel_state.get_expert_model_parallel_group()
-    dispatcher: Dispatcher
-    if moe.dispatch == "deep_ep":
-        from models.moe.dispatch.deep_ep import DeepEP
-
-        dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
-    else:
-        dispatcher = AllToAll(group, moe.num_experts)
     chosen = operations.choose(moe.path, device)
-    description = f"{chosen.description}; dispatch by {dispatcher.name}"
-    return Runtime(PATHS[moe.path], chosen, dispatcher, description)
+    dispatcher: Dispatcher = AllToAll(group, moe.num_experts)
+    note = "dispatch by all_to_all"
+    if device == "cuda" and moe.dispatch != "all_to_all":
+        reason = _why_no_deep_ep(model, moe, group.size())
+        if reason is None:
+            from models.moe.dispatch.deep_ep import DeepEP
+
+            dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
+            note = "dispatch by deep_ep"
+        else:
+            note += f" (not deep_ep: {reason})"
+    path = PATHS[moe.path]
+    waits = device == "cpu" or getattr(chosen, path.LINEAR).NEEDS_SEGMENTS_ON_HOST
+    return Runtime(
+        path, chosen, dispatcher, f"{chosen.description}; {note}", None if waits else moe.capacity
+    )
 
 
 @torch.no_grad()

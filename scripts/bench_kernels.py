@@ -15,7 +15,6 @@ too, as it does in training.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
-from train.environment import commit, versions
+from scripts import results
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
@@ -95,7 +95,7 @@ class Bench:
             "kernel": kernel,
             "by": by,
             "shape": shape,
-            "us": {"median": us, "min": min(times), "max": max(times)},
+            "us": results.spread(times),
         }
         line = f"{kernel:26} {by:12} {shape:26} {us:9.1f} us"
         if moved_bytes:
@@ -273,27 +273,25 @@ def bench_gemms(bench: Bench, ops: Any, te: Any, experts: int, rows: int, k: int
         )  # fmt: skip
     run("grouped_mm", "PyTorch", ops.grouped_mm, p.x, p.w, p.offsets, kind="bf16")
     wgrad = "bf16 wgrad"
-    run("grouped_mm_wgrad", "PyTorch", ops.grouped_mm_wgrad, p.dy, p.x, p.offsets, kind=wgrad)
+    for dtype in (bf16, torch.float32):
+        run(f"grouped_mm_wgrad to {dtype}", "ours", ops.grouped_mm_wgrad, p.dy, p.x, p.offsets,
+            dtype, kind=wgrad)  # fmt: skip
+    run("grouped_mm_wgrad", "PyTorch", _pytorch_wgrad, p.dy, p.x, p.offsets, kind=wgrad)
     compact = p.x8[COMPACT]
     run(
         "grouped_wgrad x FP8", "ours", ops.grouped_wgrad, p.dy, compact, p.offsets, bf16, kind=wgrad
     )
     run("grouped_wgrad dy FP8", "ours", ops.grouped_wgrad, p.dy8, p.x, p.offsets, bf16, kind=wgrad)
-    run("dequantize, grouped_mm_wgrad", "PyTorch", _two_steps(ops), p.dy, compact, p.offsets,
-        kind=wgrad)  # fmt: skip
     run("grouped_gemm_wgrad", "ours", ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16,
         kind="FP8")  # fmt: skip
     if te:
-        w = te.Fp8Linear.prepare_weights(p.w)
+        w, _ = te.Fp8Linear.prepare_weights(p.w, torch.bfloat16)
         te.Fp8Linear.forward(p.x, w, p.offsets)  # asks for the segments once
         run("quantize both, forward", "TE", te.Fp8Linear.forward, p.x, w, p.offsets, kind="FP8")
 
 
-def _two_steps(ops: Any) -> Callable[..., Tensor]:
-    def dequantize_then_wgrad(dy: Tensor, x: BlockScaledTensor, offsets: Tensor) -> Tensor:
-        return ops.grouped_mm_wgrad(dy, ops.dequantize(x, torch.bfloat16), offsets)
-
-    return dequantize_then_wgrad
+def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(dy.t(), x, offs=offsets[1:].to(torch.int32))
 
 
 def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
@@ -330,25 +328,6 @@ def tune(ops: Any) -> None:
         print("  ".join(f"{speed:6.0f}" for speed in speeds), " TFLOP/s ", tiling, flush=True)
 
 
-def environment() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "machine": {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": properties.L2_cache_size / 2**20,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-        },
-        "versions": versions(),
-        "commit": commit(),
-        "config": {
-            "calls": CALLS,
-            "rotated_mib": ROTATED_BYTES // 2**20,
-            "plan": "8 slots a token, 2 of them local on average, 32 experts",
-        },
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -379,8 +358,12 @@ def main() -> int:
         bench_weights(bench, ops, experts, n, k)
         bench_gemms(bench, ops, te, experts, rows, k, n)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**environment(), "rows": bench.rows}, indent=1) + "\n")
+        config = {
+            "calls": CALLS,
+            "rotated_mib": ROTATED_BYTES // 2**20,
+            "plan": "8 slots a token, 2 of them local on average, 32 experts",
+        }
+        results.write(args.out, torch.device("cuda", 0), config, bench.rows)
     return 0
 
 

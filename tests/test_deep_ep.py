@@ -56,34 +56,38 @@ def test_it_says_that_there_is_no_gpu(monkeypatch):
 @pytest.mark.usefixtures("eight_gpus", "package")
 @pytest.mark.parametrize(("ranks", "on_node"), [(2, 2), (2, 8), (4, 4), (8, 8)])
 def test_nothing_speaks_against_one_node(ranks, on_node):
-    assert unavailable(ranks, on_node, 2048 * 2) is None
+    assert unavailable(ranks, on_node, 2048, 2, 8, 128 // ranks) is None
 
 
 @pytest.mark.usefixtures("eight_gpus", "package")
 @pytest.mark.parametrize(
-    ("ranks", "on_node", "row_bytes", "said"),
+    ("ranks", "on_node", "shape", "said"),
     [
-        (1, 1, 0, "nobody to send to"),
-        (3, 3, 0, "takes 2, 4 or 8"),
-        (6, 8, 0, "takes 2, 4 or 8"),
-        (4, 6, 0, "don't divide a node's 6"),
-        (8, 4, 0, "needs nodes of 8"),
-        (24, 8, 0, "16, 32, 64, 128, 144 or 160 ranks"),
-        (16, 8, 0, "without NVSHMEM"),
-        (2, 2, 8064 * 2, None),
-        (2, 2, 8192 * 2, "rows of 16384 bytes"),
-        (2, 2, 8192, None),
-        (2, 2, 16, "rows of 16 bytes"),
+        (1, 1, (), "nobody to send to"),
+        (3, 3, (), "takes 2, 4 or 8"),
+        (6, 8, (), "takes 2, 4 or 8"),
+        (4, 6, (), "don't divide a node's 6"),
+        (8, 4, (), "needs nodes of 8"),
+        (24, 8, (), "16, 32, 64, 128, 144 or 160 ranks"),
+        (16, 8, (), "without NVSHMEM"),
+        (2, 2, (8192, 2), "rows of 16384 bytes"),
+        (2, 2, (128, 2), "multiples of 256"),
+        (2, 2, (128, 1), "multiples of 256"),
+        (2, 2, (256, 1, 33), "top_k 33"),
+        (2, 2, (256, 1, 8, 129), "129 experts on a rank"),
     ],
 )
-def test_what_speaks_against_it(ranks, on_node, row_bytes, said):
-    reason = unavailable(ranks, on_node, row_bytes)
-    if said is None:
-        assert reason is None
-    else:
-        assert reason is not None
-        assert said in reason
-        assert "\n" not in reason
+def test_what_speaks_against_it(ranks, on_node, shape, said):
+    reason = unavailable(ranks, on_node, *shape)
+    assert reason is not None
+    assert said in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.usefixtures("eight_gpus", "package")
+@pytest.mark.parametrize("shape", [(7936, 2), (8192, 1), (256, 1, 32, 128)])
+def test_the_largest_that_it_takes(shape):
+    assert unavailable(2, 2, *shape) is None
 
 
 @pytest.mark.usefixtures("eight_gpus")
@@ -118,10 +122,10 @@ def test_gpus_without_a_way_to_each_other(monkeypatch):
 def test_rows_that_would_trap_on_the_gpu_are_refused_here():
     for tensors in (
         (torch.zeros(3, 8192, dtype=torch.bfloat16),),
-        (torch.zeros(3, 8, dtype=torch.bfloat16),),
-        (torch.zeros(3, 128), torch.zeros(3, 1), torch.zeros(3, 1)),
+        (torch.zeros(3, 128, dtype=torch.bfloat16),),
+        (torch.zeros(3, 256), torch.zeros(3, 1), torch.zeros(3, 1)),
     ):
-        with pytest.raises(ValueError, match="DeepEP sends"):
+        with pytest.raises(ValueError, match="DeepEP"):
             ours._as_argument(tensors)
 
 
@@ -159,7 +163,7 @@ def on_rank(rank: int, ranks: int, meeting_point: str) -> None:
         device_id=torch.device("cuda", rank),
     )
     group = dist.distributed_c10d._get_default_group()
-    for hidden, repeats in ((128, 5), (2048, 20), (7168, 5)):
+    for hidden, repeats in ((256, 5), (2048, 20), (7168, 5)):
         both = (
             DeepEP(group, ranks * LOCAL_EXPERTS, hidden),
             AllToAll(group, ranks * LOCAL_EXPERTS),

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.config import PathName
 from models.fp8 import operations
 from models.moe.dispatch.all_to_all import AllToAll
-from models.moe.experts import ExpertMLP, Runtime
+from models.moe.experts import ExpertMLP, Runtime, prepare_weights
 from models.moe.paths import PATHS
 from tests.ranks import run_ranks
 
@@ -80,7 +80,8 @@ def run_path(rank: int, path: PathName, tokens: list[int], route: Routing, seed:
     leaves = [t.clone().requires_grad_() for t in (x, weights, up[local], down[local])]
     dispatcher = AllToAll(dist.distributed_c10d._get_default_group(), EXPERTS)
     runtime = Runtime(PATHS[path], operations.choose(path, "cpu"), dispatcher)
-    out = ExpertMLP.apply(*leaves, ids, runtime)
+    prepared = prepare_weights(leaves[2], leaves[3], x.dtype, runtime)
+    out = ExpertMLP.apply(*leaves, ids, runtime, prepared)
     out.backward(grad)
     return dict(zip(RESULTS, (out.detach(), *(t.grad for t in leaves)), strict=True))
 

@@ -228,6 +228,19 @@ def test_quantize_weights_as_defined(dtype, shape, gen):
                 )  # fmt: skip
 
 
+def test_quantize_weights_both_ways(gen):
+    """The same values, and quantizing the transposed weights gives the same bits."""
+    w = torch.randn(2, 256, 384, generator=gen)
+    q, turned = ops.quantize_weights_both_ways(w, torch.bfloat16)
+    for got, want in (
+        (q, ops.quantize_weights(w.bfloat16())),
+        (turned, ops.quantize_weights(w.bfloat16().transpose(1, 2))),
+    ):
+        assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
+        assert torch.equal(got.scale_inv, want.scale_inv)
+    assert not torch.equal(q.float32(), ops.quantize_weights(w).float32()), "rounded first"
+
+
 def test_quantize_refuses_what_it_was_not_made_for():
     with pytest.raises(TypeError, match="float64"):
         ops.quantize(torch.zeros(2, 128, dtype=torch.float64), COMPACT)
@@ -666,7 +679,7 @@ def test_plain_grouped_matmuls(dtype, gen):
     for got, expected in (
         (ops.grouped_mm(x, w, offsets), y),
         (ops.grouped_mm_dgrad(dy, w, offsets), dx),
-        (ops.grouped_mm_wgrad(dy, x, offsets), dw),
+        (ops.grouped_mm_wgrad(dy, x, offsets, dy.dtype), dw),
     ):
         assert got.dtype is dtype
         assert torch.equal(got, expected)
@@ -674,7 +687,9 @@ def test_plain_grouped_matmuls(dtype, gen):
 
 def test_wgrad_operands_must_agree():
     with pytest.raises(ValueError, match="rows"):
-        ops.grouped_mm_wgrad(torch.zeros(4, 2), torch.zeros(3, 2), torch.tensor([0, 4]))
+        ops.grouped_mm_wgrad(
+            torch.zeros(4, 2), torch.zeros(3, 2), torch.tensor([0, 4]), torch.float32
+        )
 
 
 # SwiGLU

@@ -154,7 +154,7 @@ def test_flops_agree_with_pytorchs_own_counter():
     """FlopCounterMode sees the matrix products that run. The formula differs in two ways:
 
     - it halves attention for the causal mask, where the counter sees the whole score matrix;
-    - experts run on rows that are padded with zeros to a multiple of 16, which it leaves out.
+    - experts run on rows that are padded with zeros to a multiple of 64, which it leaves out.
     """
     config = configure("parallel.expert_parallel=1", "moe.shared_ffn_hidden_size=128")
     (found,) = run_ranks(1, counted_flops, config)
@@ -166,7 +166,7 @@ def test_flops_agree_with_pytorchs_own_counter():
     expert_row = 3 * 2 * 3 * model.hidden_size * moe.ffn_hidden_size
     padding, rest = divmod(found - wanted, expert_row)
     assert rest == 0
-    assert 0 <= padding <= model.num_layers * moe.num_experts * 15
+    assert 0 <= padding <= model.num_layers * moe.num_experts * 63
 
 
 def clipped(rank: int, config: Config) -> SimpleNamespace:

@@ -1,9 +1,13 @@
-"""Learning rates and weight-decay groups."""
+"""Learning rates, weight-decay groups, and clipping inside the optimizer."""
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+from tests.ranks import run_ranks
+from train import parallel
 from train.config import OptimConfig
 from train.optim import build_optimizer, learning_rate
 
@@ -46,3 +50,28 @@ def test_vectors_do_not_decay():
     optimizer.step()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert changed == [True, False, False]
+
+
+def clip_twice(rank: int) -> list[torch.Tensor]:
+    """Two steps with gradients that need clipping and one that does not, both ways to clip."""
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Linear(8, 8, bias=False)
+        model.weight = nn.Parameter(DTensor.from_local(torch.randn(8, 8), mesh, [Shard(0)]))
+        optimizer = build_optimizer(model, OptimConfig(lr=0.1, clip_grad=1.0), fused=fused)
+        for size in (3.0, 0.01, 5.0):
+            gradient = torch.randn(8, 8) * size
+            want = float(gradient.norm())
+            model.weight.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+            norm = parallel.clip_gradients([model.weight], 1.0, optimizer)
+            assert float(norm) == pytest.approx(want, rel=1e-5)
+            optimizer.step()
+        results.append(model.weight.detach().to_local())  # type: ignore[attr-defined]
+    return results
+
+
+def test_a_fused_optimizer_clips_as_it_reads():
+    ((plain, fused),) = run_ranks(1, clip_twice)
+    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)

@@ -170,13 +170,12 @@ def test_grouped_linear(te, counts):
     w = torch.stack([normal(n, k, seed=3 + e) for e in range(experts)]).cuda()
 
     ours, theirs = linear.Fp8Linear, te.Fp8Linear
-    weights = theirs.prepare_weights(w, te)
+    weights, turned = theirs.prepare_weights(w, w.dtype, te)
     y, x_kept = theirs.forward(x, weights, offsets, te)
-    dx, dy_kept = theirs.backward(dy, theirs.transpose_weights(weights), offsets, te)
+    dx, dy_kept = theirs.backward(dy, turned, offsets, te)
     dw = theirs.wgrad(dy_kept, x_kept, offsets, torch.bfloat16, te)
 
-    squares = ours.prepare_weights(w, reference)
-    transposed = ours.transpose_weights(squares)
+    squares, transposed = ours.prepare_weights(w, w.dtype, reference)
     want_y, want_x_kept = exact(reference.grouped_gemm, x, squares, offsets)
     want_dx, want_dy_kept = exact(reference.grouped_gemm, dy, transposed, offsets)
     want_dw = reference.grouped_gemm_wgrad(want_dy_kept, want_x_kept, offsets, torch.float32)
@@ -184,7 +183,7 @@ def test_grouped_linear(te, counts):
     size_y = magnitudes(x, squares, offsets)
     size_dx = magnitudes(dy, transposed, offsets)
     size_dw = reference.grouped_mm_wgrad(
-        want_dy_kept.float32().t().abs(), want_x_kept.float32().t().abs(), offsets
+        want_dy_kept.float32().t().abs(), want_x_kept.float32().t().abs(), offsets, torch.float32
     )
     for got, want, size in ((y, want_y, size_y), (dx, want_dx, size_dx), (dw, want_dw, size_dw)):
         assert got.dtype == torch.bfloat16

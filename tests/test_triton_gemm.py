@@ -81,7 +81,8 @@ def assert_close(got, exact, magnitude, terms, tensor_core_bits=24):
 
     A GPU's tensor cores do worse than float32 on FP8: they line 32 products, and what they are
     added to, up with the largest and cut off what is below 2^-13 of it, four times in a block of
-    128. That is allowed for as eight times 2^-13 of all magnitudes.
+    128. That is allowed for as eight times 2^-13 of all magnitudes, and where both operands have
+    scales along the sum, as twice that: up to 0.9 of the former was seen there.
     """
     error = (got.double() - exact).abs()
     bound = terms * 2.0**-24 * magnitude
@@ -111,7 +112,7 @@ def test_grouped_gemm(device, kind, layout, out_dtype, n, k):
 
 
 @pytest.mark.parametrize("tiling", [
-    Tiling(rows=64, warps=4, per_sm=2), Tiling(flatten=True, group=1),
+    Tiling(rows=128, warps=8, per_sm=1), Tiling(flatten=False, group=1),
 ])  # fmt: skip
 def test_tilings_agree(device, tiling):
     """The same sums in the same order, whatever the tiles."""
@@ -176,6 +177,22 @@ def test_grouped_wgrad(device, kind, scaled, n, k):
 
 
 @pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(256, 384), (200, 264), (8, 8)])
+def test_grouped_mm_wgrad(device, kind, dtype, n, k):
+    """Also where tiles end beyond the matrix, which must not write the next expert's."""
+    offsets, real = segments(kind, device)
+    dy, x = (rows_of(real, size, device, torch.bfloat16) for size in (n, k))
+    dw = ops.grouped_mm_wgrad(dy, x, offsets, dtype)
+    assert (dw.shape, dw.dtype) == ((len(COUNTS[kind]), n, k), dtype)
+    a, b = float64(dy), float64(x)
+    exact, size = sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs)
+    assert_close(dw, exact, size, 2 * max(COUNTS[kind]) + 256)
+    for expert, count in enumerate(COUNTS[kind]):
+        assert count or (dw[expert] == 0).all()
+
+
+@pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("layouts", [list(Layout), list(Layout)[::-1]])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_grouped_gemm_wgrad(device, kind, layouts, out_dtype):
@@ -189,7 +206,7 @@ def test_grouped_gemm_wgrad(device, kind, layouts, out_dtype):
     terms = max(COUNTS[kind]) + 128
     assert_close(
         dw, sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs), terms,
-        13 if device == "cuda" else 24,
+        12 if device == "cuda" else 24,
     )  # fmt: skip
     for expert, count in enumerate(COUNTS[kind]):
         assert count or (dw[expert] == 0).all()
@@ -204,7 +221,7 @@ def test_grouped_mm(device, kind):
     w = weights(len(COUNTS[kind]), n, k, device, torch.bfloat16)
     y = ops.grouped_mm(x, w, offsets)
     dx = ops.grouped_mm(dy, w.transpose(1, 2), offsets)
-    dw = ops.grouped_mm_wgrad(dy, x, offsets)
+    dw = ops.grouped_mm_wgrad(dy, x, offsets, torch.bfloat16)
     assert torch.equal(dx, ops.grouped_mm_dgrad(dy, w, offsets))
     assert (y.shape, dx.shape, dw.shape) == (dy.shape, x.shape, w.shape)
     a, b, c = float64(x), float64(w), float64(dy)
@@ -220,20 +237,28 @@ def test_grouped_mm(device, kind):
 
 @pytest.mark.parametrize("name", ["HighPrecisionLinear", "Fp8Linear", "DirectLinear"])
 def test_linear_layers_go_as_with_the_reference(device, name):
-    """The classes that paths use, forward and backward, by the kernels and by the reference."""
+    """The classes that paths use, forward and backward, by the kernels and by the reference.
+
+    SwiGLU and the down-projection, and back through both, from weights in float32.
+    """
     offsets, real = segments("ragged", device)
-    n, k = 256, 384
-    dy = rows_of(real, n, device, torch.bfloat16)
-    x = rows_of(real, k, device, torch.bfloat16)
-    w = weights(5, n, k, device, torch.bfloat16)
+    hidden, ffn = 384, 256
+    h = rows_of(real, 2 * ffn, device, torch.bfloat16)
+    da = rows_of(real, ffn, device, torch.bfloat16)
+    probs = torch.rand(h.shape[0], device=device)
+    w_down = weights(5, hidden, ffn, device, torch.float32)
+    w_up = weights(5, 2 * ffn, hidden, device, torch.float32)
 
     def by(module):
         linear = getattr(module, name)
-        prepared = linear.prepare_weights(w, module)
-        y, x_kept = linear.forward(x, prepared, offsets, module)
-        dx, dy_kept = linear.backward(dy, linear.transpose_weights(prepared), offsets, module)
-        x_kept = x if x_kept is None else x_kept
-        return y, dx, linear.wgrad(dy_kept, x_kept, offsets, torch.bfloat16, module)
+        forward, _ = linear.prepare_weights(w_down, h.dtype, module)
+        _, backward = linear.prepare_weights(w_up, h.dtype, module)
+        y, kept = linear.down(h, probs, forward, offsets, module)
+        dh, a_kept, dprobs = linear.down_backward(da, h, probs, kept, module)
+        dx, dh_kept = linear.backward(dh, backward, offsets, module)
+        if a_kept is None:
+            return y, dx, dprobs
+        return y, dx, dprobs, linear.wgrad(dh_kept, a_kept, offsets, torch.bfloat16, module)
 
     for got, expected in zip(by(ops), by(reference), strict=True):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
@@ -258,4 +283,4 @@ def test_refusals(device):
     with pytest.raises(TypeError, match="bfloat16"):
         ops.grouped_wgrad(rows, rows, offsets, torch.bfloat16)
     with pytest.raises(ValueError, match="rows"):
-        ops.grouped_mm_wgrad(rows.bfloat16(), rows[:64].bfloat16(), offsets)
+        ops.grouped_mm_wgrad(rows.bfloat16(), rows[:64].bfloat16(), offsets, torch.bfloat16)

@@ -126,6 +126,22 @@ def test_quantize_weights(device, dtype, power_of_two, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 256, 384), (1, 128, 128), (0, 128, 256)])
+def test_quantize_weights_both_ways(device, dtype, shape):
+    """Rounding to bfloat16 first is part of it: master weights are float32."""
+    w = torch.randn(*shape, generator=generator())
+    if w.numel():
+        w[0, :128, :128] = 0
+        w[-1, -1, -1] = NAN
+    w = w.to(dtype).to(device)
+    for rounded in DTYPES:
+        got = kernels.quantize_weights_both_ways(w, rounded)
+        want = reference.quantize_weights_both_ways(w, rounded)
+        for one, other in zip(got, want, strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_dequantize(device, dtype, power_of_two, rows):

@@ -108,9 +108,11 @@ class Checkpointer:
         }
         own = {"rng": rng.state(self.ranks.device), "metrics": metrics}
         writer = _Writer(final, self.config, about, self.ranks.rank, own)
-        self._pending = dcp.async_save(
+        pending = dcp.async_save(
             {"training": self.training}, storage_writer=writer, process_group=self.group
         )
+        assert isinstance(pending, Future)  # another kind has to be asked for
+        self._pending = pending
         self._stalls.append(time.perf_counter() - begin)
 
     def metrics(self) -> dict[str, float]:
@@ -260,6 +262,7 @@ FREE = {
     *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
     *("train.deterministic", "train.on_nonfinite"),
     *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
+    *("train.profile", "train.profile_every", "train.trace_step"),
     "data.workers",
 }
 """Sections and keys that may change when a run goes on. What `train.micro_batch` and

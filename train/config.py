@@ -100,6 +100,20 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
     the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
+    profile: bool = False
+    """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
+    GEMMs, combine, communication, optimizer."""
+    profile_every: PositiveInt = 10
+    """Of the lines of metrics, one in so many has these times."""
+    trace_step: NonNegativeInt = 0
+    """A step to record as a Chrome trace, `trace.json.gz` in the run's folder; 0 for none. Open it
+    in chrome://tracing or Perfetto."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.trace_step > self.steps:
+            raise ValueError(f"trace_step={self.trace_step} is after the last, steps={self.steps}")
+        return self
 
 
 class DataConfig(Section):
@@ -183,6 +197,15 @@ class Config(Section):
     def global_batch(self, world_size: int) -> int:
         """Sequences per optimizer step."""
         return self.train.global_batch or self.train.micro_batch * world_size
+
+    def tokens_per_step(self, world_size: int) -> int:
+        """Tokens that an optimizer step learns from, over all ranks."""
+        return self.global_batch(world_size) * self.model.seq_len
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder."""
+        return Path(self.run.dir) / self.run.name
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""

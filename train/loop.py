@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from train.metrics import Meter, MetricsFile, peak_bf16_flops
 from train.nonfinite import LossGuard
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.parallel import Ranks
+from train.profiling import PartMaker, StepProfiler, untimed
 from train.progress import Progress
 from train.safety import Safety
 from train.tracking import Tracker
@@ -41,7 +43,7 @@ def check(config: Config) -> None:
     reason = why_not(config.model, config.moe, device, config.parallel.expert_parallel)
     if reason:
         raise ConfigError(reason)
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir = config.run_dir
     checkpoint.check_same_run(run_dir, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def train(config: Config, corpus: Corpus) -> None:
     """Train to `config.train.steps`, from the run folder's newest checkpoint if it has one."""
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir = config.run_dir
     found = checkpoint.newest(run_dir / "checkpoints")
     if found and found[0] >= config.train.steps:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -108,13 +110,13 @@ def train(config: Config, corpus: Corpus) -> None:
 
     checkpointer = Checkpointer(run_dir, config, ranks, model, optimizer)
     first_step, metrics_so_far = checkpointer.restore()
-    step_metrics = _StepMetrics(model, config, ranks.world_size)
+    step_metrics = _StepMetrics(model, config.accumulation(ranks.world_size))
     if metrics_so_far:
         step_metrics.load_state(metrics_so_far)
 
     environment = describe_environment(ranks.device, ranks.world_size)
     count = flops.count(config.model, config.moe)
-    tokens_per_step = step_metrics.tokens_per_step
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
     peak = peak_bf16_flops(environment["device_name"]) if device == "cuda" else None
     meter = Meter(
         count.flops_per_token, ranks.world_size, ranks.device, config.train.warmup_steps, peak
@@ -175,29 +177,35 @@ def _train_steps(
     first_step: int,
 ) -> None:
     """The steps from `first_step` on. Raises Preempted after a step at which it is to stop."""
-    tokens_per_step = step_metrics.tokens_per_step
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
+    profiler = StepProfiler(model, config.train, ranks.device, config.run_dir, ranks.is_first)
     batches = corpus.train_batches(ranks.rank, ranks.world_size, first_step)
     meter.start()
     for step in range(first_step, config.train.steps):
         rate = learning_rate(step, config.train.steps, config.optim)
         set_learning_rate(optimizer, rate)
         safety.loss.begin(step)
-        data_seconds = _step(model, optimizer, batches, config, ranks, step_metrics, safety.loss)
-        meter.step(tokens_per_step, data_seconds)
-
         done = step + 1
         is_last = done == config.train.steps
+        is_logged = done % config.train.log_every == 0 or is_last
+        traced = profiler.traces(done)
+        with meter.pause() if traced else nullcontext(), profiler.step(done, is_logged) as part:
+            data_seconds = _step(
+                model, optimizer, batches, config, ranks, step_metrics, safety.loss, part
+            )
+        if not traced:
+            meter.step(tokens_per_step, data_seconds)
+
         stopping = safety.stop.agreed()
-        logging = done % config.train.log_every == 0 or is_last
         every = config.train.valid_every
         validating = every and (done % every == 0 or is_last)
         every = config.checkpoint.every
         saving = is_last or stopping or (every and done % every == 0)
-        if logging or validating or saving:
+        if is_logged or validating or saving:
             safety.loss.check()
         metrics: dict[str, float] = {}
-        if logging:
-            metrics |= step_metrics.collect(rate) | meter.interval()
+        if is_logged:
+            metrics |= step_metrics.collect(rate) | meter.interval() | profiler.metrics()
             metrics |= safety.checkpointer.metrics()
         if validating:
             with meter.pause():
@@ -220,12 +228,15 @@ def _step(
     ranks: Ranks,
     metrics: "_StepMetrics",
     guard: LossGuard,
+    part: PartMaker = untimed,
 ) -> float:
-    """One optimizer step; returns the seconds it waited for data."""
+    """One optimizer step; returns the seconds it waited for data. `part` times parts of it."""
     accumulation = config.accumulation(ranks.world_size)
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
+    # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
     MoEAuxLossAutoScaler.set_loss_scale(
-        torch.tensor(1 / (accumulation * ranks.world_size), device=ranks.device)
+        torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
     data_seconds = 0.0
     total = torch.zeros((), device=ranks.device)
@@ -236,19 +247,21 @@ def _step(
         batch = batch.to(ranks.device)
         # Gradients travel once a step, with the last micro-batch.
         model.set_requires_gradient_sync(micro_batch == accumulation - 1)
-        loss = _losses(model, batch, config).sum() / metrics.tokens_per_step
+        loss = _losses(model, batch, config).sum() / tokens_per_step
         loss.backward()
         guard.note(micro_batch, loss)
         total += loss.detach()
-    norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad)
-    guard.note(accumulation, norm)
-    if guard.skips_this_step():
-        metrics.skipped += 1
-    else:
-        metrics.loss += total
-        metrics.grad_norm = norm
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with part("optimizer"):
+        norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
+        guard.note(accumulation, norm)
+        if guard.skips_this_step():
+            metrics.skipped += 1
+        else:
+            metrics.loss += total
+            metrics.grad_norm = norm
+            optimizer.step()
+            model.forget_prepared_weights()
+        optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     return data_seconds
 
@@ -283,11 +296,10 @@ class _StepMetrics:
     Reading a number off a GPU waits for all the work queued on it.
     """
 
-    def __init__(self, model: GPT, config: Config, world_size: int) -> None:
+    def __init__(self, model: GPT, accumulation: int) -> None:
         self.layers = model.moe_layers()
         self.runtime = model.runtime
-        self.accumulation = config.accumulation(world_size)
-        self.tokens_per_step = config.global_batch(world_size) * config.model.seq_len
+        self.accumulation = accumulation
         self.steps = 0
         self.skipped = 0
         self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
@@ -301,6 +313,7 @@ class _StepMetrics:
             "moe/max_expert_load": self._max_expert_load(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
+            "moe/dropped_rows": self._dropped_rows(),
         }
         if self.steps > self.skipped:
             metrics["loss/train"] = float(self.loss) / (self.steps - self.skipped)
@@ -330,7 +343,7 @@ class _StepMetrics:
                 name: entry["values"].to("cpu", copy=True)
                 for name, entry in get_moe_layer_wise_logging_tracker().items()
             },
-            "counts": vars(self.runtime.counts).copy(),
+            "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
             "relayouts": vars(relayouts).copy(),
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
         }
@@ -345,7 +358,9 @@ class _StepMetrics:
         tracker = get_moe_layer_wise_logging_tracker()
         for name, values in state["auxiliary"].items():
             tracker[name] = {"values": values.to(device)}
-        vars(self.runtime.counts).update(state["counts"])
+        for name, value in state["counts"].items():
+            here = value.to(device) if isinstance(value, torch.Tensor) else value
+            setattr(self.runtime.counts, name, here)
         vars(relayouts).update(state["relayouts"])
         self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
 
@@ -357,6 +372,12 @@ class _StepMetrics:
         dist.all_reduce(sent)
         return float(sent) / self.steps / 2**20
 
+    def _dropped_rows(self) -> float:
+        """Copies of tokens that found no room with their experts, in one step of all ranks."""
+        dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
+        dist.all_reduce(dropped)
+        return float(dropped) / self.steps
+
     def _max_expert_load(self) -> float:
         """Tokens of the busiest expert over the mean, in the layer where that is worst."""
         load = torch.stack([layer.expert_load for layer in self.layers])
@@ -365,6 +386,10 @@ class _StepMetrics:
             layer.expert_load.zero_()
         load = load.double()
         return float((load.amax(1) / load.mean(1)).max())
+
+
+def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 class _Recorder:

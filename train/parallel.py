@@ -7,7 +7,9 @@ there are world / expert_parallel replicas of each expert:
                                          [2, 3]]      columns: replicas of the same experts
                                                       (`expert_dp`)
 
-What every rank has is sharded by FSDP2 over all ranks, experts over their replicas.
+What every rank has is sharded by FSDP2 over all ranks, experts over their replicas. Where there is
+one replica, as on the usual machine whose GPUs are one expert-parallel group, nothing is left to
+shard and FSDP stays out of the way: it would copy and cast every weight and gradient all the same.
 """
 
 import datetime
@@ -51,6 +53,9 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # TF32 for the only float32 GEMMs, the router's: its input and weights are bfloat16 values,
+        # which TF32 holds exactly, and without it they run outside the tensor cores.
+        torch.set_float32_matmul_precision("high")
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
@@ -100,31 +105,40 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    replicas = ranks.mesh["expert_dp"]
+    ours: set[nn.Parameter] = set()  # not FSDP's
     for layer in model.decoder.layers:
         experts = layer.mlp.experts
         for name, parameter in list(experts.named_parameters()):
             # A DTensor knows its place among all experts, so a checkpoint can be cut anew.
             spread = DTensor.from_local(parameter.detach(), ranks.mesh["ep"], [Shard(0)])
             experts.register_parameter(name, nn.Parameter(spread))
-        # Replicas cut the rows of each expert's matrices, since dimension 0 is cut by `ep`.
-        fully_shard(
-            experts,
-            mesh=ranks.mesh["expert_dp"],
-            shard_placement_fn=lambda parameter: Shard(1),
-            **options,
-        )
-        fully_shard(layer, mesh=ranks.data_mesh, **options)
-    fully_shard(model, mesh=ranks.data_mesh, **options)
+        if replicas.size() == 1:
+            ours.update(experts.parameters())
+        else:
+            # Replicas cut the rows of each expert's matrices: dimension 0 is cut by `ep`.
+            fully_shard(
+                experts,
+                mesh=replicas,
+                shard_placement_fn=lambda parameter: Shard(1),
+                **options,
+            )
+        fully_shard(layer, mesh=ranks.data_mesh, ignored_params=ours, **options)
+    fully_shard(model, mesh=ranks.data_mesh, ignored_params=ours, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: list[nn.Parameter], max_norm: float, optimizer: torch.optim.Optimizer | None = None
+) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: never).
 
-    Returns the norm before clipping, float32 on this device and the same on every rank.
+    A fused `optimizer` is told the factor and applies it as it reads the gradients, which saves a
+    pass over them. Returns the norm before clipping, float32 on this device and the same on every
+    rank.
     """
     gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     assert gradients, "no gradients to clip"
@@ -133,8 +147,11 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     dist.all_reduce(total)
     total = total.sqrt()
     if max_norm > 0:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)  # type: ignore[attr-defined]
+        excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
+        if optimizer is not None and optimizer.defaults.get("fused"):
+            optimizer.grad_scale = excess  # type: ignore[attr-defined]  # it divides by this
+        else:
+            torch._foreach_mul_(gradients, excess.reciprocal())  # type: ignore[attr-defined]
     return total
 
 

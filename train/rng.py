@@ -1,7 +1,7 @@
 """The random states of this process.
 
-Training draws little: dropout is off, and data order follows from seed and step. `moe.force_balance`
-routes by them.
+Training draws little: dropout is off, and data order follows from seed and step.
+`moe.force_balance` routes by them.
 """
 
 import random

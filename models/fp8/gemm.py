@@ -53,7 +53,8 @@ def grouped_gemm_wgrad(
     """
     if (offsets % BLOCK).any():
         raise ValueError(f"offsets must be multiples of {BLOCK}, got {offsets.tolist()}")
-    return grouped_mm_wgrad(dy_t.float32().t(), x_t.float32().t(), offsets).to(out_dtype)
+    dw = grouped_mm_wgrad(dy_t.float32().t(), x_t.float32().t(), offsets, torch.float32)
+    return dw.to(out_dtype)
 
 
 def grouped_wgrad(
@@ -62,13 +63,14 @@ def grouped_wgrad(
     offsets: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """wgrad in `dtype` from rows: `dy [P, N]`, `x [P, K]` to `[E, N, K]`.
+    """wgrad from rows: `dy [P, N]`, `x [P, K]` to `[E, N, K]` in `dtype`.
 
-    An operand in FP8 blocks along its rows is dequantized first; with power-of-two scales that is
-    exact in bfloat16. Errors as `grouped_mm_wgrad`.
+    An operand in FP8 blocks along its rows is dequantized first, to the dtype of the other; with
+    power-of-two scales that is exact, in bfloat16 too. Errors as `grouped_mm_wgrad`.
     """
-    dy, x = (t.float32().to(dtype) if isinstance(t, BlockScaledTensor) else t for t in (dy, x))
-    return grouped_mm_wgrad(dy, x, offsets)
+    high = next((t.dtype for t in (dy, x) if isinstance(t, Tensor)), dtype)
+    dy, x = (t.float32().to(high) if isinstance(t, BlockScaledTensor) else t for t in (dy, x))
+    return grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -90,17 +92,17 @@ def grouped_mm_dgrad(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """wgrad without FP8: `dy [P, N]`, `x [P, K]` to `[E, N, K]`; zeros for an expert without rows.
+def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """wgrad without FP8: `dy [P, N]`, `x [P, K]` to `[E, N, K]` in `dtype`, rounded once.
 
-    Raises ValueError if shapes and offsets do not fit.
+    Zeros for an expert without rows. Raises ValueError if shapes and offsets do not fit.
     """
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")
     experts = offsets.numel() - 1
-    out = x.new_zeros(experts, dy.shape[1], x.shape[1])
+    out = x.new_zeros(experts, dy.shape[1], x.shape[1], dtype=dtype)
     for expert, rows in _segments(offsets, x.shape[0], experts):
-        out[expert] = dy[rows].t() @ x[rows]
+        out[expert] = dy[rows].to(dtype).t() @ x[rows].to(dtype)
     return out
 
 

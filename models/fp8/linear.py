@@ -3,14 +3,19 @@
 A path names its class in `LINEAR`; `ops` has the class, these here or a faster one.
 
 P rows of all local experts lie together, those of expert e from `offsets[e]` to `offsets[e + 1]`.
-Weights are [E, N, K]. Each class has the same five functions:
+Weights are [E, N, K]. Each class has the same functions:
 
-    prepare_weights   weights as the GEMMs want them, once per forward pass
-    transpose_weights the same, transposed, for dgrad
-    forward           y [P, N] = x [P, K] @ w.T, and what to keep of x until the backward pass;
-                      None if x is to be computed again
-    backward          dx = dy @ w (w comes transposed), and what `wgrad` needs of dy right after
-    wgrad             dw [E, N, K] = dy.T @ x from what the others kept
+    prepare_weights   weights as the GEMMs want them, for the forward and for the backward pass:
+                      once an optimizer step
+    forward           y [P, N] = x [P, K] @ w.T, and what to keep of x until the backward pass
+    down              SwiGLU and the down-projection: h [P, 2F] to [P, H], and what to keep; None if
+                      `down_backward` computes it again
+    down_backward     da [P, F] to dh as `backward` takes it, what `wgrad` needs of SwiGLU's result,
+                      and dprobs [P]
+    backward          dx = dy @ w, and what `wgrad` needs of dy right after
+    wgrad             dw [E, N, K] = dy.T @ x, in the dtype asked for, from what the others kept
+
+`NEEDS_SEGMENTS_ON_HOST` says that the host must know `offsets`, and so waits for the device.
 """
 
 from typing import Any
@@ -24,23 +29,35 @@ from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
 class HighPrecisionLinear:
     """Everything in the dtype of x."""
 
-    @staticmethod
-    def prepare_weights(w: Tensor, ops: Any) -> Tensor:
-        return w
+    NEEDS_SEGMENTS_ON_HOST = False
 
     @staticmethod
-    def transpose_weights(w: Tensor) -> Tensor:
-        return w.transpose(1, 2)
+    def prepare_weights(w: Tensor, dtype: torch.dtype, ops: Any) -> tuple[Tensor, Tensor]:
+        w = w.to(dtype)
+        return w, w.transpose(1, 2)
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, offsets: Tensor, ops: Any) -> tuple[Tensor, Tensor]:
         return ops.grouped_mm(x, w, offsets), x
 
+    @staticmethod
+    def down(
+        h: Tensor, probs: Tensor, w: Tensor, offsets: Tensor, ops: Any
+    ) -> tuple[Tensor, Tensor]:
+        return ops.HighPrecisionLinear.forward(ops.swiglu(h, probs), w, offsets, ops)
+
+    @staticmethod
+    def down_backward(
+        da: Tensor, h: Tensor, probs: Tensor, kept: Any, ops: Any
+    ) -> tuple[Tensor, Any, Tensor]:
+        dh, dprobs = ops.swiglu_backward(da, h, probs)
+        return dh, kept, dprobs
+
     backward = forward
 
     @staticmethod
     def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype, ops: Any) -> Tensor:
-        return ops.grouped_mm_wgrad(dy, x, offsets)
+        return ops.grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
 class Fp8Linear:
@@ -50,17 +67,14 @@ class Fp8Linear:
     in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
     """
 
-    @staticmethod
-    def prepare_weights(w: Tensor, ops: Any) -> BlockScaledWeights:
-        return ops.quantize_weights(w)
+    NEEDS_SEGMENTS_ON_HOST = False
 
     @staticmethod
-    def transpose_weights(w: BlockScaledWeights) -> BlockScaledWeights:
-        # FP8 tensor cores want the summed dimension last, so the bytes really move. Square blocks
-        # stay square: this is exact.
-        return BlockScaledWeights(
-            w.data.transpose(1, 2).contiguous(), w.scale_inv.transpose(1, 2).contiguous()
-        )
+    def prepare_weights(
+        w: Tensor, dtype: torch.dtype, ops: Any
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+        # FP8 tensor cores want the summed dimension last, so dgrad needs the bytes transposed.
+        return ops.quantize_weights_both_ways(w, dtype)
 
     @staticmethod
     def forward(
@@ -70,6 +84,11 @@ class Fp8Linear:
         columns = ops.quantize_columns(x, Layout.GEMM_READY)
         return ops.grouped_gemm(rows, w, offsets, x.dtype), columns
 
+    @staticmethod
+    def down(h: Tensor, probs: Tensor, w: Any, offsets: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.Fp8Linear.forward(ops.swiglu(h, probs), w, offsets, ops)
+
+    down_backward = HighPrecisionLinear.down_backward
     backward = forward
 
     @staticmethod
@@ -86,24 +105,38 @@ class Fp8Linear:
 class DirectLinear:
     """Nothing is quantized twice, and for wgrad nothing is quantized at all.
 
-    fprop and dgrad are FP8 GEMMs that take COMPACT scales. wgrad sums over tokens, along which
-    nothing has a scale. It is a high-precision product: of what arrived in FP8, dequantized for
-    it; of the gradient, which is there when wgrad runs; and of the input, which the caller
-    computes again, so that none of it is kept.
+    fprop and dgrad are FP8 GEMMs that take COMPACT scales, and what computes their input writes it
+    in FP8 at once. wgrad sums over tokens, along which nothing has a scale. It is a high-precision
+    product: of what arrived in FP8, dequantized for it; of the gradient, which is there when wgrad
+    runs; and of SwiGLU's result, which its backward pass computes again, so that none of it is
+    kept. There is no `forward`: a path calls `ops.grouped_gemm` with what it permuted.
     """
 
+    NEEDS_SEGMENTS_ON_HOST = False
+
     prepare_weights = Fp8Linear.prepare_weights
-    transpose_weights = Fp8Linear.transpose_weights
 
     @staticmethod
-    def forward(x: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any) -> tuple[Tensor, None]:
-        return ops.grouped_gemm(ops.quantize(x, Layout.COMPACT), w, offsets, x.dtype), None
+    def down(
+        h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
+    ) -> tuple[Tensor, None]:
+        a = ops.swiglu_quantize(h, probs, Layout.COMPACT)
+        return ops.grouped_gemm(a, w, offsets, h.dtype), None
+
+    @staticmethod
+    def down_backward(
+        da: Tensor, h: Tensor, probs: Tensor, kept: None, ops: Any
+    ) -> tuple[tuple[Tensor, BlockScaledTensor], Tensor, Tensor]:
+        dh, quantized, dprobs, a = ops.swiglu_backward_quantize(da, h, probs, Layout.COMPACT)
+        return (dh, quantized), a, dprobs
 
     @staticmethod
     def backward(
-        dy: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
+        dy: tuple[Tensor, BlockScaledTensor], w: BlockScaledWeights, offsets: Tensor, ops: Any
     ) -> tuple[Tensor, Tensor]:
-        return ops.grouped_gemm(ops.quantize(dy, Layout.COMPACT), w, offsets, dy.dtype), dy
+        high_precision, quantized = dy
+        dx = ops.grouped_gemm(quantized, w, offsets, high_precision.dtype)
+        return dx, high_precision
 
     @staticmethod
     def wgrad(

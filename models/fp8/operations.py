@@ -48,14 +48,8 @@ def why_not(path: PathName, device: str) -> str | None:
     """Why a path cannot run on a device of this machine, in one line; None if it can."""
     if device == "cpu":
         return None
-    if path != "bf16":
-        capability = torch.cuda.get_device_capability()
-        if capability < FP8_CAPABILITY:
-            return (
-                f"{torch.cuda.get_device_name()} has compute capability "
-                f"{'.'.join(map(str, capability))}, and FP8 in blocks needs 9.0 (Hopper); "
-                "set moe.path=bf16"
-            )
+    if path != "bf16" and (reason := why_no_fp8(device)) is not None:
+        return f"{reason}; set moe.path=bf16"
     # Attention and dense layers are TransformerEngine's on a GPU, whatever the path.
     for package in ("triton", "transformer_engine.pytorch"):
         try:
@@ -63,6 +57,19 @@ def why_not(path: PathName, device: str) -> str | None:
         except Exception as error:  # a package for another CUDA fails in its own ways
             state = "is missing" if _is_missing(error, package) else f"does not load ({error})"
             return f"{package.partition('.')[0]} {state}; pip install -r requirements-gpu.txt"
+    return None
+
+
+def why_no_fp8(device: str) -> str | None:
+    """Why a device of this machine has no FP8 tensor cores, in one line; None if it has."""
+    if device == "cpu":
+        return "a CPU has no FP8 arithmetic"
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability "
+            f"{'.'.join(map(str, capability))}, and FP8 in blocks needs 9.0 (Hopper)"
+        )
     return None
 
 

@@ -72,8 +72,11 @@ __all__ = [
     "quantize",
     "quantize_columns",
     "quantize_weights",
+    "quantize_weights_both_ways",
     "swiglu",
     "swiglu_backward",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
     "transpose_scaled",
     "unpermute",
     "unpermute_probs",
@@ -137,6 +140,38 @@ def quantize_weights(
     scale = _scale_from_amax(_amax(blocks, (2, 4)), w.dtype, power_of_two, epsilon)
     data = _to_e4m3(blocks * scale[:, :, None, :, None]).view(padded.shape)[:, :n, :k]
     return BlockScaledWeights(data.contiguous(), scale.reciprocal())
+
+
+def quantize_weights_both_ways(
+    w: Tensor, dtype: torch.dtype
+) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+    """`quantize_weights` of `w [E, N, K]` rounded to `dtype`, and the same transposed, `[E, K, N]`.
+
+    Master weights are float32; rounding first gives the bits that quantizing a copy in the dtype of
+    the other GEMMs gives. Square blocks stay square, so transposing is exact.
+    """
+    q = quantize_weights(w.to(dtype))
+    transposed = BlockScaledWeights(
+        q.data.transpose(1, 2).contiguous(), q.scale_inv.transpose(1, 2).contiguous()
+    )
+    return q, transposed
+
+
+def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:
+    """`quantize(swiglu(h, probs), layout)`: `h [P, 2F]`, `probs [P]` float32 to `[P, F]`."""
+    return quantize(swiglu(h, probs), layout)
+
+
+def swiglu_backward_quantize(
+    da: Tensor, h: Tensor, probs: Tensor, layout: Layout
+) -> tuple[Tensor, BlockScaledTensor, Tensor, Tensor]:
+    """`swiglu_backward`, and what an FP8 backward pass needs next.
+
+    Returns `dh [P, 2F]` in h's dtype, the same quantized, `dprobs [P]`, and `a [P, F]`, which is
+    swiglu's result once more.
+    """
+    dh, dprobs = swiglu_backward(da, h, probs)
+    return dh, quantize(dh, layout), dprobs, swiglu(h, probs)
 
 
 def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ in `models/fp8/linear.py`: quantizing all experts at once, as its steps would ha
 what TransformerEngine does, since each expert's GEMM wants GEMM_READY scales of its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +38,7 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
+from models.fp8 import linear
 from models.fp8.rows import RowMap
 from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
 
@@ -181,17 +182,18 @@ class Fp8Linear:
     multiple of 8, and of 128 where a block of scales must not span two experts.
     """
 
-    @staticmethod
-    def prepare_weights(w: Tensor, ops: ModuleType | None = None) -> Weights:
-        experts, n, _ = w.shape
-        return Weights(
-            tex.split_quantize(w.flatten(0, 1), [n] * experts, [_WEIGHT_BOTH_WAYS] * experts)
-        )
+    NEEDS_SEGMENTS_ON_HOST = True
 
     @staticmethod
-    def transpose_weights(w: Weights) -> Weights:
-        # Quantizing wrote the transposed bytes too, so nothing moves.
-        return replace(w, transposed=not w.transposed)
+    def prepare_weights(
+        w: Tensor, dtype: torch.dtype, ops: ModuleType | None = None
+    ) -> tuple[Weights, Weights]:
+        experts, n, _ = w.shape
+        # One kernel an expert writes its bytes both ways.
+        quantized = tex.split_quantize(
+            w.to(dtype).flatten(0, 1), [n] * experts, [_WEIGHT_BOTH_WAYS] * experts
+        )
+        return Weights(quantized), Weights(quantized, transposed=True)
 
     @staticmethod
     def forward(
@@ -207,6 +209,8 @@ class Fp8Linear:
             part.update_usage(rowwise_usage=False, columnwise_usage=True)
         return out, Columns(quantized)
 
+    down = linear.Fp8Linear.down
+    down_backward = linear.Fp8Linear.down_backward
     backward = forward
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from models.fp8.tensor import relayouts
 
 
@@ -16,6 +18,8 @@ class Counts:
     """Activations that layers kept for the backward pass, in forward passes that have one. Weights
     are not counted: the FP8 paths also keep theirs quantized."""
     kept_passes: int = 0
+    dropped_rows: Tensor | int = 0
+    """Copies of tokens that found no room with their experts on this rank; on the device."""
 
     def metrics(self) -> dict[str, float]:
         """Per MoE layer and pass: relayouts of scales, and MiB of activations kept for backward."""
@@ -30,4 +34,5 @@ class Counts:
 
     def reset(self) -> None:
         self.forward_passes = self.backward_passes = self.kept_bytes = self.kept_passes = 0
+        self.dropped_rows = 0
         relayouts.reset()

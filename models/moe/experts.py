@@ -1,5 +1,6 @@
 """The experts of this rank: their weights, and the SwiGLU MLP between dispatch and combine."""
 
+import math
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -21,12 +22,21 @@ class Runtime:
     ops: Any  # the operations, from models/fp8/operations.py
     dispatcher: Dispatcher
     description: str = ""  # of both, for the user
+    capacity: float | None = None  # see `MoEConfig.capacity`; None where it does not apply
     counts: Counts = field(default_factory=Counts)
 
     @property
     def linear(self) -> Any:
         """The class that computes the experts' GEMMs."""
         return getattr(self.ops, self.path.LINEAR)
+
+    def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
+        """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
+        what rounding up each expert's rows may take. None where P is what arrives."""
+        if self.capacity is None:
+            return None
+        step = self.path.ROW_ALIGNMENT
+        return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
 
 
 class Experts(nn.Module):
@@ -41,12 +51,31 @@ class Experts(nn.Module):
         # The gate's rows first, then those of the up-projection: one GEMM makes both.
         self.up = nn.Parameter(torch.empty(local_experts, 2 * ffn, hidden, device=device))
         self.down = nn.Parameter(torch.empty(local_experts, hidden, ffn, device=device))
+        self._prepared: tuple[Any, Any] | None = None
 
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Tokens [T, H], their experts int64 [T, top_k], weights float32 [T, top_k] to [T, H]."""
-        return ExpertMLP.apply(
-            tokens, weights, _local(self.up), _local(self.down), expert_ids, self.runtime
-        )
+        """Tokens [T, H], their experts int64 [T, top_k], weights float32 [T, top_k] to [T, H].
+
+        Parameters may be in the tokens' dtype, as FSDP gathers them, or in float32.
+        """
+        up, down = _local(self.up), _local(self.down)
+        prepared = self._prepared
+        if prepared is None:
+            prepared = prepare_weights(up, down, tokens.dtype, self.runtime)
+            # Not what shares memory with a parameter: FSDP frees and refills that.
+            if prepared[0][0] is not up:
+                self._prepared = prepared
+        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, self.runtime, prepared)
+
+    def forget_prepared(self) -> None:
+        """The parameters have changed: quantize them anew when they are needed next."""
+        self._prepared = None
+
+
+def prepare_weights(up: Tensor, down: Tensor, dtype: torch.dtype, runtime: Runtime) -> Any:
+    """Both weights as the path's GEMMs want them, each for the forward and the backward pass."""
+    with torch.no_grad():
+        return tuple(runtime.linear.prepare_weights(w, dtype, runtime.ops) for w in (up, down))
 
 
 class ExpertMLP(torch.autograd.Function):
@@ -54,6 +83,8 @@ class ExpertMLP(torch.autograd.Function):
 
     Autograd must not see the inside: a differentiable float8 tensor would make the engine cast its
     gradient to float8 too. It also lets a path choose what is kept for the backward pass.
+
+    `up` and `down` are here for their gradients; what is computed with is `prepared`.
     """
 
     @staticmethod
@@ -65,16 +96,19 @@ class ExpertMLP(torch.autograd.Function):
         down: Tensor,
         expert_ids: Tensor,
         runtime: Runtime,
+        prepared: Any,
     ) -> Tensor:
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
-        trip = Trip(runtime.dispatcher, ops, expert_ids, weights, up.shape[0], path.ROW_ALIGNMENT)
-        up = linear.prepare_weights(up, ops)
-        down = linear.prepare_weights(down, ops)
-
-        h, x_kept = path.to_experts(tokens, up, trip, ops)
-        a = ops.swiglu(h, trip.probs)
-        y, a_kept = linear.forward(a, down, trip.rows.offsets, ops)
-        ctx.kept = (trip, h, x_kept, a_kept, up, down)
+        (up_forward, up_backward), (down_forward, down_backward) = prepared
+        max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], len(up))
+        trip = Trip(
+            runtime.dispatcher, ops, expert_ids, weights, len(up), path.ROW_ALIGNMENT, max_rows
+        )
+        h, x_kept = path.to_experts(tokens, up_forward, trip, ops)
+        if max_rows is not None:
+            runtime.counts.dropped_rows += trip.dropped_rows()
+        y, a_kept = linear.down(h, trip.probs, down_forward, trip.rows.offsets, ops)
+        ctx.kept = (trip, h, x_kept, a_kept, up_backward, down_backward, up.dtype)
         ctx.runtime = runtime
         runtime.counts.forward_passes += 1
         if any(ctx.needs_input_grad):
@@ -88,20 +122,18 @@ class ExpertMLP(torch.autograd.Function):
         runtime = ctx.runtime
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
         # Taken off ctx, so that memory is free after this layer and not after the whole backward.
-        (trip, h, x_kept, a_kept, up, down), ctx.kept = ctx.kept, None
+        (trip, h, x_kept, a_kept, up, down, dtype), ctx.kept = ctx.kept, None
         trip.phase = "backward"
         offsets = trip.rows.offsets
 
-        if a_kept is None:
-            a_kept = ops.swiglu(h, trip.probs)  # from h, which swiglu's own backward needs anyway
-        da, dy_kept = path.to_experts(grad, linear.transpose_weights(down), trip, ops)
-        d_down = linear.wgrad(dy_kept, a_kept, offsets, grad.dtype, ops)
-        dh, dprobs = ops.swiglu_backward(da, h, trip.probs)
-        dx, dh_kept = linear.backward(dh, linear.transpose_weights(up), offsets, ops)
-        d_up = linear.wgrad(dh_kept, x_kept, offsets, grad.dtype, ops)
+        da, dy_kept = path.to_experts(grad, down, trip, ops)
+        dh, a_kept, dprobs = linear.down_backward(da, h, trip.probs, a_kept, ops)
+        dx, dh_kept = linear.backward(dh, up, offsets, ops)
         d_tokens, d_weights = trip.bring_home_with(dx, dprobs)
+        d_down = linear.wgrad(dy_kept, a_kept, offsets, dtype, ops)
+        d_up = linear.wgrad(dh_kept, x_kept, offsets, dtype, ops)
         runtime.counts.backward_passes += 1
-        return d_tokens, d_weights, d_up, d_down, None, None
+        return d_tokens, d_weights, d_up, d_down, None, None, None
 
 
 def _local(parameter: Tensor) -> Tensor:

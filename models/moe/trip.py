@@ -32,23 +32,37 @@ class Trip:
         weights: Tensor,
         local_experts: int,
         row_alignment: int,
+        max_rows: int | None = None,
     ) -> None:
+        """With `max_rows` the host does not wait to know P: it is `max_rows`, a multiple of the
+        alignment, and copies beyond it are dropped."""
         self.dispatcher = dispatcher
         self.ops = ops
         self.phase: Phase = "forward"
         self._request = (expert_ids, weights)
         self._local_experts = local_experts
         self._row_alignment = row_alignment
+        self._max_rows = max_rows
+        self._planned = False
         self._handle: Any = None
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Dispatch [T, n] tensors row by row; what arrived, [R, n] each."""
-        if self._handle is not None:
+        if self._planned:
             return self.dispatcher.dispatch_again(tensors, self._handle)
-        tensors, ids, weights, self._handle = self.dispatcher.dispatch(tensors, *self._request)
-        self.rows = self.ops.plan_rows(ids, self._local_experts, self._row_alignment)
+        bounded = {} if self._max_rows is None else {"max_rows": self._max_rows}
+        tensors, ids, weights, self._handle = self.dispatcher.dispatch(
+            tensors, *self._request, wait=not bounded
+        )
+        self._planned = True
+        self.rows = self.ops.plan_rows(ids, self._local_experts, self._row_alignment, **bounded)
         self.probs = self.ops.permute_probs(weights, self.rows)
         return tensors
+
+    def dropped_rows(self) -> Tensor:
+        """Copies that found no room among `max_rows`, int64 []; on the device, so nothing waits."""
+        room = self.rows.offsets.diff()
+        return (self.rows.counts - room).clamp(min=0).sum()
 
     def bring_home(self, y: Tensor) -> Tensor:
         """Add up what the experts made of each token: their rows [P, n] to tokens [T, n]."""

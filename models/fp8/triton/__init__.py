@@ -26,7 +26,8 @@ from models.fp8.reference import (
 from models.fp8.rows import RowMap  # what plan_rows returns is one, with its inverse
 from models.fp8.triton.grouped_gemm import grouped_gemm, grouped_gemm_dgrad
 from models.fp8.triton.grouped_gemm_wgrad import grouped_gemm_wgrad
-from models.fp8.triton.grouped_mm import grouped_mm, grouped_mm_dgrad, grouped_mm_wgrad
+from models.fp8.triton.grouped_mm import grouped_mm, grouped_mm_dgrad
+from models.fp8.triton.grouped_mm_wgrad import grouped_mm_wgrad
 from models.fp8.triton.grouped_wgrad import grouped_wgrad
 from models.fp8.triton.permute import (
     permute,
@@ -41,6 +42,7 @@ from models.fp8.triton.quantize import (
     quantize,
     quantize_columns,
     quantize_weights,
+    quantize_weights_both_ways,
 )
 from models.fp8.triton.swiglu import (
     swiglu,
@@ -70,6 +72,7 @@ __all__ = [
     "quantize",
     "quantize_columns",
     "quantize_weights",
+    "quantize_weights_both_ways",
     "swiglu",
     "swiglu_backward",
     "swiglu_backward_quantize",

@@ -7,7 +7,7 @@ x has a scale for each row and 128 of K, w one for each 128 x 128. A tile of the
 scales and added to a float32 total. (Hopper's tensor cores keep some 14 bits of a sum of FP8
 products; leaving them after every 128 keeps that error far below the rounding to bfloat16.)
 
-Each step of a 128 x 128 tile reads 128 scales of x beside 32 KB of bytes. COMPACT, `[P, K / 128]`,
+Each step of a 64 x 128 tile reads 64 scales of x beside 24 KB of bytes. COMPACT, `[P, K / 128]`,
 gives each of them a line of its own, but the next seven steps find theirs in that line;
 GEMM_READY, `[K / 128, P]`, gives them side by side. Either is one load with other strides, so the
 kernel takes both, and re-arranging scales for it would only cost time.
@@ -41,16 +41,17 @@ OUT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 class Tiling:
     """How the work is cut up; what `scripts/bench_kernels.py --tune` tries."""
 
-    rows: int = 128
+    rows: int = 64
     """Rows of a tile: 64 or 128, as segments are multiples of 128. It has 128 columns."""
-    warps: int = 8
+    warps: int = 4
     stages: int = 4
     """Steps along K whose bytes are under way."""
-    per_sm: int = 1
-    """Programs on each of the GPU's multiprocessors."""
+    per_sm: int = 2
+    """Programs on each of the GPU's multiprocessors: while one multiplies by scales, the other
+    keeps the tensor cores busy."""
     group: int = 8
     """Tiles of rows that go together through all columns."""
-    flatten: bool = False
+    flatten: bool = True
     """Whether the bytes of a program's next tile come while it still writes the last."""
 
 

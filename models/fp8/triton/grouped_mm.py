@@ -4,7 +4,8 @@
 does not wait for the routing. It does not look at what is behind the last segment: rows there are
 read by nobody and not written.
 
-It wants 16-byte strides, so N, K and, for a weight gradient, the segments are multiples of 8.
+It wants 16-byte strides, so N and K are multiples of 8. Its weight gradient is bfloat16 and would
+need a pass to become the optimizer's float32; see `grouped_mm_wgrad.py`.
 """
 
 import torch
@@ -18,7 +19,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     Raises ValueError if shapes do not fit, TypeError for another dtype. `offsets [E + 1]` stay on
     the device and are not checked.
     """
-    _check(x, w)
+    check_bf16(x, w)
     _check_experts(w.shape[0], offsets)
     if x.shape[1] != w.shape[2]:
         raise ValueError(f"x {list(x.shape)} and w {list(w.shape)} do not fit")
@@ -32,25 +33,12 @@ def grouped_mm_dgrad(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return grouped_mm(dy, w.transpose(1, 2), offsets)
 
 
-def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """wgrad: `dy [P, N]`, `x [P, K]` to `[E, N, K]`; zeros for an expert without rows.
-
-    Segments are multiples of 8 rows. Errors as `grouped_mm`.
-    """
-    _check(dy, x)
-    if dy.shape[0] != x.shape[0]:
-        raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")
-    if not x.shape[0]:  # PyTorch refuses a sum over nothing at all; one over no rows of many is 0
-        experts = offsets.numel() - 1
-        return torch.zeros(experts, dy.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    return F.grouped_mm(dy.t(), x, offs=_ends(offsets))
-
-
 def _ends(offsets: Tensor) -> Tensor:
     return offsets[1:].to(torch.int32)
 
 
-def _check(a: Tensor, b: Tensor) -> None:
+def check_bf16(a: Tensor, b: Tensor) -> None:
+    """Raises TypeError unless both are bfloat16."""
     if a.dtype is not torch.bfloat16 or b.dtype is not torch.bfloat16:
         raise TypeError(f"only bfloat16 here, got {a.dtype} and {b.dtype}")
 

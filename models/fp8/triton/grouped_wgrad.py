@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.fp8.tensor import BlockScaledTensor
-from models.fp8.triton.grouped_mm import grouped_mm_wgrad
+from models.fp8.triton.grouped_mm_wgrad import grouped_mm_wgrad
 from models.fp8.triton.quantize import dequantize
 
 
@@ -22,10 +22,12 @@ def grouped_wgrad(
     offsets: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """wgrad in `dtype` from rows: `dy [P, N]`, `x [P, K]` to `[E, N, K]`.
+    """wgrad from rows: `dy [P, N]`, `x [P, K]` to `[E, N, K]` in `dtype`.
 
     Either may be in FP8 blocks with COMPACT scales. Zeros for an expert without rows. Errors as
     `dequantize` and `grouped_mm_wgrad`.
     """
-    dy, x = (dequantize(t, dtype) if isinstance(t, BlockScaledTensor) else t for t in (dy, x))
-    return grouped_mm_wgrad(dy, x, offsets)
+    dy, x = (
+        dequantize(t, torch.bfloat16) if isinstance(t, BlockScaledTensor) else t for t in (dy, x)
+    )
+    return grouped_mm_wgrad(dy, x, offsets, dtype)

@@ -135,36 +135,85 @@ def quantize_weights(
     The bits of `reference.quantize_weights`. Gradients do not pass. Raises TypeError for another
     dtype, ValueError for another rank or if N or K is not a multiple of 128.
     """
+    return _quantize_weights(w, w.dtype, power_of_two, epsilon, both_ways=False)[0]
+
+
+def quantize_weights_both_ways(
+    w: Tensor, dtype: torch.dtype
+) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+    """`w [E, N, K]` rounded to `dtype` and quantized, and the same transposed, `[E, K, N]`.
+
+    One pass: a tile is in registers when it is turned. Both have the bits of
+    `reference.quantize_weights_both_ways`. Errors as `quantize_weights`.
+    """
+    first, transposed = _quantize_weights(w, dtype, True, 0.0, both_ways=True)
+    assert transposed is not None
+    return first, transposed
+
+
+def _quantize_weights(
+    w: Tensor, dtype: torch.dtype, power_of_two: bool, epsilon: float, both_ways: bool
+) -> tuple[BlockScaledWeights, BlockScaledWeights | None]:
     _check_input(w, 3)
     experts, n, k = w.shape
     check_whole_blocks(n, "N")
     check_whole_blocks(k)
     w = w.contiguous()
-    blocks = k // BLOCK
-    data = torch.empty(experts, n, k, dtype=E4M3, device=w.device)
-    scale_inv = torch.empty(experts, n // BLOCK, blocks, dtype=torch.float32, device=w.device)
+
+    def empty(n: int, k: int) -> BlockScaledWeights:
+        scale_shape = (experts, n // BLOCK, k // BLOCK)
+        return BlockScaledWeights(
+            torch.empty(experts, n, k, dtype=E4M3, device=w.device),
+            torch.empty(scale_shape, dtype=torch.float32, device=w.device),
+        )
+
+    out = empty(n, k)
+    turned = empty(k, n) if both_ways else None
     if w.numel():
         # E experts of N rows are E * N rows: a tile never spans two, as N is a multiple of 128.
-        _quantize_weights_kernel[(scale_inv.numel(),)](
-            w, data, scale_inv, k, blocks, epsilon, dtype_max(w.dtype),
-            POWER_OF_TWO=power_of_two, num_warps=8,
+        _quantize_weights_kernel[(out.scale_inv.numel(),)](
+            w, out.data, out.scale_inv,
+            turned.data if turned else None, turned.scale_inv if turned else None,
+            n, k, epsilon, dtype_max(dtype),
+            POWER_OF_TWO=power_of_two, BOTH_WAYS=both_ways,
+            TO_BF16=dtype is torch.bfloat16, num_warps=8,
         )  # fmt: skip
-    return BlockScaledWeights(data, scale_inv)
+    return out, turned
 
 
 @triton.jit
 def _quantize_weights_kernel(
-    w_ptr, data_ptr, scale_ptr, k, blocks, epsilon, dtype_max, POWER_OF_TWO: tl.constexpr
-):
+    w_ptr, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
+    POWER_OF_TWO: tl.constexpr, BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
-    row = (tile // blocks).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    col = (tile % blocks) * WIDTH + tl.arange(0, WIDTH)
+    blocks = k // WIDTH
+    row_block = tile // blocks  # of all experts' rows
+    col_block = tile % blocks
+    row = row_block.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    col = col_block * WIDTH + tl.arange(0, WIDTH)
     at = row[:, None] * k + col[None, :]
-    w = tl.load(w_ptr + at).to(tl.float32)
+    w = tl.load(w_ptr + at)
+    if TO_BF16:
+        w = w.to(tl.bfloat16)
+    w = w.to(tl.float32)
     amax = tl.max(tl.max(magnitude(w), 1, keep_dims=True), 0, keep_dims=True)  # [1, 1]
     scale = scale_from_amax(amax, epsilon, dtype_max, POWER_OF_TWO)
-    tl.store(data_ptr + at, to_e4m3(w * scale))
-    tl.store(scale_ptr + tile + tl.arange(0, 1)[:, None], reciprocal(scale))
+    data = to_e4m3(w * scale)
+    scale_inv = reciprocal(scale)
+    one = tl.arange(0, 1)[:, None]
+    tl.store(data_ptr + at, data)
+    tl.store(scale_ptr + tile + one, scale_inv)
+    if BOTH_WAYS:
+        expert = (row_block // (n // WIDTH)).to(tl.int64)
+        row_block = row_block % (n // WIDTH)
+        row = row_block * WIDTH + tl.arange(0, WIDTH)
+        turned = (expert * k + col[:, None]) * n + row[None, :]
+        # As bytes, since not every version of Triton turns tiles of float8.
+        bits = tl.trans(data.to(tl.uint8, bitcast=True))
+        tl.store(turned_ptr + turned, bits.to(tl.float8e4nv, bitcast=True))
+        at = (expert * blocks + col_block) * (n // WIDTH) + row_block
+        tl.store(turned_scale_ptr + at + one, scale_inv)
 
 
 def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ class Dispatcher(Protocol):
     bytes_sent: int
 
     def dispatch(
-        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor
+        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Any]: ...
 
     def dispatch_again(self, tensors: tuple[Tensor, ...], handle: Any) -> tuple[Tensor, ...]: ...

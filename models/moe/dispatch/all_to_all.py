@@ -37,17 +37,20 @@ class AllToAll:
         self.bytes_sent = 0  # data and scales that left for other ranks, since the last reset
 
     def dispatch(
-        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle]:
+        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle | None]:
         """Send every token to the ranks of its experts.
 
         tensors: any number of [T, n] tensors of any dtype, one row a token (data, and its scales).
-        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k].
+        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: not heeded, as the
+        collective has to know how many rows arrive; DeepEP does not.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
         the experts here that each row is for, int64 [R, top_k], counted from 0 and -1 where the
-        expert is elsewhere; their weights [R, top_k]; and the handle.
+        expert is elsewhere; their weights [R, top_k]; and the handle, None where one rank is alone.
         """
+        if self.ranks == 1:  # everybody is here already
+            return tensors, expert_ids, weights, None
         targets = expert_ids // self.local_experts
         ranks = torch.arange(self.ranks, device=expert_ids.device)
         wanted = (targets.unsqueeze(-1) == ranks).any(1)  # [T, ranks]
@@ -77,13 +80,17 @@ class AllToAll:
             handle,
         )
 
-    def dispatch_again(self, tensors: tuple[Tensor, ...], handle: Handle) -> tuple[Tensor, ...]:
+    def dispatch_again(
+        self, tensors: tuple[Tensor, ...], handle: Handle | None
+    ) -> tuple[Tensor, ...]:
         """Send other [T, n] tensors, such as gradients, the way the handle's tokens went."""
+        if handle is None:
+            return tensors
         self._count(tensors, handle)
         return tuple(self._send(t[handle.sent_tokens], handle) for t in tensors)
 
     def combine(
-        self, x: Tensor, handle: Handle, weights: Tensor | None = None
+        self, x: Tensor, handle: Handle | None, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Send rows home and add up the copies of each token: [R, n] to [T, n].
 
@@ -91,6 +98,8 @@ class AllToAll:
         rounded once to x's dtype. weights: optional [R, top_k], which go home the same way, each
         to the one place it came from: [T, top_k].
         """
+        if handle is None:
+            return x, weights
         returned = self._send(x, handle, home=True)
         # One more row, of zeros, for the slots of ranks that a token was not sent to.
         returned = torch.cat([returned, returned.new_zeros(1, returned.shape[1])])

@@ -9,16 +9,20 @@ On one node the results are those of `all_to_all.py`, bit for bit, so the two ar
 - combine adds up in float32, in the order of the ranks, and rounds once. It takes BF16 alone, so
   gradients and outputs travel home in 2 bytes a value, whatever they came in.
 - A dispatch with a handle (`dispatch_again`) takes either form, and sends no ids and no weights.
-- A row is copied in two halves through 8 KiB of shared memory: it must be a multiple of 32 bytes
-  and at most 16,352. Of the multiples of 128, that is a hidden size up to 8064 in BF16 and 16,256
-  in FP8. Beyond that, or with a top_k over 32, the kernel traps, hence the checks here. A rank
-  holds 128 experts at most.
-- `expert_alignment` rounds the counts per expert that it returns, and pads nothing;
-  `num_worst_tokens` saves the host's wait for the number of rows by padding to the worst case.
-  Neither is used: `plan_rows` counts for itself, and the buffers for rows are made to measure.
-- Between nodes, sums are rounded to BF16 once per node on the way, so the last bits differ there,
-  and combine wants a hidden size that is a multiple of 256. This is from reading; several nodes
-  have not been tried.
+- combine reads a row with 32 lanes, 16 bytes each, and all lanes must stay together: the hidden
+  size must be a multiple of 256. With 128 half of them leave the loop early, and sums are wrong
+  or the kernel hangs.
+- dispatch copies a row in two halves through 8 KiB of shared memory: a row may have up to 16,352
+  bytes, which is a hidden size up to 7936 in BF16 and 16,128 in FP8. Beyond that, or with a top_k
+  over 32, the kernel traps, hence the checks here. A rank holds 128 experts at most.
+- It writes fresh tensors on a stream of its own. Whatever else writes them on the current stream,
+  such as PyTorch's filling of uninitialized memory in deterministic mode, races with it.
+- `expert_alignment` rounds the counts per expert that it returns, and pads nothing. It is not
+  used: `plan_rows` counts for itself. `num_worst_tokens` saves the host's wait for the number of
+  rows by padding to the worst case, on one node; with top-8 routing that is hardly more than what
+  arrives anyway.
+- Between nodes, sums are rounded to BF16 once per node on the way, so the last bits differ there.
+  This is from reading; several nodes have not been tried.
 """
 
 from dataclasses import dataclass
@@ -38,18 +42,26 @@ RANKS_ON_ONE_NODE = (2, 4, 8)
 RANKS_ON_SEVERAL_NODES = (16, 32, 64, 128, 144, 160)
 """Those that have both a kernel and a default configuration in v1.2.1."""
 
-ROW_STEP = 32
+HIDDEN_STEP = 256
 MAX_ROW_BYTES = 16_352
 MAX_TOP_K = 32
+MAX_LOCAL_EXPERTS = 128
 
 
-def unavailable(world_size: int, local_world_size: int, row_bytes: int = 0) -> str | None:
+def unavailable(
+    world_size: int,
+    local_world_size: int,
+    hidden_size: int = HIDDEN_STEP,
+    bytes_per_value: int = 2,
+    top_k: int = 1,
+    local_experts: int = 1,
+) -> str | None:
     """Why DeepEP can't run here, in one line; None if it can.
 
     world_size: ranks of an expert-parallel group. local_world_size: ranks on this node.
-    row_bytes: of one token's data as it is dispatched, `hidden_size` in FP8 and twice that in BF16.
+    bytes_per_value: of a token as it is dispatched, 1 in FP8 and 2 in BF16.
 
-    Asks the driver about GPUs: call it after `torch.cuda.set_device`.
+    Asks the driver about GPUs without making a context on any.
     """
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible"
@@ -67,8 +79,10 @@ def unavailable(world_size: int, local_world_size: int, row_bytes: int = 0) -> s
         return (
             f"groups of {world_size} expert-parallel ranks don't divide a node's {local_world_size}"
         )
-    if (problem := _unfit(row_bytes)) is not None:
+    if (problem := _unfit(hidden_size, bytes_per_value, top_k)) is not None:
         return problem
+    if local_experts > MAX_LOCAL_EXPERTS:
+        return f"{local_experts} experts on a rank: it takes up to {MAX_LOCAL_EXPERTS}"
     try:
         import deep_ep
     except ImportError as error:
@@ -83,6 +97,11 @@ def unavailable(world_size: int, local_world_size: int, row_bytes: int = 0) -> s
         if not torch.cuda.can_device_access_peer(a, b):
             return f"GPU {a} can't read the memory of GPU {b}: it needs NVLink between all"
     return None
+
+
+def half_of_the_multiprocessors() -> int:
+    """An even number of them, of the current GPU."""
+    return torch.cuda.get_device_properties().multi_processor_count // 4 * 2
 
 
 @dataclass(frozen=True)
@@ -102,23 +121,32 @@ class DeepEP:
     ranks and a hidden size of 2048.
 
     Every call is a collective: all ranks make the same calls in the same order. All of them wait
-    for the communication on the GPU, and the first `dispatch` of a batch on the host too, which
-    has to learn how many rows arrive. The host waits with Python's global lock held.
+    for the communication on the GPU, and the first `dispatch` of a batch on the host too, unless
+    told not to: it has to learn how many rows arrive. The host waits with Python's global lock
+    held.
     """
 
     name = "deep_ep"
 
     def __init__(
-        self, group: dist.ProcessGroup, num_experts: int, hidden_size: int, num_sms: int = 24
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        hidden_size: int,
+        num_sms: int | None = None,
     ) -> None:
         """Allocates the buffer, with all ranks of the group: a problem shows before training.
 
-        hidden_size: the widest rows that will travel. num_sms: streaming multiprocessors that
-        communication takes from computation while it runs, an even number; half send and half
-        receive. Raises ImportError without DeepEP; `unavailable` says more.
+        hidden_size: the widest rows that will travel. num_sms: multiprocessors that communication
+        takes while it runs, an even number, by default half of the GPU's; half of them send and
+        half receive. All its blocks run at the same time, as do those of an NCCL kernel, so too
+        many leave two ranks waiting for each other, each in the kernel that the other cannot start.
+        Raises ImportError without DeepEP; `unavailable` says more.
         """
         from deep_ep import Buffer
 
+        if num_sms is None:
+            num_sms = half_of_the_multiprocessors()
         ranks = group.size()
         self.group = group
         self.num_experts = num_experts
@@ -139,32 +167,36 @@ class DeepEP:
         self._bytes_per_rank = torch.zeros(ranks, dtype=torch.int64, device="cuda")
 
     def dispatch(
-        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor
+        self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle]:
         """Send every token to the ranks of its experts.
 
         tensors: (x,), BF16 [T, H], or (data, scales), FP8 [T, H] and float32 [T, H / 128].
-        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k].
+        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: whether the host
+        waits to know R; if not, and on one node, R is the most that can arrive, T for each rank,
+        where every rank must have the same T. Rows that nothing came in have -1 as every expert.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
         the experts here that each row is for, int64 [R, top_k], counted from 0 and -1 where the
         expert is elsewhere; their weights [R, top_k], 0 there; and the handle. Raises ValueError
         for rows, or a top_k, that the kernels don't take.
         """
-        if expert_ids.shape[1] > MAX_TOP_K:
-            raise ValueError(f"DeepEP takes a top_k up to {MAX_TOP_K}, got {expert_ids.shape[1]}")
+        argument = _as_argument(tensors, expert_ids.shape[1])
+        ranks = self.group.size()
+        most = 0 if wait or ranks > NODE else ranks * len(expert_ids)
         expert_ids = expert_ids.contiguous()
         per_rank, per_node, per_expert, wanted, _ = self._buffer.get_dispatch_layout(
             expert_ids, self.num_experts
         )
         received, ids, received_weights, _, layout, _ = self._buffer.dispatch(
-            _as_argument(tensors),
+            argument,
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_node,
             num_tokens_per_expert=per_expert,
             is_token_in_rank=wanted,
             topk_idx=expert_ids,
             topk_weights=weights.contiguous(),
+            num_worst_tokens=most,
             config=self._dispatch_config,
         )
         handle = Handle(layout, per_rank)
@@ -227,13 +259,13 @@ class DeepEP:
         self._bytes_per_rank.add_(handle.rows_per_rank, alpha=row_bytes)
 
 
-def _as_argument(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+def _as_argument(tensors: tuple[Tensor, ...], top_k: int = 1) -> Tensor | tuple[Tensor, Tensor]:
     """DeepEP's way to say data, or data and scales; ValueError for what its kernels don't take."""
     if len(tensors) > 2:
         raise ValueError(f"DeepEP sends data and scales, got {len(tensors)} tensors")
     data = tensors[0].contiguous()
-    if (problem := _unfit(data.shape[1] * data.element_size())) is not None:
-        raise ValueError(problem)
+    if (problem := _unfit(data.shape[1], data.element_size(), top_k)) is not None:
+        raise ValueError(f"DeepEP can't send this: {problem}")
     return data if len(tensors) == 1 else (data, tensors[1])
 
 
@@ -241,12 +273,14 @@ def _as_tuple(received: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return received if isinstance(received, tuple) else (received,)
 
 
-def _unfit(row_bytes: int) -> str | None:
-    """Why rows of so many bytes can't be dispatched."""
-    if row_bytes % ROW_STEP or row_bytes > MAX_ROW_BYTES:
-        return (
-            f"rows of {row_bytes} bytes: DeepEP sends multiples of {ROW_STEP} up to {MAX_ROW_BYTES}"
-        )
+def _unfit(hidden_size: int, bytes_per_value: int, top_k: int) -> str | None:
+    """What its kernels can't handle about these tokens."""
+    if hidden_size % HIDDEN_STEP:
+        return f"hidden size {hidden_size}: it takes multiples of {HIDDEN_STEP}"
+    if (row := hidden_size * bytes_per_value) > MAX_ROW_BYTES:
+        return f"rows of {row} bytes (hidden size {hidden_size}): it takes up to {MAX_ROW_BYTES}"
+    if top_k > MAX_TOP_K:
+        return f"top_k {top_k}: it takes up to {MAX_TOP_K}"
     return None
 
 

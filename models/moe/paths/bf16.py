@@ -7,7 +7,7 @@ from torch import Tensor
 from models.moe.trip import Trip
 
 LINEAR = "HighPrecisionLinear"  # the class of ops in which the experts' GEMMs are computed
-ROW_ALIGNMENT = 16  # rows of an expert: a GPU's grouped GEMM wants 16-byte steps along the tokens
+ROW_ALIGNMENT = 64  # rows of an expert: a step of wgrad, which sums over tokens
 
 
 def to_experts(tokens: Tensor, w: Any, trip: Trip, ops: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,85 @@
+"""bfloat16 weight gradients of all local experts in one launch, written in the optimizer's float32.
+
+    dw[e] [N, K] = dy_e.T @ x_e      dy [P, N], x [P, K]: sums over the rows of expert e
+
+A tile of dw is 128 x 256 and goes through its expert's rows 64 at a time: one step brings 16 KB of
+dy and 32 KB of x for 2 * 64 * 128 * 256 operations. Both operands have the summed dimension first,
+which the tensor cores take for 16-bit types, so nothing is transposed.
+
+The sum is float32 in registers and can be stored as that. A GEMM that rounds it to bfloat16 writes
+half as much, but a second pass then reads that and writes the float32 that gradients are kept in.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from models.fp8.tensor import ceil_div
+from models.fp8.triton.grouped_gemm import OUT_DTYPES, multiprocessors
+from models.fp8.triton.grouped_mm import check_bf16
+
+STEP = 64
+"""Rows that go through the tensor cores at once; a segment is a multiple."""
+TILE_N, TILE_K = 128, 256
+
+
+def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """wgrad: `dy [P, N]`, `x [P, K]` bfloat16 to `[E, N, K]` in `dtype`, bfloat16 or float32.
+
+    `offsets [E + 1]` int64 on the device: multiples of 64, not checked, as that would wait for the
+    device. Zeros for an expert without rows. N and K are multiples of 8, as tensor descriptors want
+    it. Raises ValueError if shapes do not fit, TypeError for another dtype.
+    """
+    check_bf16(dy, x)
+    if dy.shape[0] != x.shape[0]:
+        raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")
+    if dtype not in OUT_DTYPES:
+        raise TypeError(f"the result can be bfloat16 or float32, not {dtype}")
+    n, k = dy.shape[1], x.shape[1]
+    if n % 8 or k % 8:
+        raise ValueError(f"N and K must be multiples of 8, got {n} and {k}")
+    experts = offsets.numel() - 1
+    if not len(x):
+        return torch.zeros(experts, n, k, dtype=dtype, device=x.device)
+    dw = torch.empty(experts, n, k, dtype=dtype, device=x.device)
+    tiles = experts * ceil_div(n, TILE_N) * ceil_div(k, TILE_K)
+    programs = min(multiprocessors(x.device), tiles)
+    _grouped_mm_wgrad_kernel[(programs,)](
+        TensorDescriptor.from_tensor(dy.contiguous(), [STEP, TILE_N]),
+        TensorDescriptor.from_tensor(x.contiguous(), [STEP, TILE_K]),
+        # In three dimensions, so that a tile that ends beyond N does not write the next expert's.
+        TensorDescriptor.from_tensor(dw, [1, TILE_N, TILE_K // 2]),
+        offsets, experts, n, k, programs,
+        OUT_DTYPE=OUT_DTYPES[dtype], STEP=STEP, TILE_N=TILE_N, TILE_K=TILE_K,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return dw
+
+
+@triton.jit
+def _grouped_mm_wgrad_kernel(
+    dy_desc, x_desc, dw_desc, offsets_ptr, experts, n, k, programs,
+    OUT_DTYPE: tl.constexpr, STEP: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(n, TILE_N)
+    tiles_k = tl.cdiv(k, TILE_K)
+    for tile in tl.range(tl.program_id(0), experts * tiles_n * tiles_k, programs):
+        expert = tile // (tiles_n * tiles_k)
+        col_n = tile // tiles_k % tiles_n * TILE_N
+        col_k = tile % tiles_k * TILE_K
+        start = tl.load(offsets_ptr + expert).to(tl.int32)
+        stop = tl.load(offsets_ptr + expert + 1).to(tl.int32)
+        total = tl.zeros([TILE_N, TILE_K], tl.float32)
+        for row in range(start, stop, STEP):
+            dy = dy_desc.load([row, col_n])
+            x = x_desc.load([row, col_k])
+            total = tl.dot(dy.T, x, total)
+        # In two halves: a whole tile of float32 would need the shared memory of a stage and more.
+        halves = tl.permute(tl.reshape(total, (TILE_N, 2, TILE_K // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        left = tl.reshape(left.to(OUT_DTYPE), (1, TILE_N, TILE_K // 2))
+        right = tl.reshape(right.to(OUT_DTYPE), (1, TILE_N, TILE_K // 2))
+        dw_desc.store([expert, col_n, col_k], left)
+        dw_desc.store([expert, col_n, col_k + TILE_K // 2], right)
