@@ -14,8 +14,6 @@ later, the checksums tell.
 import datetime
 import json
 import logging
-import os
-import re
 import shutil
 import time
 from concurrent.futures import Future
@@ -34,13 +32,12 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from models.gpt import GPT
 from train import checksums, rng
-from train.config import Config, ConfigError, load, world_size_from_env
+from train.checkpoint_files import HostCopy, Writer, finished, newest, rank_file
+from train.config import Config, ConfigError
 from train.failure import TrainingFailed
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step_(\d{8})")
 
 
 class Checkpointer:
@@ -61,6 +58,7 @@ class Checkpointer:
         """Step of the last save that was begun."""
         self._stalls: list[float] = []
         self._pending: Future | None = None
+        self._copy = HostCopy(pinned=ranks.device.type == "cuda")
         # A group of its own, since a save talks while the training does.
         self.group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=config.parallel.timeout_s)
@@ -85,7 +83,7 @@ class Checkpointer:
         self.saved = about["step"]
         if about["world_size"] != self.ranks.world_size:
             return about["step"], None
-        own = torch.load(path / _rank_file(self.ranks.rank), weights_only=True)
+        own = torch.load(path / rank_file(self.ranks.rank), weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
         return about["step"], own["metrics"]
 
@@ -107,7 +105,7 @@ class Checkpointer:
             "sequences": step * self.config.global_batch(self.ranks.world_size),
         }
         own = {"rng": rng.state(self.ranks.device), "metrics": metrics}
-        writer = _Writer(final, self.config, about, self.ranks.rank, own)
+        writer = Writer(final, self.config, about, self.ranks.rank, own, self._copy)
         pending = dcp.async_save(
             {"training": self.training}, storage_writer=writer, process_group=self.group
         )
@@ -160,7 +158,7 @@ class Checkpointer:
 
     def _newest_whole(self) -> Path | None:
         """Every rank checks a share of the files; all come to the same answer."""
-        listed = [_finished(self.folder)]
+        listed = [finished(self.folder)]
         dist.broadcast_object_list(listed, group=self.group)
         damaged: list[str] = []
         for path in reversed(listed[0]):
@@ -209,122 +207,6 @@ class _Training(Stateful):
             optim_state_dict=state["optimizer"],
             options=self.options,
         )
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer of files, which adds ours, the checksums, and the name at the end.
-
-    `write_data` runs on every rank and `finish` on the first one when all have written; both in
-    the background. An error in either reaches every rank through DCP.
-    """
-
-    def __init__(
-        self, final: Path, config: Config, about: dict[str, int], rank: int, own: dict[str, Any]
-    ) -> None:
-        self.folder = final.with_name(f"{final.name}.unfinished")
-        super().__init__(self.folder)
-        self.final, self.config, self.about = final, config, about
-        self.own_rank, self.own = rank, own
-
-    def write_data(self, plan, planner):
-        written = super().write_data(plan, planner)
-        name = _rank_file(self.own_rank)
-        with (self.folder / name).open("wb") as file:
-            torch.save(self.own, file)
-            file.flush()
-            os.fsync(file.fileno())
-        files = {result.storage_data.relative_path for result in written.value()}
-        checksums.write_part(self.folder, f"rank_{self.own_rank}", {name, *files})
-        return written
-
-    def finish(self, metadata, results) -> None:
-        super().finish(metadata, results)
-        self.config.save(self.folder / "config.yaml")
-        checksums.write_durably(
-            self.folder / "training.json", json.dumps(self.about, indent=2) + "\n"
-        )
-        checksums.write(self.folder)
-        _sync(self.folder)
-        self.folder.rename(self.final)
-        _sync(self.final.parent)
-        _drop_old(self.final.parent, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-
-
-def newest(folder: Path) -> tuple[int, Path] | None:
-    """The step and folder of the newest checkpoint, whole or damaged."""
-    finished = _finished(folder)
-    return (_step(finished[-1]), finished[-1]) if finished else None
-
-
-FREE = {
-    *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms"),
-    *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
-    *("train.deterministic", "train.on_nonfinite"),
-    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
-    *("train.profile", "train.profile_every", "train.trace_step"),
-    "data.workers",
-}
-"""Sections and keys that may change when a run goes on. What `train.micro_batch` and
-`train.global_batch` come to, together with the number of ranks, may not."""
-
-
-def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError if the newest checkpoint here is of another model or training."""
-    found = newest(run_dir / "checkpoints")
-    if found is None:
-        return
-    try:
-        before = load(found[1] / "config.yaml")
-        about = json.loads((found[1] / "training.json").read_text())
-    except (ConfigError, OSError, ValueError):
-        return  # a damaged one, which is skipped later, with a line that says so
-    there, now = (one.model_dump(mode="json") for one in (before, config))
-    differ = [
-        f"{section}.{key}: {there[section].get(key)} there, {value} now"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if not FREE & {section, f"{section}.{key}"} and there[section].get(key) != value
-    ]
-    batch = config.global_batch(world_size_from_env())
-    if batch != about["global_batch"]:
-        differ.append(f"train.global_batch: {about['global_batch']} there, {batch} now")
-    if differ:
-        raise ConfigError(
-            f"{run_dir} holds another run ({'; '.join(differ)}); choose another run.name, or these "
-            "keys as they were to continue it"
-        )
-
-
-def _finished(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
-
-
-def _drop_old(folder: Path, keep: int, keep_every: int) -> None:
-    for old in _finished(folder)[:-keep]:
-        if not (keep_every and _step(old) % keep_every == 0):
-            # Renamed first, so that a kill in the middle leaves no half of one under its name.
-            doomed = old.rename(folder / f"{old.name}.unfinished")
-            shutil.rmtree(doomed)
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's names on disk, not only its files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _cause(error: BaseException) -> str:

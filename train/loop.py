@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.fp8.tensor import relayouts
 from models.gpt import GPT, build_gpt, why_not
-from train import checkpoint, flops, parallel
+from train import flops, parallel
 from train.checkpoint import Checkpointer
+from train.checkpoint_files import newest
 from train.config import Config, ConfigError
 from train.data import Batch, Corpus
 from train.environment import describe_environment
@@ -31,6 +32,7 @@ from train.parallel import Ranks
 from train.profiling import PartMaker, StepProfiler, untimed
 from train.progress import Progress
 from train.safety import Safety
+from train.same_run import check_same_run
 from train.tracking import Tracker
 from train.watchdog import MARGIN_S
 
@@ -44,7 +46,7 @@ def check(config: Config) -> None:
     if reason:
         raise ConfigError(reason)
     run_dir = config.run_dir
-    checkpoint.check_same_run(run_dir, config)
+    check_same_run(run_dir, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -89,7 +91,7 @@ def train(config: Config, corpus: Corpus) -> None:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     run_dir = config.run_dir
-    found = checkpoint.newest(run_dir / "checkpoints")
+    found = newest(run_dir / "checkpoints")
     if found and found[0] >= config.train.steps:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
