@@ -25,6 +25,7 @@ from train.checkpoint_files import newest
 from train.config import Config, ConfigError
 from train.data import Batch, Corpus
 from train.environment import describe_environment
+from train.failure import TrainingFailed
 from train.metrics import Meter, MetricsFile, peak_bf16_flops
 from train.nonfinite import LossGuard
 from train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -155,9 +156,9 @@ def train(config: Config, corpus: Corpus) -> None:
                 *(config, corpus, ranks, model, optimizer, meter, step_metrics, recorder),
                 *(safety, first_step),
             )
-    except BaseException:
+    except BaseException as error:
         if recorder:
-            recorder.give_up()
+            recorder.give_up(error.exit_code if isinstance(error, TrainingFailed) else 1)
         raise
     if recorder:
         recorder.finish(meter.summary())
@@ -218,7 +219,7 @@ def _train_steps(
             with meter.pause():
                 safety.checkpointer.save(done, step_metrics.state())
         if stopping and not is_last:
-            safety.leave(done)
+            safety.leave(done, stopping)
     safety.checkpointer.finish(config.train.steps, step_metrics.state())
 
 
@@ -413,11 +414,11 @@ class _Recorder:
         self.progress.line(step, row)
         self.last |= row
 
-    def give_up(self) -> None:
-        """The training has failed: close what is open, so that nothing logged is lost."""
+    def give_up(self, exit_code: int) -> None:
+        """The training ends early: close what is open, so that nothing logged is lost."""
         self.progress.bar.stop()
         self.file.close()
-        self.tracker.finish(exit_code=1)
+        self.tracker.finish(exit_code)
 
     def finish(self, summary: dict[str, float]) -> None:
         final = {f"{name}_final": v for name, v in self.last.items() if name.startswith("loss/")}

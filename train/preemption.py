@@ -5,8 +5,8 @@
             ...                      # a step
             if stop.agreed(): ...    # save and leave
 
-SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second signal exits at once. A batch
-system whose signals reach only its own script can create the file that TRAIN_STOP_FILE names.
+SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second signal exits at once. The
+file that TRAIN_STOP_FILE names asks too; see train/failure.py.
 """
 
 import os
@@ -14,14 +14,17 @@ import signal
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from train.failure import STOP_FILE, stop_file
 from train.parallel import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+BY_FILE = 1000
+"""In place of a signal's number."""
 
 ONE_REQUEST_S = 1.0
 """Signals this close together are one request: a batch system may signal all processes of a job,
@@ -33,13 +36,11 @@ class StopRequest:
 
     def __init__(self, ranks: Ranks, timeout_s: int) -> None:
         self.ranks = ranks
-        self.reason: str | None = None
-        """What asked this rank, such as SIGTERM."""
+        self._asked = 0  # by a signal of this number
         # Signals reach ranks at different moments, so they ask each other after every step: on the
         # CPU, because a GPU would have to be waited for.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        path = os.environ.get("TRAIN_STOP_FILE") if ranks.is_first else None
-        self.file = Path(path) if path else None
+        self.file = stop_file() if ranks.is_first else None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -58,13 +59,15 @@ class StopRequest:
         signal.set_wakeup_fd(self._old_fd)
         os.close(self._write)  # ends the thread
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Every rank calls it after every step."""
-        if self.file is not None and self.reason is None and self.file.exists():
-            self.reason = self.file.name
-        asked = torch.tensor(self.reason is not None, dtype=torch.int32)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        return bool(asked)
+    def agreed(self) -> str | None:
+        """What asked any rank to stop, such as SIGTERM. Every rank calls it after every step."""
+        asked = self._asked
+        if not asked and self.file is not None and self.file.exists():
+            asked = BY_FILE
+        highest = torch.tensor(asked, dtype=torch.int32)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        asked = int(highest)
+        return STOP_FILE if asked == BY_FILE else signal.Signals(asked).name if asked else None
 
     def _listen(self) -> None:
         first: float | None = None
@@ -73,7 +76,7 @@ class StopRequest:
                 continue
             name = signal.Signals(received[0]).name
             if first is None:
-                first, self.reason = time.monotonic(), name
+                first, self._asked = time.monotonic(), received[0]
             elif time.monotonic() - first > ONE_REQUEST_S:
                 os.write(2, f"a second signal, {name}: leaving at once\n".encode())
                 os._exit(128 + received[0])

@@ -36,10 +36,12 @@ class Safety:
         self.watchdog.close()
         self.stop.__exit__(*error)
 
-    def leave(self, step: int) -> NoReturn:
+    def leave(self, step: int, reason: str) -> NoReturn:
         """Have step `step` on disk and raise Preempted."""
         self.checkpointer.finish(step)
+        if self.stop.file is not None:
+            self.stop.file.touch()
         raise Preempted(
-            f"stopped by {self.stop.reason or 'another rank'} after step {step} of "
+            f"stopped by {reason} after step {step} of "
             f"{self.config.train.steps}, which is saved; the same command goes on from there"
         )
