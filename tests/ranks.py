@@ -1,5 +1,7 @@
 """Several ranks on one machine, for tests: forked, so that nothing is imported again."""
 
+import faulthandler
+import gc
 import logging
 import os
 import pickle
@@ -140,6 +142,10 @@ class Training:
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
+        for process, code in zip(self.processes, codes, strict=True):
+            if code is None:
+                self.signal(self.processes.index(process), signal.SIGABRT)  # writes its stack
+                process.join(5)
         assert None not in codes, f"still there after {timeout} s:\n{self.log.read_text()}"
         return [code for code in codes if code is not None]
 
@@ -154,6 +160,7 @@ def _training(
     # pytest has its own in their place.
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     logging.getLogger().handlers.clear()
+    faulthandler.enable(handle)
     sys.argv = ["train", *argv]
     if plant is not None:
         plant(rank)
@@ -172,6 +179,9 @@ def _be_rank(rank: int, world_size: int, port: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
+    # What the parent dropped and did not collect yet is not this process's to clean up: a store's
+    # end waits for its thread, which did not come along.
+    gc.freeze()
 
 
 def _meeting_point() -> dist.TCPStore:

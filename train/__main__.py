@@ -23,8 +23,14 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env  # noqa: E402
 from train.failure import STOP_FILE, Preempted, TrainingFailed, stop_file  # noqa: E402
 
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-"""What gloo and NCCL say when the other side of a connection has ended."""
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says when the other side of a connection has ended."""
+
+PATIENCE_S = 5.0
+"""How long a rank waits for another one to say what is the matter."""
+
+WORKER_IS_GONE = "DataLoader worker"
+"""What PyTorch's DataLoader says, wherever the main thread is at that moment."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,10 +69,30 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"error: {error}")
         return error.exit_code
     except Exception as error:
+        if WORKER_IS_GONE in str(error):
+            reason = " ".join(str(error).split())
+            print(
+                f"error: rank {os.environ.get('RANK', '0')}: a process that prepares data died "
+                f"({reason}); where memory ran out, lower data.workers; started again, the "
+                "training goes on from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 1
         # A rank that only lost its peers lets the one that failed report first: torchrun shows the
         # first report last, and ends everybody else.
         if any(sign in str(error) for sign in PEER_IS_GONE):
-            time.sleep(5)
+            time.sleep(PATIENCE_S)
+            rank = os.environ.get("RANK", "0")
+            print(
+                f"error: rank {rank} lost another rank, whose end is reported by itself, torchrun "
+                "or the system; started again, the training goes on from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 1
+        if "NCCL" in str(error):
+            time.sleep(PATIENCE_S)
         raise
     return 0
 
@@ -75,7 +101,7 @@ def _say(line: str) -> None:
     """Print what every rank may be about to say. torchrun ends them all when one has ended: the
     others give rank 0 time, and speak only if it is a matter of their machine alone."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(PATIENCE_S)
     print(line, file=sys.stderr, flush=True)
 
 

@@ -39,6 +39,9 @@ from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
 
+FAILURES = (Exception, dcp.CheckpointException)
+"""DCP's own is not an Exception."""
+
 
 class Checkpointer:
     """Saves and restores one training. Every rank has one and calls it at the same steps."""
@@ -73,12 +76,16 @@ class Checkpointer:
         """Load the newest whole checkpoint, cut for the ranks that are here now.
 
         Returns its step (0 without one), and what this rank passed to `save` as `metrics` if there
-        were as many ranks then. Raises ConfigError if there are checkpoints, all of them damaged.
+        were as many ranks then. Raises ConfigError if there are checkpoints, all of them damaged,
+        and TrainingFailed if a whole one cannot be loaded.
         """
         path = self._newest_whole()
         if path is None:
             return 0, None
-        dcp.load({"training": self.training}, checkpoint_id=path, process_group=self.group)
+        try:
+            dcp.load({"training": self.training}, checkpoint_id=path, process_group=self.group)
+        except FAILURES as error:
+            raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
         about = json.loads((path / "training.json").read_text())
         self.saved = about["step"]
         if about["world_size"] != self.ranks.world_size:
@@ -127,7 +134,7 @@ class Checkpointer:
             return None
         try:
             self._pending.result()
-        except Exception as error:
+        except FAILURES as error:
             reason = _cause(error)
             if self.ranks.is_first:
                 shutil.rmtree(self.folder / f"step_{self.saved:08d}.unfinished", ignore_errors=True)

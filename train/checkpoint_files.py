@@ -64,6 +64,13 @@ class Writer(dcp.FileSystemWriter):
         return self.copy(state_dict)
 
     def write_data(self, plan, planner):
+        try:
+            return self._write(plan, planner)
+        except RuntimeError as error:
+            # torch.save reports a full disk as an error in its own book-keeping.
+            raise _what_the_system_said(error) or error from None
+
+    def _write(self, plan, planner):
         written = super().write_data(plan, planner)
         name = rank_file(self.own_rank)
         with (self.folder / name).open("wb") as file:
@@ -128,3 +135,10 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _what_the_system_said(error: BaseException | None) -> OSError | None:
+    """The error of the operating system that led to this one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -32,14 +32,6 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
                 f"{source} cannot be read any further: {last_line(error)}; mend or leave out that "
                 "record and start again, which goes on from the newest checkpoint"
             ) from error
-        except RuntimeError as error:
-            # That is how a DataLoader says that a worker is gone.
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingFailed(
-                f"a process that prepares data died ({last_line(error)}); where memory ran out, "
-                "lower data.workers; start again, which goes on from the newest checkpoint"
-            ) from error
         yield batch
 
 
