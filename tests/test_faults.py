@@ -131,7 +131,7 @@ def test_a_full_disk_during_a_save(small_disk, tmp_path):
         r"\); the newest is .*step_\d+",
         warnings[0],
     )
-    (line,) = errors(training)
+    (line,) = set(errors(training))  # each rank says it where no torchrun ends the others
     assert "could not be saved" in line
     assert "make room and start again" in line
     assert len(checkpoints(run_dir)) == 1
