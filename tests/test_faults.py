@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -312,3 +313,51 @@ def test_a_stopped_rank_is_named_too(tmp_path):
         assert training.processes[0].exitcode == 1
     (line,) = errors(training)
     assert "rank 1 did not come and gives no sign of life" in line
+
+
+def test_torchrun_starts_a_killed_rank_again(tmp_path):
+    keys = ["train.steps=6", "checkpoint.every=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "-m", "tests.failing_rank", *argv(tmp_path, "a", *keys)]
+    environment = {**os.environ, "PLANNED": "kill"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"start     step (\d) of 6", done.stdout)[1:] in (["1"], ["2"])
+    assert run_train(2, argv(tmp_path, "whole", *keys)) == [0, 0]
+    assert repeated(tmp_path / "a") == repeated(tmp_path / "whole")
+
+
+def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+
+    def hurry(rank: int) -> None:
+        from train import tracking
+
+        tracking.INIT_TIMEOUT_S = 2
+
+    keys = argv(tmp_path, "a", "train.steps=4", "tracking.mode=auto")
+    with Training(2, keys, tmp_path / "log", hurry) as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    assert log.count("WARNING: W&B cannot be reached; this run is recorded offline") == 1
+    assert len(repeated(tmp_path / "a")) == 4
+    assert list((tmp_path / "a").glob("wandb/offline-run-*"))
+
+
+def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    keys = argv(tmp_path, "a", "train.steps=60", "tracking.mode=offline")
+    with Training(1, [*keys, "parallel.expert_parallel=1"], tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 3)
+        own = training.processes[0].pid
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        assert children, "W&B has a process of its own"
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        assert training.exit_codes(90) == [0]
+    log = training.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("WARNING: W&B failed; training goes on without it") == 1
+    assert len(repeated(tmp_path / "a")) == 60
