@@ -322,7 +322,9 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path):
     environment = {**os.environ, "PLANNED": "kill"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"start     step (\d) of 6", done.stdout)[1:] in (["1"], ["2"])
+    started = re.findall(r"start     step (\d) of 6", done.stdout)
+    assert started[0] == "0"
+    assert started[1:] in (["1"], ["2"])
     assert run_train(2, argv(tmp_path, "whole", *keys)) == [0, 0]
     assert repeated(tmp_path / "a") == repeated(tmp_path / "whole")
 

@@ -1,6 +1,7 @@
 """The scripts of slurm/, on a real SLURM of two nodes on this machine."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +98,19 @@ def submitted(cluster: Cluster, *command: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def rank_of(run_dir: Path) -> int:
+    """The process of some rank, on either node."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended
+        started_by_torchrun = words[1:4] == [b"-u", b"-m", b"train"]
+        if started_by_torchrun and f"run.dir={run_dir.parent}".encode() in words:
+            return int(path.parent.name)
+    raise AssertionError("no rank is running")
+
+
 def test_a_requeued_job_goes_on(cluster, tmp_path):
     log, run_dir = tmp_path / "out", tmp_path / "a"
     keys = ["train.steps=150", "checkpoint.every=100", "tracking.mode=offline"]
@@ -115,20 +129,25 @@ def test_a_requeued_job_goes_on(cluster, tmp_path):
     (saved,) = checkpoints(run_dir)
     assert saved >= len(before)
     assert f"stopped by TRAIN_STOP_FILE after step {saved} of 150" in log.read_text()
+    # A rank that dies takes none of the queue's time: torchrun on both nodes starts all again.
+    wait(cluster, log, lambda: max(repeated(run_dir)) >= saved + 5)
+    os.kill(rank_of(run_dir), signal.SIGKILL)
     wait(cluster, log, lambda: cluster.state(job) in ("COMPLETED", "FAILED", "NODE_FAIL"), 180)
     said = log.read_text()
+    assert said.count("start     step ") == 3
+    assert said.count(f"job {job}, start") == 2
     assert cluster.state(job) == "COMPLETED", said
     assert f"job {job}, start 0 on 2 node(s): n[1-2]" in said
     assert f"job {job}, start 1 on 2 node(s): n[1-2]" in said
     assert "machine   2 x" in said
-    assert f"start     step {saved} of 150, from" in said
+    assert said.count(f"start     step {saved} of 150, from") in (1, 2)
     rows = repeated(run_dir)
-    assert sorted(rows) == list(range(1, 251))
+    assert sorted(rows) == list(range(1, 151))
     assert {step: rows[step] for step in before} == before
     assert checkpoints(run_dir)[-1] == 150
-    # Two parts of one W&B run.
+    # Three parts of one W&B run.
     assert (run_dir / "wandb_id").read_text() == identity
-    assert len(list(run_dir.glob(f"wandb/offline-run-*-{identity}"))) == 2
+    assert len(list(run_dir.glob(f"wandb/offline-run-*-{identity}"))) == 3
 
 
 def test_one_job_a_path_and_then_the_comparison(cluster, tmp_path):
