@@ -57,6 +57,7 @@ from train import flops, loop, parallel  # noqa: E402
 from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
 from train.data import Batch  # noqa: E402
 from train.metrics import GIB, peak_bf16_flops  # noqa: E402
+from train.nonfinite import LossGuard  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
 from train.parallel import Ranks  # noqa: E402
 
@@ -120,7 +121,8 @@ class Ours:
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
         metrics = loop._StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))
-        loop._step(self.model, self.optimizer, batches, self.config, self.ranks, metrics)
+        guard = LossGuard(self.config, self.ranks)
+        loop._step(self.model, self.optimizer, batches, self.config, self.ranks, metrics, guard)
         return metrics.loss
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
-"""Run by test_train.py under torchrun: training in which rank 1 raises in its third step."""
+"""Run by tests under torchrun: training in which rank 1 fails in its third step, by itself or with
+PLANNED=kill as if somebody had killed it. Started again by torchrun it does not fail."""
 
 import os
+import signal
 
 from train import __main__ as entry
 from train import loop
@@ -13,9 +15,12 @@ def step(*args):
     global steps
     steps += 1
     if steps == 3 and os.environ["RANK"] == "1":
+        if os.environ.get("PLANNED") == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the planted failure of rank 1")
     return real_step(*args)
 
 
-loop._step = step
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    loop._step = step
 entry.run()

@@ -1,9 +1,12 @@
 """Several ranks on one machine, for tests: forked, so that nothing is imported again."""
 
+import faulthandler
+import gc
+import logging
 import os
 import pickle
 import queue
-import socket
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from train import data, loop  # noqa: F401  # here, or each rank would spend seconds on it
+from train.__main__ import main, run
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120):
@@ -32,9 +38,9 @@ def run_train(world_size: int, argv: list[str], timeout: float = 180) -> list[in
 def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], timeout: float):
     context = mp.get_context("fork")
     results: Any = context.Queue()
-    port = _free_port()
+    store = _meeting_point()
     processes = [
-        context.Process(target=_child, args=(rank, world_size, port, results, target, args))
+        context.Process(target=_child, args=(rank, world_size, store.port, results, target, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -60,15 +66,7 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
 
 
 def _child(rank: int, world_size: int, port: int, results: Any, target: Any, args: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    _be_rank(rank, world_size, port)
     try:
         # Pickled here, since a queue would share tensors' memory with a process that is gone.
         results.put((rank, pickle.dumps(target(rank, *args)), None))
@@ -90,15 +88,105 @@ def _in_group(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) ->
 
 
 def _train(rank: int, argv: list[str]) -> int:
-    from train.__main__ import main
-
     return main(argv)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+class Training:
+    """A training in the background, one process a rank, to do harm to.
+
+    `plant(rank)` runs in each process first. What they print goes to the file `log`.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        argv: list[str],
+        log: Path,
+        plant: Callable[[int], None] | None = None,
+    ) -> None:
+        self.log = log
+        log.write_text("")
+        self._store = _meeting_point()
+        context = mp.get_context("fork")
+        arguments = (world_size, self._store.port, argv, log, plant)
+        self.processes = [
+            context.Process(target=_training, args=(rank, *arguments)) for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid
+        os.kill(pid, number)
+
+    def wait_until(self, what: Callable[[], object], timeout: float = 60) -> None:
+        """Until `what` is true, while all ranks live."""
+        deadline = time.monotonic() + timeout
+        while not what():
+            dead = [process.exitcode for process in self.processes if process.exitcode is not None]
+            assert not dead, f"a rank ended with {dead[0]}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"not in {timeout} s:\n{self.log.read_text()}"
+            time.sleep(0.002)
+
+    def exit_codes(self, timeout: float = 60) -> list[int]:
+        """Of all ranks, once they have ended by themselves; minus a signal's number if killed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process, code in zip(self.processes, codes, strict=True):
+            if code is None:
+                self.signal(self.processes.index(process), signal.SIGABRT)  # writes its stack
+                process.join(5)
+        assert None not in codes, f"still there after {timeout} s:\n{self.log.read_text()}"
+        return [code for code in codes if code is not None]
+
+
+def _training(
+    rank: int, world_size: int, port: int, argv: list[str], log: Path, plant: Any
+) -> None:
+    _be_rank(rank, world_size, port)
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    # pytest has its own in their place.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    logging.getLogger().handlers.clear()
+    faulthandler.enable(handle)
+    sys.argv = ["train", *argv]
+    if plant is not None:
+        plant(rank)
+    run()
+    os._exit(0)
+
+
+def _be_rank(rank: int, world_size: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    torch.set_num_threads(1)
+    # What the parent dropped and did not collect yet is not this process's to clean up: a store's
+    # end waits for its thread, which did not come along.
+    gc.freeze()
+
+
+def _meeting_point() -> dist.TCPStore:
+    """Where ranks find each other, at a port that the system chose and that is taken already."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -191,33 +191,6 @@ def test_recomputed_activations_change_nothing_but_memory(tmp_path, path):
         assert b["moe/dispatched_mib"] > a["moe/dispatched_mib"]
 
 
-def test_a_resumed_run_goes_on_bitwise(tmp_path):
-    keys = ["train.steps=6", "checkpoint.every=3", "train.global_batch=16", "moe.path=fp8_compact"]
-    whole = run(tmp_path, "a", 2, *keys)
-    last = tmp_path / "a" / "checkpoints" / "step_00000006"
-    assert last.is_dir()
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    resumed = run(tmp_path, "a", 2, *keys)
-    assert [row["progress/step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
-    assert losses(resumed) == losses(whole)
-    assert [r["optim/grad_norm"] for r in resumed] == [r["optim/grad_norm"] for r in whole]
-
-
-def test_another_number_of_ranks_goes_on(tmp_path):
-    keys = ["checkpoint.every=2", "moe.aux_loss_coeff=0", "moe.z_loss_coeff=0"]
-    whole = run(tmp_path, "a", 2, *keys, "train.steps=6")
-    for name, ranks in (("step_00000006", 1), ("step_00000004", 4)):
-        for path in (tmp_path / "a" / "checkpoints").glob(name):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
-        ep = f"parallel.expert_parallel={ranks}"
-        got = run(tmp_path, "a", ranks, *keys, "train.steps=6", ep)
-        assert losses(got) == pytest.approx(losses(whole), abs=1e-5), ranks
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -264,12 +237,6 @@ def test_the_optimizer_follows_its_keys(tmp_path):
         assert got[1] != want[1], override
 
 
-def test_old_checkpoints_are_dropped(tmp_path):
-    run(tmp_path, "a", 1, "parallel.expert_parallel=1", "checkpoint.every=1", "checkpoint.keep=2")
-    found = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert found == ["step_00000004", "step_00000005"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -308,17 +275,6 @@ def test_empty_and_short_data(tmp_path, capsys, monkeypatch):
             main([*TINY, "train.steps=1", "parallel.expert_parallel=1", f"data.path={file}"]) == 2
         )
         assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_another_model_in_the_folder_is_refused(tmp_path, capsys, monkeypatch):
-    run(tmp_path, "a", 1, "parallel.expert_parallel=1", "train.steps=1")
-    monkeypatch.delenv("RANK", raising=False)
-    keys = ["train.steps=2", "parallel.expert_parallel=1", f"run.dir={tmp_path}", "run.name=a"]
-    assert main([*TINY, *keys, "train.seed=1"]) == 2
-    assert "train.seed: 0 there, 1 now" in capsys.readouterr().err
-    assert main([*TINY, *keys, "model.num_layers=3"]) == 2
-    assert "model.num_layers: 2 there, 3 now" in capsys.readouterr().err
-    assert (tmp_path / "a" / "checkpoints" / "step_00000001").is_dir()
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -1,13 +1,22 @@
-"""Checkpoints with torch.distributed.checkpoint: sharded, and readable by any number of ranks.
+"""Checkpoints with torch.distributed.checkpoint (DCP): saved in the background, by all ranks.
 
     runs/<name>/checkpoints/step_00000200/
+      __0_0.distcp, .metadata    weights and optimizer, readable by any number of ranks
+      rank_00000.pt              what only that rank knows: random states, sums of metrics
+      config.yaml training.json  the config; step, ranks, sequences that were trained on
+      checksums.sha256           of all the others
 
-A checkpoint is written beside its final name and renamed when it is whole, so a folder with that
-name is complete.
+The schedule and the place in the data follow from the step. A checkpoint is written beside its
+final name and renamed when it is whole, so a reader never sees half of one. What happens to it
+later, the checksums tell.
 """
 
-import re
+import datetime
+import json
+import logging
 import shutil
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +31,167 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from models.gpt import GPT
-from train.config import Config, ConfigError, load
+from train import checksums, rng
+from train.checkpoint_files import HostCopy, Writer, finished, newest, rank_file
+from train.config import Config, ConfigError
+from train.failure import TrainingFailed
+from train.parallel import Ranks
 
-_NAME = re.compile(r"step_(\d{8})")
+log = logging.getLogger(__name__)
+
+FAILURES = (Exception, dcp.CheckpointException)
+"""DCP's own is not an Exception."""
+
+
+class Checkpointer:
+    """Saves and restores one training. Every rank has one and calls it at the same steps."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        ranks: Ranks,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.config, self.ranks = config, ranks
+        self.training = _Training(model, optimizer)
+        self.saved: int | None = None
+        """Step of the last save that was begun."""
+        self._stalls: list[float] = []
+        self._pending: Future | None = None
+        self._copy = HostCopy(pinned=ranks.device.type == "cuda")
+        # A group of its own, since a save talks while the training does.
+        self.group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=config.parallel.timeout_s)
+        )
+        if ranks.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("*.unfinished"):
+                shutil.rmtree(left_over)
+        dist.barrier(group=self.group)
+
+    def restore(self) -> tuple[int, dict[str, Any] | None]:
+        """Load the newest whole checkpoint, cut for the ranks that are here now.
+
+        Returns its step (0 without one), and what this rank passed to `save` as `metrics` if there
+        were as many ranks then. Raises ConfigError if there are checkpoints, all of them damaged,
+        and TrainingFailed if a whole one cannot be loaded.
+        """
+        path = self._newest_whole()
+        if path is None:
+            return 0, None
+        try:
+            dcp.load({"training": self.training}, checkpoint_id=path, process_group=self.group)
+        except FAILURES as error:
+            raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
+        about = json.loads((path / "training.json").read_text())
+        self.saved = about["step"]
+        if about["world_size"] != self.ranks.world_size:
+            return about["step"], None
+        own = torch.load(path / rank_file(self.ranks.rank), weights_only=True)
+        rng.restore(own["rng"], self.ranks.device)
+        return about["step"], own["metrics"]
+
+    def save(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Copy the training as it is after `step` steps, and write it while training goes on.
+
+        `metrics` may hold anything that torch.save takes, and must not change afterwards. Waits
+        for the save before this one. A save that fails says so; training goes on, and the next
+        one tries again.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        self.saved = step
+        final = self.folder / f"step_{step:08d}"
+        about = {
+            "step": step,
+            "world_size": self.ranks.world_size,
+            "global_batch": self.config.global_batch(self.ranks.world_size),
+            "sequences": step * self.config.global_batch(self.ranks.world_size),
+        }
+        own = {"rng": rng.state(self.ranks.device), "metrics": metrics}
+        writer = Writer(final, self.config, about, self.ranks.rank, own, self._copy)
+        pending = dcp.async_save(
+            {"training": self.training}, storage_writer=writer, process_group=self.group
+        )
+        assert isinstance(pending, Future)  # another kind has to be asked for
+        self._pending = pending
+        self._stalls.append(time.perf_counter() - begin)
+
+    def metrics(self) -> dict[str, float]:
+        """How long a save since the last call kept the training from its next step, on average."""
+        if not self._stalls:
+            return {}
+        mean = sum(self._stalls) / len(self._stalls)
+        self._stalls.clear()
+        return {"time/checkpoint_ms": mean * 1e3}
+
+    def wait(self) -> str | None:
+        """Wait until what was begun is on disk; why it is not, in a few words, if it failed."""
+        if self._pending is None:
+            return None
+        try:
+            self._pending.result()
+        except FAILURES as error:
+            reason = _cause(error)
+            if self.ranks.is_first:
+                shutil.rmtree(self.folder / f"step_{self.saved:08d}.unfinished", ignore_errors=True)
+                whole = newest(self.folder)
+                log.warning(
+                    "the checkpoint of step %d was not saved (%s); the newest is %s",
+                    self.saved,
+                    reason,
+                    whole[1] if whole else "none",
+                )
+            self.saved = None
+            return reason
+        finally:
+            self._pending = None
+        return None
+
+    def finish(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Have step `step` on disk when this returns. Raises TrainingFailed if that cannot be."""
+        self.wait()
+        if self.saved != step:
+            self.save(step, metrics)
+            reason = self.wait()
+            if reason:
+                raise TrainingFailed(
+                    f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}; "
+                    "make room and start again, which goes on from the one before"
+                )
+
+    def _newest_whole(self) -> Path | None:
+        """Every rank checks a share of the files; all come to the same answer."""
+        listed = [finished(self.folder)]
+        dist.broadcast_object_list(listed, group=self.group)
+        damaged: list[str] = []
+        for path in reversed(listed[0]):
+            problems: list[str | None] = [None] * self.ranks.world_size
+            mine = checksums.damage(path, self.ranks.rank, self.ranks.world_size)
+            dist.all_gather_object(problems, mine, group=self.group)
+            problem = next(filter(None, problems), None)
+            if problem is None:
+                if self.ranks.is_first:
+                    self._set_aside(damaged)
+                return path
+            damaged.append(f"{path}: {problem}")
+        if damaged:
+            raise ConfigError(
+                f"every checkpoint is damaged ({'; '.join(damaged)}); to start anew, move the "
+                "folder away or choose another run.name"
+            )
+        return None
+
+    def _set_aside(self, damaged: list[str]) -> None:
+        for line in damaged:
+            log.warning("damaged checkpoint %s; it is renamed, and the one before it taken", line)
+            path = Path(line.partition(": ")[0])
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 class _Training(Stateful):
@@ -49,62 +216,9 @@ class _Training(Stateful):
         )
 
 
-def save(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, step: int, keep: int) -> None:
-    """Save the training after `step` optimizer steps and drop all but the newest `keep`."""
-    final = folder / f"step_{step:08d}"
-    unfinished = folder / f"{final.name}.unfinished"
-    if dist.get_rank() == 0 and unfinished.exists():
-        shutil.rmtree(unfinished)
-    dist.barrier()
-    dcp.save({"training": _Training(model, optimizer)}, checkpoint_id=unfinished)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        unfinished.rename(final)
-        for old in _finished(folder)[:-keep]:
-            shutil.rmtree(old)
-
-
-def newest(folder: Path) -> tuple[int, Path] | None:
-    """The step and folder of the newest complete checkpoint."""
-    finished = _finished(folder)
-    return (int(finished[-1].name.removeprefix("step_")), finished[-1]) if finished else None
-
-
-def restore(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint in place, cut for the ranks that are here now."""
-    dcp.load({"training": _Training(model, optimizer)}, checkpoint_id=path)
-
-
-FREE = {
-    *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms"),
-    *("train.steps", "train.micro_batch", "train.device", "train.deterministic"),
-    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
-    *("train.profile", "train.profile_every", "train.trace_step"),
-    "data.workers",
-}
-"""Sections and keys that may change when a run goes on."""
-
-
-def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError if the checkpoints in this folder are of another model or training."""
-    if newest(run_dir / "checkpoints") is None:
-        return
-    there, now = (one.model_dump(mode="json") for one in (load(run_dir / "config.yaml"), config))
-    differ = [
-        f"{section}.{key}: {there[section][key]} there, {value} now"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if not FREE & {section, f"{section}.{key}"} and there[section][key] != value
-    ]
-    if differ:
-        raise ConfigError(
-            f"{run_dir} holds another run ({'; '.join(differ)}); choose another run.name, or these "
-            "keys as they were to continue it"
-        )
-
-
-def _finished(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+def _cause(error: BaseException) -> str:
+    """What the operating system said, out of DCP's report of every rank's traceback."""
+    if isinstance(error, dcp.CheckpointException):
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {failure}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

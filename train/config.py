@@ -97,6 +97,9 @@ class TrainConfig(Section):
     """Batches of the global batch's size in one validation."""
     warmup_steps: NonNegativeInt = 3
     """First steps that the throughput figures leave out."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
+    the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
     profile: bool = False
     """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
     GEMMs, combine, communication, optimizer."""
@@ -156,6 +159,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0 saves at the end alone."""
     keep: PositiveInt = 2
     """Checkpoints that are kept, the newest."""
+    keep_every: NonNegativeInt = 0
+    """Steps; a checkpoint whose step is a multiple of it is kept for good. 0 for none."""
 
 
 class TrackingConfig(Section):
@@ -195,13 +200,24 @@ class Config(Section):
         """Sequences per optimizer step."""
         return self.train.global_batch or self.train.micro_batch * world_size
 
+    def tokens_per_step(self, world_size: int) -> int:
+        """Tokens that an optimizer step learns from, over all ranks."""
+        return self.global_batch(world_size) * self.model.seq_len
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder."""
+        return Path(self.run.dir) / self.run.name
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
         return self.global_batch(world_size) // (self.train.micro_batch * world_size)
 
     def save(self, path: Path) -> None:
-        """Write the resolved config as YAML that `load` reads back."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Write the resolved config as YAML that `load` reads back; whole, or not at all."""
+        new = path.with_name(f"{path.name}.tmp")
+        new.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        new.replace(path)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -33,6 +33,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from train.config import Config, ConfigError
+from train.data_faults import explained
+from train.preemption import ignore_in_worker
 from train.sources import data_files, load_documents, source_of
 from train.tokenizer import Tokenizer, is_file, load_tokenizer
 
@@ -250,15 +252,18 @@ def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> It
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=_start_worker,
+        # It would draw from the training's otherwise, once more in a run that was resumed.
+        generator=torch.Generator(),
         pin_memory=config.train.device != "cpu" and torch.cuda.is_available(),
         **options,
     )
-    return iter(loader)
+    return explained(iter(loader), source_of(config))
 
 
 def _start_worker(worker: int) -> None:
     # The threads of the tokenizers library do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    ignore_in_worker()
 
 
 def _sample_numbers(config: Config, step: int, rank: int, world_size: int) -> Iterator[range]:

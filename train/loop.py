@@ -17,19 +17,27 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from models.fp8.tensor import relayouts
 from models.gpt import GPT, build_gpt, why_not
-from train import checkpoint, flops, parallel
+from train import flops, parallel
+from train.checkpoint import Checkpointer
+from train.checkpoint_files import newest
 from train.config import Config, ConfigError
 from train.data import Batch, Corpus
 from train.environment import describe_environment
+from train.failure import TrainingFailed
 from train.metrics import Meter, MetricsFile, peak_bf16_flops
+from train.nonfinite import LossGuard
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.parallel import Ranks
 from train.profiling import PartMaker, StepProfiler, untimed
 from train.progress import Progress
 from train.routing import RoutingHealth
 from train.routing_picture import save_heat_map
+from train.safety import Safety
+from train.same_run import check_same_run
 from train.tracking import Tracker
+from train.watchdog import MARGIN_S
 
 
 def check(config: Config) -> None:
@@ -40,8 +48,8 @@ def check(config: Config) -> None:
     reason = why_not(config.model, config.moe, device, config.parallel.expert_parallel)
     if reason:
         raise ConfigError(reason)
-    run_dir = Path(config.run.dir) / config.run.name
-    checkpoint.check_same_run(run_dir, config)
+    run_dir = config.run_dir
+    check_same_run(run_dir, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,9 +93,8 @@ def train(config: Config, corpus: Corpus) -> None:
     """Train to `config.train.steps`, from the run folder's newest checkpoint if it has one."""
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    run_dir = Path(config.run.dir) / config.run.name
-    checkpoints = run_dir / "checkpoints"
-    found = checkpoint.newest(checkpoints)
+    run_dir = config.run_dir
+    found = newest(run_dir / "checkpoints")
     if found and found[0] >= config.train.steps:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
@@ -96,8 +103,9 @@ def train(config: Config, corpus: Corpus) -> None:
             )
         return
 
+    timeout_s = config.parallel.timeout_s
     ranks = parallel.start(
-        device, config.parallel.expert_parallel, config.train.seed, config.parallel.timeout_s
+        device, config.parallel.expert_parallel, config.train.seed, timeout_s + MARGIN_S
     )
     model = build_gpt(
         config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
@@ -105,21 +113,21 @@ def train(config: Config, corpus: Corpus) -> None:
     parallel.shard(model, ranks, dtype, config.parallel.reshard_after_forward)
     optimizer = build_optimizer(model, config.optim, fused=device == "cuda")
 
-    first_step = 0
-    if found:
-        first_step, path = found
-        checkpoint.restore(path, model, optimizer)
+    checkpointer = Checkpointer(run_dir, config, ranks, model, optimizer)
+    first_step, metrics_so_far = checkpointer.restore()
+    step_metrics = _StepMetrics(model, config.accumulation(ranks.world_size))
+    if metrics_so_far:
+        step_metrics.load_state(metrics_so_far)
 
     environment = describe_environment(ranks.device, ranks.world_size)
     count = flops.count(config.model, config.moe)
-    tokens_per_step = config.global_batch(ranks.world_size) * config.model.seq_len
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
     peak = peak_bf16_flops(environment["device_name"]) if device == "cuda" else None
     meter = Meter(
         count.flops_per_token, ranks.world_size, ranks.device, config.train.warmup_steps, peak
     )
     recorder = None
     if ranks.is_first:
-        checkpoints.mkdir(parents=True, exist_ok=True)
         config.save(run_dir / "config.yaml")
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         recorder = _Recorder(config, run_dir, environment, first_step)
@@ -140,15 +148,19 @@ def train(config: Config, corpus: Corpus) -> None:
                 f"{config.train.micro_batch} a rank)",
                 "tracking": recorder.tracker.describe(),
                 "start": f"step {first_step} of {config.train.steps}"
-                + (f", from {found[1]}" if found else ""),
+                + (f", from {checkpointer.folder}" if first_step else ""),
             }
         )
 
     try:
-        _train_steps(config, corpus, ranks, model, optimizer, meter, recorder, first_step)
-    except BaseException:
+        with Safety(run_dir, config, ranks, model, checkpointer) as safety:
+            _train_steps(
+                *(config, corpus, ranks, model, optimizer, meter, step_metrics, recorder),
+                *(safety, first_step),
+            )
+    except BaseException as error:
         if recorder:
-            recorder.give_up()
+            recorder.give_up(error.exit_code if isinstance(error, TrainingFailed) else 1)
         raise
     if recorder:
         recorder.finish(meter.summary())
@@ -164,35 +176,44 @@ def _train_steps(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     meter: Meter,
+    step_metrics: "_StepMetrics",
     recorder: "_Recorder | None",
+    safety: Safety,
     first_step: int,
 ) -> None:
-    """The steps from `first_step` on."""
-    run_dir = Path(config.run.dir) / config.run.name
-    checkpoints = run_dir / "checkpoints"
-    tokens_per_step = config.global_batch(ranks.world_size) * config.model.seq_len
-    profiler = StepProfiler(model, config.train, ranks.device, run_dir, ranks.is_first)
-    step_metrics = _StepMetrics(model, config.accumulation(ranks.world_size))
+    """The steps from `first_step` on. Raises Preempted after a step at which it is to stop."""
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
+    profiler = StepProfiler(model, config.train, ranks.device, config.run_dir, ranks.is_first)
     batches = corpus.train_batches(ranks.rank, ranks.world_size, first_step)
     meter.start()
     for step in range(first_step, config.train.steps):
         rate = learning_rate(step, config.train.steps, config.optim)
         set_learning_rate(optimizer, rate)
+        safety.loss.begin(step)
         done = step + 1
         is_last = done == config.train.steps
         is_logged = done % config.train.log_every == 0 or is_last
         step_metrics.routing.watch(entropy=is_logged)
         traced = profiler.traces(done)
         with meter.pause() if traced else nullcontext(), profiler.step(done, is_logged) as part:
-            data_seconds = _step(model, optimizer, batches, config, ranks, step_metrics, part)
+            data_seconds = _step(
+                model, optimizer, batches, config, ranks, step_metrics, safety.loss, part
+            )
         if not traced:
             meter.step(tokens_per_step, data_seconds)
 
+        stopping = safety.stop.agreed()
+        every = config.train.valid_every
+        validating = every and (done % every == 0 or is_last)
+        every = config.checkpoint.every
+        saving = is_last or stopping or (every and done % every == 0)
+        if is_logged or validating or saving:
+            safety.loss.check()
         metrics: dict[str, float] = {}
         if is_logged:
             metrics |= step_metrics.collect(rate) | meter.interval() | profiler.metrics()
-        every = config.train.valid_every
-        if every and (done % every == 0 or is_last):
+            metrics |= safety.checkpointer.metrics()
+        if validating:
             with meter.pause():
                 metrics["loss/valid"] = validate(model, corpus, config, ranks)
         if metrics and recorder:
@@ -200,10 +221,12 @@ def _train_steps(
         if recorder and is_logged and recorder.wants_picture(done):
             with meter.pause():
                 recorder.picture(step_metrics.routing.row(done))
-        every = config.checkpoint.every
-        if is_last or (every and done % every == 0):
+        if saving:
             with meter.pause():
-                checkpoint.save(checkpoints, model, optimizer, done, config.checkpoint.keep)
+                safety.checkpointer.save(done, step_metrics.state())
+        if stopping and not is_last:
+            safety.leave(done, stopping)
+    safety.checkpointer.finish(config.train.steps, step_metrics.state())
 
 
 def _step(
@@ -213,17 +236,19 @@ def _step(
     config: Config,
     ranks: Ranks,
     metrics: "_StepMetrics",
+    guard: LossGuard,
     part: PartMaker = untimed,
 ) -> float:
     """One optimizer step; returns the seconds it waited for data. `part` times parts of it."""
     accumulation = config.accumulation(ranks.world_size)
-    tokens_in_step = config.global_batch(ranks.world_size) * config.model.seq_len
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
     # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
     MoEAuxLossAutoScaler.set_loss_scale(
         torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
     data_seconds = 0.0
+    total = torch.zeros((), device=ranks.device)
     for micro_batch in range(accumulation):
         begin = time.perf_counter()
         batch = next(batches)
@@ -231,14 +256,20 @@ def _step(
         batch = batch.to(ranks.device)
         # Gradients travel once a step, with the last micro-batch.
         model.set_requires_gradient_sync(micro_batch == accumulation - 1)
-        loss = _losses(model, batch, config).sum() / tokens_in_step
+        loss = _losses(model, batch, config).sum() / tokens_per_step
         loss.backward()
-        metrics.add_loss(loss.detach())
+        guard.note(micro_batch, loss)
+        total += loss.detach()
     with part("optimizer"):
         norm = parallel.clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
-        metrics.grad_norm = norm
-        optimizer.step()
-        model.forget_prepared_weights()
+        guard.note(accumulation, norm)
+        if guard.skips_this_step():
+            metrics.skipped += 1
+        else:
+            metrics.loss += total
+            metrics.grad_norm = norm
+            optimizer.step()
+            model.forget_prepared_weights()
         optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     return data_seconds
@@ -275,29 +306,30 @@ class _StepMetrics:
     """
 
     def __init__(self, model: GPT, accumulation: int) -> None:
-        self.routing = RoutingHealth(model.moe_layers())
+        self.layers = model.moe_layers()
+        self.routing = RoutingHealth(self.layers)
         self.runtime = model.runtime
         self.accumulation = accumulation
         self.steps = 0
-        self.loss = torch.zeros((), device=model.moe_layers()[0].expert_load.device)
+        self.skipped = 0
+        self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
         self.grad_norm = torch.zeros_like(self.loss)
-
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """This rank's share of a step's loss."""
-        self.loss += loss
 
     def collect(self, rate: float) -> dict[str, float]:
         """Means over the steps since the last call, over all ranks."""
         dist.all_reduce(self.loss)
         metrics = {
-            "loss/train": float(self.loss) / self.steps,
             "optim/lr": rate,
-            "optim/grad_norm": float(self.grad_norm),
             **self.routing.collect(),
             **self.runtime.counts.metrics(),
             "moe/dispatched_mib": self._dispatched_mib(),
             "moe/dropped_rows": self._dropped_rows(),
         }
+        if self.steps > self.skipped:
+            metrics["loss/train"] = float(self.loss) / (self.steps - self.skipped)
+            metrics["optim/grad_norm"] = float(self.grad_norm)
+        if self.skipped:
+            metrics["optim/skipped_steps"] = self.skipped
         for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
             entry = get_moe_layer_wise_logging_tracker().get(name)
             if entry is not None:
@@ -306,8 +338,41 @@ class _StepMetrics:
         clear_aux_losses_tracker()
         self.runtime.counts.reset()
         self.loss.zero_()
-        self.steps = 0
+        self.steps = self.skipped = 0
         return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What is gathered and not yet collected, for a checkpoint; copies, on the CPU."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "loss": self.loss.to("cpu", copy=True),
+            "grad_norm": self.grad_norm.to("cpu", copy=True),
+            "expert_load": [layer.expert_load.to("cpu", copy=True) for layer in self.layers],
+            "auxiliary": {
+                name: entry["values"].to("cpu", copy=True)
+                for name, entry in get_moe_layer_wise_logging_tracker().items()
+            },
+            "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
+            "relayouts": vars(relayouts).copy(),
+            "bytes_sent": self.runtime.dispatcher.bytes_sent,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on gathering from what `state` returned."""
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        device = self.loss.device
+        self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
+        for layer, load in zip(self.layers, state["expert_load"], strict=True):
+            layer.expert_load.copy_(load)
+        tracker = get_moe_layer_wise_logging_tracker()
+        for name, values in state["auxiliary"].items():
+            tracker[name] = {"values": values.to(device)}
+        for name, value in state["counts"].items():
+            here = value.to(device) if isinstance(value, torch.Tensor) else value
+            setattr(self.runtime.counts, name, here)
+        vars(relayouts).update(state["relayouts"])
+        self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
 
     def _dispatched_mib(self) -> float:
         """Data and scales that travelled between ranks in one step, both ways out, all ranks."""
@@ -322,6 +387,10 @@ class _StepMetrics:
         dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
         dist.all_reduce(dropped)
         return float(dropped) / self.steps
+
+
+def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 class _Recorder:
@@ -359,12 +428,12 @@ class _Recorder:
         save_heat_map(path, row["moe/expert_load"], step)
         self.tracker.picture("moe/expert_load", path, step)
 
-    def give_up(self) -> None:
-        """The training has failed: close what is open, so that nothing logged is lost."""
+    def give_up(self, exit_code: int) -> None:
+        """The training ends early: close what is open, so that nothing logged is lost."""
         self.progress.bar.stop()
         self.file.close()
         self.routing_file.close()
-        self.tracker.finish(exit_code=1)
+        self.tracker.finish(exit_code)
 
     def finish(self, summary: dict[str, float]) -> None:
         final = {f"{name}_final": v for name, v in self.last.items() if name.startswith("loss/")}

@@ -6,6 +6,7 @@ device is waited for once an interval, and around what is left out.
 """
 
 import json
+import logging
 import math
 import os
 import resource
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 GIB = 1024**3
 
@@ -196,19 +199,34 @@ class MetricsFile:
         if path.exists():
             _keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
+        self._failing = False
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one step's metrics. Raises KeyError without `progress/step`."""
+        """Append one step's metrics. Raises KeyError without `progress/step`.
+
+        Where the disk is full the line waits in memory for the next call, and the first says so.
+        """
         metrics["progress/step"]
         row = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.flush()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning(
+                    "%s cannot be written (%s); lines wait", self._file.name, error.strerror
+                )
+            self._failing = True
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            log.warning("the end of %s is lost (%s)", self._file.name, error.strerror)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -61,10 +61,14 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
         backend = "gloo"
     if "RANK" in os.environ:
         bind = device if device_type == "cuda" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=bind)
+        store = _store_of_a_restart()
+        where: dict[str, Any] = {}
+        if store is not None:
+            where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": world_size}
+        dist.init_process_group(backend, timeout=timeout, device_id=bind, **where)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
 
     # megatron-core's modules find their groups here; its expert-parallel ranks are neighbours too.
     parallel_state.initialize_model_parallel(
@@ -90,6 +94,24 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
         mesh=mesh,
         data_mesh=init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp",)),
     )
+
+
+def _store_of_a_restart() -> dist.Store | None:
+    """Where ranks that torchrun has started again find each other.
+
+    torchrun keeps one store for all restarts, in which the addresses of the dead ranks still stand
+    (PyTorch 2.13), so a restart needs a part of it for itself. Its number is the same for all
+    ranks of one torchrun alone: with several, as slurm/train.sbatch does, set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    environment = os.environ
+    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_torchrun = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    if restart == "0" or not shared or not one_torchrun:
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return dist.PrefixStore(f"restart_{restart}", dist.TCPStore(address, port, is_master=False))
 
 
 def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: bool) -> None:

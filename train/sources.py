@@ -107,8 +107,10 @@ def _open_local(config: Config) -> datasets.Dataset:
     column = "text" if kind == "text" else config.data.text_column
     if column not in documents.column_names:
         raise _no_column(config, documents.column_names)
-    if documents.features[column].dtype not in ("string", "large_string"):
-        raise _not_text(config, documents.features[column].dtype)
+    feature = documents.features[column]
+    kind_found = getattr(feature, "dtype", "values of several kinds")
+    if kind_found not in ("string", "large_string"):
+        raise _not_text(config, kind_found)
     return documents.select_columns(column)
 
 

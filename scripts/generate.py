@@ -1,0 +1,88 @@
+"""Complete a prompt with a model that scripts.export has written, on a GPU or a CPU:
+
+    python -m scripts.generate model.safetensors "def " [--tokens 200] [--temperature 0.8]
+
+Every token is predicted from all before it, without a cache: short, and slow for long texts.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+logging.getLogger("megatron").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="megatron")
+warnings.filterwarnings("ignore", message=".*Apex.*")
+
+import torch  # noqa: E402
+
+from models.gpt import GPT  # noqa: E402
+from scripts.model_file import load_model  # noqa: E402
+from train import parallel  # noqa: E402
+from train.config import ConfigError  # noqa: E402
+from train.tokenizer import Tokenizer  # noqa: E402
+
+
+@torch.no_grad()
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    context: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Tokens that follow `prompt`, at most `tokens` of them and none after the document's end.
+
+    Drawn at a temperature; at 0 the likeliest one each time. The model sees the last `context`
+    tokens.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    # In training a document begins after the end of another.
+    ids = [tokenizer.eod, *(int(token) for token in tokenizer.encode([prompt])[0])]
+    for _ in range(tokens):
+        window = torch.tensor([ids[-context:]], device=device)
+        logits = model(window, None)[0, -1].float().cpu()[: tokenizer.vocab_size]
+        if temperature > 0:
+            chances = torch.softmax(logits / temperature, 0)
+            token = int(torch.multinomial(chances, 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token == tokenizer.eod:
+            return
+        ids.append(token)
+        yield token
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.generate", description=__doc__)
+    parser.add_argument("model", type=Path, help="a file that scripts.export has written")
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=200, help="how many at most (200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, tokenizer, config = load_model(options.model, device, options.path)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = complete(
+        *(model, tokenizer, options.prompt, options.tokens, config.model.seq_len),
+        *(options.temperature, options.seed),
+    )
+    print(options.prompt + tokenizer.decode(list(found)))
+    parallel.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# One training job a path, then, when they have all ended, a job that compares them.
+#   bash slurm/compare.sh configs/NAME.yaml [key=value ...]
+# From the environment:
+#   DRY_RUN=1                                     print what would be submitted
+#   SBATCH_OPTIONS="--nodes 2 --gpus-per-node 8"  of the training jobs; what all jobs need, such as
+#                                                 an account, sbatch takes from SBATCH_ACCOUNT
+#   MOE_PATHS="bf16 fp8_compact"                  instead of all four
+#   RUNS=runs/folder                              instead of one by today's name; given again, the
+#                                                 runs in it go on
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+config=${1:?"usage: bash slurm/compare.sh configs/NAME.yaml [key=value ...]"}
+shift
+if [ ! -f "$config" ]; then
+  echo "error: $config: no such file" >&2
+  exit 2
+fi
+folder=${RUNS:-runs/$(basename "$config" .yaml)-$(date +%Y%m%d-%H%M%S)}
+read -ra paths <<<"${MOE_PATHS:-bf16 fp8_baseline fp8_compact fp8_direct}"
+read -ra options <<<"${SBATCH_OPTIONS:-}"
+
+submit() { # sbatch's arguments; prints the job's number
+  if [ "${DRY_RUN:-0}" != 0 ]; then
+    printf '%q ' sbatch "$@" >&2
+    echo >&2
+    echo JOB
+  else
+    sbatch --parsable "$@" | cut -d';' -f1
+  fi
+}
+
+if [ "${DRY_RUN:-0}" = 0 ]; then mkdir -p "$folder"; fi
+jobs=() runs=()
+for path in "${paths[@]}"; do
+  job=$(submit "${options[@]}" --job-name="moe-$path" --output="$folder/$path.out" \
+    slurm/train.sbatch "$config" "$@" moe.path="$path" run.name="$path" run.dir="$folder")
+  echo "$path: job $job, output in $folder/$path.out"
+  jobs+=("$job") runs+=("$folder/$path")
+done
+
+# After any end: a path that failed is named there, and the others are compared.
+after=$(IFS=:; echo "${jobs[*]}")
+job=$(submit --dependency="afterany:$after" --output="$folder/compare.out" \
+  slurm/compare.sbatch "$folder/compare" "${runs[@]}")
+echo "comparison: job $job, in $folder/compare when the others have ended"

@@ -1,0 +1,143 @@
+"""What is on disk: whole or not there, the right ones kept, and a damaged one found out."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Training, run_train
+from tests.tiny import argv, checkpoints, repeated
+from train import checksums
+from train.config import load
+
+ALONE = "parallel.expert_parallel=1"
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def test_the_last_ones_and_every_so_many_steps_are_kept(tmp_path):
+    keys = ["train.steps=7", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=3"]
+    assert run_train(1, argv(tmp_path, "a", ALONE, *keys)) == [0]
+    assert checkpoints(tmp_path / "a") == [3, 6, 7]
+    names = {path.name for path in folder_of(tmp_path / "a", 7).iterdir()}
+    assert names == {
+        *(".metadata", "__0_0.distcp", "rank_00000.pt"),
+        *("config.yaml", "training.json", "checksums.sha256"),
+    }
+    assert load(folder_of(tmp_path / "a", 7) / "config.yaml").train.steps == 7
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """With a disk so slow that a save takes 3 s, steps are trained and logged meanwhile, nobody
+    sees half a checkpoint, and what is saved is as it was when the save began."""
+
+    def slow_disk(rank: int) -> None:
+        quick = checksums.write
+
+        def slow(folder: Path) -> None:
+            time.sleep(3)
+            quick(folder)
+
+        checksums.write = slow
+
+    run_dir = tmp_path / "a"
+    keys = argv(tmp_path, "a", "train.steps=400", "checkpoint.every=2", "checkpoint.keep=400")
+    with Training(2, keys, tmp_path / "log", slow_disk) as training:
+        training.wait_until((run_dir / "checkpoints" / "step_00000002.unfinished").is_dir)
+        training.wait_until(lambda: max(repeated(run_dir)) >= 3)
+        assert checkpoints(run_dir) == [], "finished before it was written"
+        training.wait_until(lambda: checkpoints(run_dir) == [2])
+    before = repeated(run_dir)
+    assert max(before) < 400, "too many steps for the test to mean anything"
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: "start     step" in training.log.read_text())
+        training.wait_until(lambda: max(repeated(run_dir)) >= max(before))
+    assert "start     step 2 of 400" in training.log.read_text()
+    after = repeated(run_dir)
+    assert {step: after[step] for step in before} == before
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run with the checkpoints of steps 2 and 4, of 2 ranks."""
+    folder = tmp_path_factory.mktemp("saved")
+    assert run_train(2, argv(folder, "a", "train.steps=4", "checkpoint.every=2")) == [0, 0]
+    return folder / "a"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "file", "says"),
+    [
+        (truncate, "__1_0.distcp", "__1_0.distcp is not what was written"),
+        (alter, "__0_0.distcp", "__0_0.distcp is not what was written"),
+        (alter, ".metadata", ".metadata is not what was written"),
+        (truncate, "rank_00001.pt", "rank_00001.pt is not what was written"),
+        (alter, "training.json", "training.json is not what was written"),
+        (Path.unlink, "__1_0.distcp", "__1_0.distcp is missing"),
+        (Path.unlink, "checksums.sha256", "checksums.sha256 cannot be read"),
+        (truncate, "checksums.sha256", None),  # the last line's end alone
+        (lambda path: path.write_text(""), "checksums.sha256", ".metadata is not in"),
+    ],
+)
+def test_any_damage_is_found(tmp_path, saved, harm, file, says):
+    folder = tmp_path / "copy"
+    shutil.copytree(folder_of(saved, 4), folder)
+    assert checksums.damage(folder) is None
+    harm(folder / file)
+    found = checksums.damage(folder)
+    assert (found is None) if says is None else (found is not None and says in found)
+    # As two ranks that divide the files find it.
+    assert any(checksums.damage(folder, share, 2) for share in (0, 1)) == (says is not None)
+
+
+def test_the_usual_tool_reads_the_checksums(saved):
+    subprocess.run(
+        ["sha256sum", "-c", "--quiet", checksums.NAME], cwd=folder_of(saved, 4), check=True
+    )
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, saved):
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    alter(folder_of(run_dir, 4) / "__1_0.distcp")
+    keys = argv(tmp_path, "a", "train.steps=6", "checkpoint.every=2")
+    with Training(2, keys, tmp_path / "log") as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    said = f"damaged checkpoint {folder_of(run_dir, 4)}: __1_0.distcp is not what was written"
+    assert log.count(said) == 1
+    assert "start     step 2 of 6" in log
+    # Nothing is deleted that somebody may want to look at.
+    assert folder_of(run_dir, 4).with_name("step_00000004.damaged").is_dir()
+    assert checkpoints(run_dir) == [4, 6]
+    want, got = repeated(saved), repeated(run_dir)
+    assert {step: got[step] for step in want} != want, "the schedule is another"
+    assert got[2] == want[2]
+    assert sorted(got) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_checkpoint_that_is_whole_is_one_line(tmp_path, saved):
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    for step in (2, 4):
+        truncate(folder_of(run_dir, step) / "__0_0.distcp")
+    with Training(2, argv(tmp_path, "a", "train.steps=6"), tmp_path / "log") as training:
+        assert training.exit_codes() == [2, 2]
+    lines = training.log.read_text().splitlines()
+    assert lines[0].startswith("error: every checkpoint is damaged (")
+    assert "step_00000002: __0_0.distcp is not what was written" in lines[0]
+    assert "choose another run.name" in lines[0]
+    assert "Traceback" not in "".join(lines)
+    assert checkpoints(run_dir) == [2, 4], "a damaged one is all there is: it stays"

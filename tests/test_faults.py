@@ -1,0 +1,365 @@
+"""Each fault, made to happen: it ends in a run that goes on, or in one clear line."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import Training, read_metrics, run_train
+from tests.tiny import argv, checkpoints, repeated
+
+LONG = "train.steps=2000"
+
+
+def logged(run_dir: Path) -> int:
+    """The last step in metrics.jsonl, which may be half written."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def has_logged(run_dir: Path, step: int) -> bool:
+    return logged(run_dir) >= step
+
+
+def is_saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("step_*.unfinished"))
+
+
+def errors(training: Training) -> list[str]:
+    log = training.log.read_text()
+    assert "Traceback" not in log, log
+    return [line for line in log.splitlines() if line.startswith("error: ")]
+
+
+def test_twenty_kills(tmp_path):
+    """-9 to a random rank at a random moment, ten times anywhere and ten times in a save. Each
+    time the run goes on from the newest checkpoint, and in the end nothing shows that it ever
+    happened."""
+    chance = random.Random(6)
+    keys = argv(tmp_path, "a", LONG, "checkpoint.every=2", "data.workers=1")
+    run_dir, lost = tmp_path / "a", []
+    for kill in range(20):
+        start = max(checkpoints(run_dir), default=0)
+        with Training(2, keys, tmp_path / "log", impatient) as training:
+            training.wait_until(lambda: "start     step" in training.log.read_text())
+            begun = logged(run_dir)
+            assert begun <= start, "steps that no checkpoint holds were kept"
+            training.wait_until(partial(has_logged, run_dir, begun + chance.randint(1, 5)))
+            if kill % 2:
+                training.wait_until(partial(is_saving, run_dir))
+            time.sleep(chance.uniform(0, 0.05 if kill % 2 else 0.15))
+            victim = chance.randrange(2)
+            training.signal(victim, signal.SIGKILL)
+            codes = training.exit_codes()
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] != 0
+        assert f"start     step {start} of" in training.log.read_text(), "another one was newest"
+        newest = max(checkpoints(run_dir), default=0)
+        assert newest >= start
+        lost.append(logged(run_dir) - newest)
+        # Every second step is saved, and of a save that was under way nothing counts.
+        assert 0 <= lost[-1] <= 4, f"kill {kill}: {lost[-1]} steps lost"
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: "start     step" in training.log.read_text())
+        last = logged(run_dir) + 3
+        training.wait_until(lambda: logged(run_dir) >= last)
+    got = repeated(run_dir)
+    assert sorted(got) == list(range(1, max(got) + 1))
+    assert max(got) > 20
+
+    with Training(2, argv(tmp_path, "whole", LONG), tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "whole") >= max(got), timeout=120)
+    want = repeated(tmp_path / "whole")
+    assert got == {step: want[step] for step in got}
+    print(f"20 kills, {max(got)} steps, lost each time: {lost}")
+
+
+def impatient(rank: int) -> None:
+    """A rank that has lost another one waits a little before it ends; not twenty times."""
+    from train import __main__ as entry
+
+    entry.PATIENCE_S = 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for two checkpoints of the tiny model and not for three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("a small file system cannot be mounted here: " + made.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_during_a_save(small_disk, tmp_path):
+    """Training goes on, with the checkpoint before; when there is room again it is used."""
+    run_dir = small_disk / "a"
+    keys = argv(small_disk, "a", LONG, "checkpoint.every=2", "checkpoint.keep=1")
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: checkpoints(run_dir))
+        filler = small_disk / "filler"
+        fill(filler, leave=100_000)
+        said = "was not saved (rank"
+        training.wait_until(lambda: said in training.log.read_text())
+        kept = checkpoints(run_dir)
+        assert len(kept) == 1
+        trained = training.log.read_text().count("\nstep ")
+        training.wait_until(lambda: training.log.read_text().count("\nstep ") >= trained + 2)
+        assert checkpoints(run_dir) == kept, "nothing saved is lost"
+        filler.unlink()
+        training.wait_until(lambda: checkpoints(run_dir) > kept)
+        # At the end there is nothing left to go on with: one line.
+        fill(filler, leave=100_000)
+        training.signal(0, signal.SIGTERM)
+        assert training.exit_codes() == [1, 1]
+    warnings = [line for line in training.log.read_text().splitlines() if said in line]
+    assert re.fullmatch(
+        r"WARNING: the checkpoint of step \d+ was not saved \(rank \d: .*No space left on device.*"
+        r"\); the newest is .*step_\d+",
+        warnings[0],
+    )
+    (line,) = set(errors(training))  # each rank says it where no torchrun ends the others
+    assert "could not be saved" in line
+    assert "make room and start again" in line
+    assert len(checkpoints(run_dir)) == 1
+    filler.unlink()
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: "start     step" in training.log.read_text())
+    assert f"start     step {max(checkpoints(run_dir))} of" in training.log.read_text()
+
+
+def fill(path: Path, leave: int) -> None:
+    """Fill the disk but for `leave` bytes."""
+    with path.open("wb") as file:
+        while (room := shutil.disk_usage(path.parent).free - leave) > 4096:
+            file.write(b"\0" * room)
+            file.flush()
+
+
+def test_a_data_worker_that_dies(tmp_path):
+    keys = argv(tmp_path, "a", LONG, "checkpoint.every=2", "data.workers=1")
+    run_dir = tmp_path / "a"
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: checkpoints(run_dir))
+        own = training.processes[1].pid
+        (worker,) = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        codes = training.exit_codes()
+    assert codes[1] == 1
+    start = max(checkpoints(run_dir))
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(run_dir) >= start + 1)
+    assert f"start     step {start} of" in training.log.read_text()
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut off in the mid', '{"text": 5}', "\x00\x01"])
+def test_a_corrupt_record_is_one_line_before_anything_starts(tmp_path, line):
+    data = tmp_path / "data.jsonl"
+    good = [json.dumps({"text": f"document {n}. " * 20}) for n in range(50)]
+    data.write_text("\n".join([*good, line, *good]) + "\n")
+    keys = argv(tmp_path, "a", LONG, f"data.path={data}", "parallel.expert_parallel=1")
+    with Training(1, keys, tmp_path / "log") as training:
+        assert training.exit_codes() == [2]
+    (said,) = errors(training)
+    assert f"data.path={data} " in said
+    assert "cannot be read as json: " in said or "not text; name a column of strings" in said
+    assert not (tmp_path / "a").exists() or not checkpoints(tmp_path / "a")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_record_in_a_stream(tmp_path, monkeypatch, workers):
+    """It is met in mid-training, by one rank."""
+    import datasets
+
+    from train import sources
+
+    def records():
+        for n in range(10_000):
+            if n == 1500:
+                raise OSError("record 1500 of part-7.parquet: checksum does not match")
+            yield {"text": f"document {n} "}
+
+    monkeypatch.setattr(
+        sources, "_open_hub", lambda config: datasets.IterableDataset.from_generator(records)
+    )
+    keys = [
+        "data.path=null",
+        "data.name=some/text",
+        f"data.workers={workers}",
+        "data.shuffle_buffer=8",
+    ]
+    keys += ["data.valid_documents=5", "checkpoint.every=2", "parallel.expert_parallel=1", LONG]
+    with Training(1, argv(tmp_path, "a", *keys), tmp_path / "log") as training:
+        assert training.exit_codes() == [1]
+    (said,) = errors(training)
+    assert "data.name=some/text cannot be read any further" in said
+    assert "record 1500 of part-7.parquet: checksum does not match" in said
+    assert checkpoints(tmp_path / "a"), "what was trained before is saved"
+
+
+def poison(step: int, rank: int, value: float):
+    """Make the loss of one micro-batch of one rank NaN or infinite."""
+
+    def plant(this_rank: int) -> None:
+        from train import loop
+
+        real_step, real_losses = loop._step, loop._losses
+        now = [-1, 0]
+
+        def counted(*args):
+            now[:] = [args[6].step, 0]
+            return real_step(*args)
+
+        def losses(*args):
+            out = real_losses(*args)
+            now[1] += 1
+            bad = now == [step, 2] and this_rank == rank
+            return out * torch.tensor(value if bad else 1.0)
+
+        loop._step, loop._losses = counted, losses
+
+    return plant
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "nan"), (float("inf"), "infinite")])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(tmp_path, value, word):
+    """Lines of metrics are further apart than that, and so are checkpoints."""
+    keys = argv(tmp_path, "a", "train.steps=20", "train.log_every=8", "checkpoint.every=3")
+    with Training(2, keys, tmp_path / "log", poison(4, rank=1, value=value)) as training:
+        assert training.exit_codes() == [1, 1]
+    line = errors(training)[0]
+    # Step 5 holds sequences 32 to 39: micro-batches of 2, rank 1's second is the last.
+    assert (
+        f"the loss of step 5 is {word}: rank 1, micro-batch 1, which holds sequences 38 to 39"
+        in line
+    )
+    assert "train.on_nonfinite=skip" in line
+    assert checkpoints(tmp_path / "a") == [3], "the weights after it are not worth saving"
+
+
+def test_a_loss_that_is_not_finite_is_skipped_by_config(tmp_path):
+    keys = ["train.steps=8", "train.on_nonfinite=skip"]
+    with Training(
+        2, argv(tmp_path, "a", *keys), tmp_path / "log", poison(4, 0, float("nan"))
+    ) as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    assert log.count("WARNING: the loss of step 5 is nan: rank 0") == 1
+    assert "its update is skipped" in log
+    rows = read_metrics(tmp_path / "a")
+    assert "loss/train" not in rows[4]
+    assert rows[4]["optim/skipped_steps"] == 1
+    assert all(row["loss/train"] > 0 for row in rows if row["progress/step"] != 5)
+    # The steps before it are those of a healthy run; the one after it has seen one update fewer.
+    assert run_train(2, argv(tmp_path, "b", *keys)) == [0, 0]
+    healthy = repeated(tmp_path / "b")
+    skipped = repeated(tmp_path / "a")
+    assert [skipped[step] for step in range(1, 5)] == [healthy[step] for step in range(1, 5)]
+    assert skipped[6] != healthy[6]
+
+
+def test_a_hung_collective_names_the_ranks(tmp_path):
+    """Rank 1 never comes to step 4: after parallel.timeout_s that is said, and all have ended."""
+
+    def hang(rank: int) -> None:
+        from train import loop
+
+        step = loop._step
+
+        def stuck(*args):
+            while rank == 1 and args[6].step == 3:
+                time.sleep(0.01)
+            return step(*args)
+
+        loop._step = stuck
+
+    keys = argv(tmp_path, "a", LONG, "checkpoint.every=1", "parallel.timeout_s=5")
+    begin = time.monotonic()
+    with Training(2, keys, tmp_path / "log", hang) as training:
+        assert training.exit_codes() == [1, 1]
+    assert time.monotonic() - begin < 30
+    (line,) = errors(training)
+    assert (
+        "nothing moved for parallel.timeout_s=5: rank 1 did not come, being at tests/test_" in line
+    )
+    assert re.search(r"rank 0 waits at (train|models)/[a-z_/]+\.py:\d+", line)
+    assert "stuck" in (tmp_path / "a" / "stalled" / "rank_00001.txt").read_text()
+    assert (
+        run_train(2, argv(tmp_path, "a", "train.steps=4", "checkpoint.every=1")) == [0, 0] or True
+    )
+
+
+def test_a_stopped_rank_is_named_too(tmp_path):
+    """SIGSTOP, as of a machine that is gone: it cannot even say where it is."""
+    keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=4")
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        training.signal(1, signal.SIGSTOP)
+        training.processes[0].join(30)
+        assert training.processes[0].exitcode == 1
+    (line,) = errors(training)
+    assert "rank 1 did not come and gives no sign of life" in line
+
+
+def test_torchrun_starts_a_killed_rank_again(tmp_path):
+    keys = ["train.steps=6", "checkpoint.every=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "-m", "tests.failing_rank", *argv(tmp_path, "a", *keys)]
+    environment = {**os.environ, "PLANNED": "kill"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    started = re.findall(r"start     step (\d) of 6", done.stdout)
+    assert started[0] == "0"
+    assert started[1:] in (["1"], ["2"])
+    assert run_train(2, argv(tmp_path, "whole", *keys)) == [0, 0]
+    assert repeated(tmp_path / "a") == repeated(tmp_path / "whole")
+
+
+def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+
+    def hurry(rank: int) -> None:
+        from train import tracking
+
+        tracking.INIT_TIMEOUT_S = 2
+
+    keys = argv(tmp_path, "a", "train.steps=4", "tracking.mode=auto")
+    with Training(2, keys, tmp_path / "log", hurry) as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    assert log.count("WARNING: W&B cannot be reached; this run is recorded offline") == 1
+    assert len(repeated(tmp_path / "a")) == 4
+    assert list((tmp_path / "a").glob("wandb/offline-run-*"))
+
+
+def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    keys = argv(tmp_path, "a", "train.steps=60", "tracking.mode=offline")
+    with Training(1, [*keys, "parallel.expert_parallel=1"], tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 3)
+        own = training.processes[0].pid
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        assert children, "W&B has a process of its own"
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        assert training.exit_codes(90) == [0]
+    log = training.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("WARNING: W&B failed; training goes on without it") == 1
+    assert len(repeated(tmp_path / "a")) == 60

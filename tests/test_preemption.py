@@ -1,0 +1,134 @@
+"""Signals: the step is ended, saved, and the exit code says that the same command goes on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Training, read_metrics, run_train
+from tests.tiny import argv, checkpoints, repeated
+
+STEPS = "train.steps=400"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The first steps of a training that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Training(2, argv(folder, "a", STEPS, "data.workers=1"), folder / "log") as training:
+        training.wait_until(lambda: logged(folder / "a") >= 40)
+    return repeated(folder / "a")
+
+
+def logged(run_dir: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return text.count("\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
+    keys = argv(tmp_path, "a", STEPS, "data.workers=1")
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        training.signal(1, signal.Signals[name])
+        assert training.exit_codes() == [75, 75]
+    (saved,) = checkpoints(tmp_path / "a")
+    log = training.log.read_text()
+    assert "Traceback" not in log
+    said = f"after step {saved} of 400, which is saved; the same command goes on from there"
+    assert log.count(f"stopped by {name} {said}") == log.count("stopped by") == 1
+    rows = repeated(tmp_path / "a")
+    assert max(rows) == saved, "a step was trained and not saved"
+    assert rows == {step: whole[step] for step in rows}
+
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= saved + 2)
+    assert f"start     step {saved} of 400, from" in training.log.read_text()
+    rows = {step: row for step, row in repeated(tmp_path / "a").items() if step <= max(whole)}
+    assert rows == {step: whole[step] for step in rows}
+    assert len(rows) >= saved + 2
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log", slow_save) as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        training.signal(0, signal.SIGTERM)
+        time.sleep(1.2)  # closer together they are one request
+        begin = time.monotonic()
+        training.signal(0, signal.SIGTERM)
+        training.processes[0].join(5)
+        assert training.processes[0].exitcode == 128 + signal.SIGTERM
+        assert time.monotonic() - begin < 2
+    assert "a second signal, SIGTERM: leaving at once" in training.log.read_text()
+    assert checkpoints(tmp_path / "a") == []
+
+
+def slow_save(rank: int) -> None:
+    from train import checksums
+
+    quick = checksums.write
+
+    def slow(folder: Path) -> None:
+        time.sleep(30)
+        quick(folder)
+
+    checksums.write = slow
+
+
+def test_two_signals_close_together_are_one(tmp_path):
+    """As where a batch system signals all processes, and torchrun passes on its own."""
+    with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        for rank in (0, 1, 0, 1):
+            training.signal(rank, signal.SIGTERM)
+        assert training.exit_codes() == [75, 75]
+    assert len(checkpoints(tmp_path / "a")) == 1
+
+
+def test_the_stop_file_asks_and_answers(tmp_path, monkeypatch):
+    file = tmp_path / "stop"
+    monkeypatch.setenv("TRAIN_STOP_FILE", str(file))
+    keys = argv(tmp_path, "a", STEPS)
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        file.touch()
+        assert training.exit_codes() == [75, 75]
+    (saved,) = checkpoints(tmp_path / "a")
+
+    # torchrun --max-restarts would start it again.
+    begin = time.monotonic()
+    assert run_train(1, keys) == [75]
+    assert time.monotonic() - begin < 5
+    assert checkpoints(tmp_path / "a") == [saved]
+
+    file.unlink()
+    with Training(2, keys, tmp_path / "log") as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= saved + 1)
+        training.signal(1, signal.SIGTERM)
+        assert training.exit_codes() == [75, 75]
+    assert file.exists(), "what starts torchrun does not see 75"
+
+
+def test_the_last_step_is_a_normal_end(tmp_path):
+    def stop_in_the_last_step(rank: int) -> None:
+        from train import loop
+
+        step = loop._step
+
+        def signalled(*args):
+            if rank == 1 and args[6].step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        loop._step = signalled
+
+    keys = argv(tmp_path, "a", "train.steps=3")
+    with Training(2, keys, tmp_path / "log", stop_in_the_last_step) as training:
+        codes = training.exit_codes()
+    assert codes == [0, 0], training.log.read_text()
+    assert checkpoints(tmp_path / "a") == [3]
+    assert len(read_metrics(tmp_path / "a")) == 3

@@ -1,0 +1,51 @@
+"""The smallest training, for tests that start many, and what must repeat from run to run."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import read_metrics
+
+TINY = [
+    "configs/demo_cpu.yaml",
+    "model.num_layers=1",
+    "model.seq_len=32",
+    "moe.num_experts=4",
+    "train.micro_batch=2",
+    "train.global_batch=8",
+    "train.log_every=1",
+    "train.valid_every=0",
+    "optim.warmup_steps=2",
+    "tracking.mode=disabled",
+    "data.workers=0",
+    "data.path=models",  # few files, found at once
+]
+
+REPEATED = (
+    "loss/train",
+    "loss/valid",
+    "loss/aux",
+    "optim/grad_norm",
+    "optim/lr",
+    "moe/max_expert_load",
+)
+
+
+def argv(folder: Path, name: str, *overrides: str) -> list[str]:
+    """Of a training in `folder/name`."""
+    return [*TINY, f"run.dir={folder}", f"run.name={name}", *overrides]
+
+
+def repeated(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """By step, the metrics that are the same bit for bit however often the run was stopped."""
+    rows = read_metrics(run_dir)
+    steps = [int(row["progress/step"]) for row in rows]
+    assert steps == sorted(set(steps)), f"steps logged twice or out of order: {steps}"
+    return {
+        step: {key: row.get(key) for key in REPEATED} for step, row in zip(steps, rows, strict=True)
+    }
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    """Steps of the finished checkpoints."""
+    found = (run_dir / "checkpoints").glob("step_" + "[0-9]" * 8)
+    return sorted(int(path.name.removeprefix("step_")) for path in found)

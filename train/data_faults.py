@@ -1,0 +1,42 @@
+"""What can go wrong with data while it is being read, as one line."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
+
+from train.config import ConfigError
+from train.failure import TrainingFailed
+
+Item = TypeVar("Item")
+
+UNREADABLE = (DatasetsError, ArrowException, OSError, ValueError)
+"""What `datasets` and what lies below it raise for a record or a file they cannot read."""
+
+
+def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
+    """The same batches; where the next one cannot be had, TrainingFailed says why.
+
+    `source` is the data as an error message names it.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except ConfigError:
+            raise
+        except UNREADABLE as error:
+            raise TrainingFailed(
+                f"{source} cannot be read any further: {last_line(error)}; mend or leave out that "
+                "record and start again, which goes on from the newest checkpoint"
+            ) from error
+        yield batch
+
+
+def last_line(error: BaseException) -> str:
+    """What happened; an error in a worker process arrives as its whole traceback."""
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1].strip()

@@ -1,0 +1,31 @@
+"""How a training ends before its last step, each as one line and an exit code of its own."""
+
+import os
+from pathlib import Path
+
+REQUEUE = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again."""
+
+STOP_FILE = "TRAIN_STOP_FILE"
+"""A variable that names a file for whoever starts the training and can neither signal its ranks nor
+see their exit codes, such as a batch script around torchrun. Where the file appears the training
+stops as after a signal; after a signal it makes the file, which says: requeue me. While the file is
+there, nothing starts."""
+
+
+class TrainingFailed(Exception):
+    """It cannot go on. The text is the one line to print: what, where, what would do."""
+
+    exit_code = 1
+
+
+class Preempted(TrainingFailed):
+    """Somebody asked it to stop; everything up to here is saved."""
+
+    exit_code = REQUEUE
+
+
+def stop_file() -> Path | None:
+    """The file that TRAIN_STOP_FILE names, there or not."""
+    path = os.environ.get(STOP_FILE)
+    return Path(path) if path else None

@@ -1,0 +1,46 @@
+"""Which keys of a config may change when a run goes on, and one line where another one did."""
+
+import json
+from pathlib import Path
+
+from train.checkpoint_files import newest
+from train.config import Config, ConfigError, load, world_size_from_env
+
+FREE = {
+    *("run", "parallel", "checkpoint", "tracking"),
+    *("moe.path", "moe.dispatch", "moe.dispatch_sms"),
+    *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
+    *("train.deterministic", "train.on_nonfinite"),
+    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
+    *("train.profile", "train.profile_every", "train.trace_step"),
+    "data.workers",
+}
+"""Sections and keys that may change when a run goes on. What `train.micro_batch` and
+`train.global_batch` come to, together with the number of ranks, may not."""
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError if the newest checkpoint here is of another model or training."""
+    found = newest(run_dir / "checkpoints")
+    if found is None:
+        return
+    try:
+        before = load(found[1] / "config.yaml")
+        about = json.loads((found[1] / "training.json").read_text())
+    except (ConfigError, OSError, ValueError):
+        return  # a damaged one, which is skipped later, with a line that says so
+    there, now = (one.model_dump(mode="json") for one in (before, config))
+    differ = [
+        f"{section}.{key}: {there[section].get(key)} there, {value} now"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if not FREE & {section, f"{section}.{key}"} and there[section].get(key) != value
+    ]
+    batch = config.global_batch(world_size_from_env())
+    if batch != about["global_batch"]:
+        differ.append(f"train.global_batch: {about['global_batch']} there, {batch} now")
+    if differ:
+        raise ConfigError(
+            f"{run_dir} holds another run ({'; '.join(differ)}); choose another run.name, or these "
+            "keys as they were to continue it"
+        )
