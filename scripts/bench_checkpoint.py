@@ -1,0 +1,61 @@
+"""How long a save stops the training: the demo on two processes, saved every fifth step.
+
+    python -m scripts.bench_checkpoint [--steps 150]
+
+Writes docs/results/checkpoint_demo.json. The stop is what a save keeps the loop from its next step:
+the copy of the weights and the optimizer in memory, and the start of the thread that writes them.
+The first save, which also asks for that memory, is given apart.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from scripts.results import describe_machine, spread, write_json
+
+RESULT = Path("docs/results/checkpoint_demo.json")
+WARMUP = 2
+"""First lines of metrics that are left out."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_checkpoint", description=__doc__)
+    parser.add_argument("--steps", type=int, default=150)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "-m", "train", "configs/demo_cpu.yaml"]
+        command += [f"run.dir={folder}", "run.name=a", f"train.steps={options.steps}"]
+        command += ["train.device=cpu", "train.valid_every=0", "tracking.mode=disabled"]
+        command += ["train.log_every=5", "checkpoint.every=5"]
+        subprocess.run(command, check=True)
+        lines = (Path(folder) / "a" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    first = next(row["time/checkpoint_ms"] for row in rows if "time/checkpoint_ms" in row)
+    steps = [row["time/step_ms"] for row in rows[WARMUP:]]
+    stops = [row["time/checkpoint_ms"] for row in rows[WARMUP:]]
+    share = statistics.median(stops) / statistics.median(steps)
+    write_json(
+        RESULT,
+        {
+            **describe_machine(torch.device("cpu"), 2),
+            "config": "configs/demo_cpu.yaml, 2 processes",
+            "saves": len(stops),
+            "step_ms": spread(steps),
+            "stop_ms": spread(stops),
+            "first_stop_ms": first,
+            "stop_share_of_a_step": share,
+        },
+    )
+    print(f"{RESULT}: a save stops the training for {share:.1%} of a step (medians)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
