@@ -60,6 +60,7 @@ from train.metrics import GIB, peak_bf16_flops  # noqa: E402
 from train.nonfinite import LossGuard  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
 from train.parallel import Ranks  # noqa: E402
+from train.step_metrics import StepMetrics  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 PATH_FLAGS = ("triton", "recompute")
@@ -120,7 +121,7 @@ class Ours:
         self.optimizer = build_optimizer(self.model, config.optim, fused=device == "cuda")
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        metrics = loop._StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))
+        metrics = StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))
         guard = LossGuard(self.config, self.ranks)
         loop._step(self.model, self.optimizer, batches, self.config, self.ranks, metrics, guard)
         return metrics.loss

@@ -5,19 +5,12 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed.fsdp import FSDPModule
 
-from models.fp8.tensor import relayouts
 from models.gpt import GPT, build_gpt, why_not
 from train import flops, parallel
 from train.checkpoint import Checkpointer
@@ -26,17 +19,15 @@ from train.config import Config, ConfigError
 from train.data import Batch, Corpus
 from train.environment import describe_environment
 from train.failure import TrainingFailed
-from train.metrics import Meter, MetricsFile, peak_bf16_flops
+from train.metrics import Meter, peak_bf16_flops
 from train.nonfinite import LossGuard
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.parallel import Ranks
 from train.profiling import PartMaker, StepProfiler, untimed
-from train.progress import Progress
-from train.routing import RoutingHealth
-from train.routing_picture import save_heat_map
+from train.recorder import Recorder
 from train.safety import Safety
 from train.same_run import check_same_run
-from train.tracking import Tracker
+from train.step_metrics import StepMetrics
 from train.watchdog import MARGIN_S
 
 
@@ -115,7 +106,7 @@ def train(config: Config, corpus: Corpus) -> None:
 
     checkpointer = Checkpointer(run_dir, config, ranks, model, optimizer)
     first_step, metrics_so_far = checkpointer.restore()
-    step_metrics = _StepMetrics(model, config.accumulation(ranks.world_size))
+    step_metrics = StepMetrics(model, config.accumulation(ranks.world_size))
     if metrics_so_far:
         step_metrics.load_state(metrics_so_far)
 
@@ -130,7 +121,7 @@ def train(config: Config, corpus: Corpus) -> None:
     if ranks.is_first:
         config.save(run_dir / "config.yaml")
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-        recorder = _Recorder(config, run_dir, environment, first_step)
+        recorder = Recorder(config, run_dir, environment, first_step)
         recorder.progress.start(
             {
                 "run": str(run_dir),
@@ -176,8 +167,8 @@ def _train_steps(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     meter: Meter,
-    step_metrics: "_StepMetrics",
-    recorder: "_Recorder | None",
+    step_metrics: StepMetrics,
+    recorder: Recorder | None,
     safety: Safety,
     first_step: int,
 ) -> None:
@@ -235,7 +226,7 @@ def _step(
     batches: Iterator[Batch],
     config: Config,
     ranks: Ranks,
-    metrics: "_StepMetrics",
+    metrics: StepMetrics,
     guard: LossGuard,
     part: PartMaker = untimed,
 ) -> float:
@@ -297,148 +288,3 @@ def validate(model: GPT, corpus: Corpus, config: Config, ranks: Ranks) -> float:
 def _losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
     positions = batch.positions if config.data.document_mask else None
     return model(batch.tokens, batch.labels, positions)
-
-
-class _StepMetrics:
-    """What the model says of itself, gathered on the device and read once a logging interval.
-
-    Reading a number off a GPU waits for all the work queued on it.
-    """
-
-    def __init__(self, model: GPT, accumulation: int) -> None:
-        self.layers = model.moe_layers()
-        self.routing = RoutingHealth(self.layers)
-        self.runtime = model.runtime
-        self.accumulation = accumulation
-        self.steps = 0
-        self.skipped = 0
-        self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
-        self.grad_norm = torch.zeros_like(self.loss)
-
-    def collect(self, rate: float) -> dict[str, float]:
-        """Means over the steps since the last call, over all ranks."""
-        dist.all_reduce(self.loss)
-        metrics = {
-            "optim/lr": rate,
-            **self.routing.collect(),
-            **self.runtime.counts.metrics(),
-            "moe/dispatched_mib": self._dispatched_mib(),
-            "moe/dropped_rows": self._dropped_rows(),
-        }
-        if self.steps > self.skipped:
-            metrics["loss/train"] = float(self.loss) / (self.steps - self.skipped)
-            metrics["optim/grad_norm"] = float(self.grad_norm)
-        if self.skipped:
-            metrics["optim/skipped_steps"] = self.skipped
-        for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
-            entry = get_moe_layer_wise_logging_tracker().get(name)
-            if entry is not None:
-                mean = parallel.average(entry["values"]).mean()
-                metrics[key] = float(mean) / (self.steps * self.accumulation)
-        clear_aux_losses_tracker()
-        self.runtime.counts.reset()
-        self.loss.zero_()
-        self.steps = self.skipped = 0
-        return metrics
-
-    def state(self) -> dict[str, Any]:
-        """What is gathered and not yet collected, for a checkpoint; copies, on the CPU."""
-        return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "loss": self.loss.to("cpu", copy=True),
-            "grad_norm": self.grad_norm.to("cpu", copy=True),
-            "expert_load": [layer.expert_load.to("cpu", copy=True) for layer in self.layers],
-            "auxiliary": {
-                name: entry["values"].to("cpu", copy=True)
-                for name, entry in get_moe_layer_wise_logging_tracker().items()
-            },
-            "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
-            "relayouts": vars(relayouts).copy(),
-            "bytes_sent": self.runtime.dispatcher.bytes_sent,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on gathering from what `state` returned."""
-        self.steps, self.skipped = state["steps"], state["skipped"]
-        device = self.loss.device
-        self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
-        for layer, load in zip(self.layers, state["expert_load"], strict=True):
-            layer.expert_load.copy_(load)
-        tracker = get_moe_layer_wise_logging_tracker()
-        for name, values in state["auxiliary"].items():
-            tracker[name] = {"values": values.to(device)}
-        for name, value in state["counts"].items():
-            here = value.to(device) if isinstance(value, torch.Tensor) else value
-            setattr(self.runtime.counts, name, here)
-        vars(relayouts).update(state["relayouts"])
-        self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
-
-    def _dispatched_mib(self) -> float:
-        """Data and scales that travelled between ranks in one step, both ways out, all ranks."""
-        dispatcher = self.runtime.dispatcher
-        sent = torch.tensor(float(dispatcher.bytes_sent), device=self.loss.device)
-        dispatcher.bytes_sent = 0
-        dist.all_reduce(sent)
-        return float(sent) / self.steps / 2**20
-
-    def _dropped_rows(self) -> float:
-        """Copies of tokens that found no room with their experts, in one step of all ranks."""
-        dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
-        dist.all_reduce(dropped)
-        return float(dropped) / self.steps
-
-
-def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
-
-
-class _Recorder:
-    """Rank 0: metrics to the terminal, the file and W&B."""
-
-    def __init__(
-        self, config: Config, run_dir: Path, environment: dict[str, Any], first_step: int
-    ) -> None:
-        self.run_dir = run_dir
-        self.file = MetricsFile(run_dir / "metrics.jsonl", first_step)
-        self.routing_file = MetricsFile(run_dir / "routing.jsonl", first_step)
-        self.pictures_every = config.tracking.pictures_every
-        self.last_picture = first_step
-        self.tracker = Tracker(config, run_dir, environment, resumed=first_step > 0)
-        self.progress = Progress(config.train.steps, first_step)
-        self.last: dict[str, float] = {}
-
-    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        row = {"progress/step": step, "progress/tokens": tokens, **metrics}
-        self.file.write(row)
-        self.tracker.log(row, step)
-        self.progress.line(step, row)
-        self.last |= row
-
-    def wants_picture(self, step: int) -> bool:
-        """Whether a picture of the routing is due at this logged step."""
-        every = self.pictures_every
-        return bool(every) and step // every > self.last_picture // every
-
-    def picture(self, row: dict[str, Any]) -> None:
-        """The expert load of one logged step, as data, as a PNG and in W&B."""
-        step = self.last_picture = row["progress/step"]
-        self.routing_file.write(row)
-        path = self.run_dir / "pictures" / f"expert_load_{step:08d}.png"
-        save_heat_map(path, row["moe/expert_load"], step)
-        self.tracker.picture("moe/expert_load", path, step)
-
-    def give_up(self, exit_code: int) -> None:
-        """The training ends early: close what is open, so that nothing logged is lost."""
-        self.progress.bar.stop()
-        self.file.close()
-        self.routing_file.close()
-        self.tracker.finish(exit_code)
-
-    def finish(self, summary: dict[str, float]) -> None:
-        final = {f"{name}_final": v for name, v in self.last.items() if name.startswith("loss/")}
-        self.tracker.summary(summary | final)
-        self.tracker.finish()
-        self.file.close()
-        self.routing_file.close()
-        self.progress.finish(self.last, summary, self.run_dir)

@@ -1,0 +1,61 @@
+"""Where metrics go: the terminal, the run's files and W&B. Rank 0 has one."""
+
+from pathlib import Path
+from typing import Any
+
+from train.config import Config
+from train.metrics import MetricsFile
+from train.progress import Progress
+from train.routing_picture import save_heat_map
+from train.tracking import Tracker
+
+
+class Recorder:
+    """Of one run; closed by `finish`, or by `give_up` where the training ends early."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, environment: dict[str, Any], first_step: int
+    ) -> None:
+        self.run_dir = run_dir
+        self.file = MetricsFile(run_dir / "metrics.jsonl", first_step)
+        self.routing_file = MetricsFile(run_dir / "routing.jsonl", first_step)
+        self.pictures_every = config.tracking.pictures_every
+        self.last_picture = first_step
+        self.tracker = Tracker(config, run_dir, environment, resumed=first_step > 0)
+        self.progress = Progress(config.train.steps, first_step)
+        self.last: dict[str, float] = {}
+
+    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        row = {"progress/step": step, "progress/tokens": tokens, **metrics}
+        self.file.write(row)
+        self.tracker.log(row, step)
+        self.progress.line(step, row)
+        self.last |= row
+
+    def wants_picture(self, step: int) -> bool:
+        """Whether a picture of the routing is due at this logged step."""
+        every = self.pictures_every
+        return bool(every) and step // every > self.last_picture // every
+
+    def picture(self, row: dict[str, Any]) -> None:
+        """The expert load of one logged step, as data, as a PNG and in W&B."""
+        step = self.last_picture = row["progress/step"]
+        self.routing_file.write(row)
+        path = self.run_dir / "pictures" / f"expert_load_{step:08d}.png"
+        save_heat_map(path, row["moe/expert_load"], step)
+        self.tracker.picture("moe/expert_load", path, step)
+
+    def give_up(self, exit_code: int) -> None:
+        """The training ends early: close what is open, so that nothing logged is lost."""
+        self.progress.bar.stop()
+        self.file.close()
+        self.routing_file.close()
+        self.tracker.finish(exit_code)
+
+    def finish(self, summary: dict[str, float]) -> None:
+        final = {f"{name}_final": v for name, v in self.last.items() if name.startswith("loss/")}
+        self.tracker.summary(summary | final)
+        self.tracker.finish()
+        self.file.close()
+        self.routing_file.close()
+        self.progress.finish(self.last, summary, self.run_dir)

@@ -1,0 +1,109 @@
+"""What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+
+from models.fp8.tensor import relayouts
+from models.gpt import GPT
+from train import parallel
+from train.routing import RoutingHealth
+
+
+class StepMetrics:
+    """What the model says of itself, gathered on the device and read once a logging interval.
+
+    Reading a number off a GPU waits for all the work queued on it.
+    """
+
+    def __init__(self, model: GPT, accumulation: int) -> None:
+        self.layers = model.moe_layers()
+        self.routing = RoutingHealth(self.layers)
+        self.runtime = model.runtime
+        self.accumulation = accumulation
+        self.steps = 0
+        self.skipped = 0
+        self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
+        self.grad_norm = torch.zeros_like(self.loss)
+
+    def collect(self, rate: float) -> dict[str, float]:
+        """Means over the steps since the last call, over all ranks."""
+        dist.all_reduce(self.loss)
+        metrics = {
+            "optim/lr": rate,
+            **self.routing.collect(),
+            **self.runtime.counts.metrics(),
+            "moe/dispatched_mib": self._dispatched_mib(),
+            "moe/dropped_rows": self._dropped_rows(),
+        }
+        if self.steps > self.skipped:
+            metrics["loss/train"] = float(self.loss) / (self.steps - self.skipped)
+            metrics["optim/grad_norm"] = float(self.grad_norm)
+        if self.skipped:
+            metrics["optim/skipped_steps"] = self.skipped
+        for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
+            entry = get_moe_layer_wise_logging_tracker().get(name)
+            if entry is not None:
+                mean = parallel.average(entry["values"]).mean()
+                metrics[key] = float(mean) / (self.steps * self.accumulation)
+        clear_aux_losses_tracker()
+        self.runtime.counts.reset()
+        self.loss.zero_()
+        self.steps = self.skipped = 0
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What is gathered and not yet collected, for a checkpoint; copies, on the CPU."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "loss": self.loss.to("cpu", copy=True),
+            "grad_norm": self.grad_norm.to("cpu", copy=True),
+            "expert_load": [layer.expert_load.to("cpu", copy=True) for layer in self.layers],
+            "auxiliary": {
+                name: entry["values"].to("cpu", copy=True)
+                for name, entry in get_moe_layer_wise_logging_tracker().items()
+            },
+            "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
+            "relayouts": vars(relayouts).copy(),
+            "bytes_sent": self.runtime.dispatcher.bytes_sent,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on gathering from what `state` returned."""
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        device = self.loss.device
+        self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
+        for layer, load in zip(self.layers, state["expert_load"], strict=True):
+            layer.expert_load.copy_(load)
+        tracker = get_moe_layer_wise_logging_tracker()
+        for name, values in state["auxiliary"].items():
+            tracker[name] = {"values": values.to(device)}
+        for name, value in state["counts"].items():
+            here = value.to(device) if isinstance(value, torch.Tensor) else value
+            setattr(self.runtime.counts, name, here)
+        vars(relayouts).update(state["relayouts"])
+        self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
+
+    def _dispatched_mib(self) -> float:
+        """Data and scales that travelled between ranks in one step, both ways out, all ranks."""
+        dispatcher = self.runtime.dispatcher
+        sent = torch.tensor(float(dispatcher.bytes_sent), device=self.loss.device)
+        dispatcher.bytes_sent = 0
+        dist.all_reduce(sent)
+        return float(sent) / self.steps / 2**20
+
+    def _dropped_rows(self) -> float:
+        """Copies of tokens that found no room with their experts, in one step of all ranks."""
+        dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
+        dist.all_reduce(dropped)
+        return float(dropped) / self.steps
+
+
+def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
