@@ -1,6 +1,7 @@
 """Where documents come from: the standard library, local files or the hub; what is held out."""
 
 import glob
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def load_documents(
     """
     datasets.disable_progress_bars()  # every rank would draw its own
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong, ConfigError says
+    # Nor every retry of the hub's client, once for each rank.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     if config.data.name is not None:
         return split_stream(config, _open_hub(config))
     documents = _open_local(config)
