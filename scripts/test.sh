@@ -8,4 +8,5 @@ export OMP_NUM_THREADS=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two at a time, a file to each: many tests wait for processes of their own.
+python -m pytest -n 2 --dist loadfile "$@"

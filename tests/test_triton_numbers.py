@@ -122,6 +122,8 @@ def prepared(monkeypatch, request):
 def test_every_operation_of_the_reference_is_there(device):
     assert set(reference.__all__) <= set(ops.__all__)
     for name in reference.__all__:
+        if not callable(getattr(reference, name)):
+            continue  # GEMM_LAYOUT, which differs from one to the other
         expected = inspect.signature(getattr(reference, name)).parameters
         got = inspect.signature(getattr(ops, name)).parameters
         assert list(got)[: len(expected)] == list(expected)  # more may follow, with defaults

@@ -137,6 +137,8 @@ def test_permute(device, kind, dtype, cols):
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("cols", [128, 384, 4096, 7168])
 def test_permute_scaled(device, kind, layout, cols):
+    if device == "cpu" and cols > 384 and kind == "many experts":
+        pytest.skip("a minute in the interpreter")
     ids, both = plans(kind, device)
     rows = torch.randn(ids.shape[0], cols, generator=generator()) * torch.arange(1, cols + 1)
     x = reference.quantize(rows.to(device), Layout.COMPACT)
