@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fake_wandb import fake_wandb
 from tests.ranks import Training, read_metrics, run_train
 from tests.tiny import argv, checkpoints, repeated
 
@@ -346,6 +348,24 @@ def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch)
     assert log.count("WARNING: W&B cannot be reached; this run is recorded offline") == 1
     assert len(repeated(tmp_path / "a")) == 4
     assert list((tmp_path / "a").glob("wandb/offline-run-*"))
+
+
+def test_training_goes_on_where_the_network_to_wandb_fails_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    keys = argv(tmp_path, "a", "train.steps=40", "tracking.mode=online")
+    with ExitStack() as server:
+        fake, url = server.enter_context(fake_wandb())
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        command = [*keys, "parallel.expert_parallel=1"]
+        with Training(1, command, tmp_path / "log") as training:
+            training.wait_until(lambda: logged(tmp_path / "a") >= 3 and fake.runs)
+            server.close()  # nobody answers any more
+            assert training.exit_codes(150) == [0]
+    assert "Traceback" not in training.log.read_text()
+    assert len(repeated(tmp_path / "a")) == 40
+    # What could not be sent is there, to be sent later.
+    assert list((tmp_path / "a").glob("wandb/run-*/run-*.wandb"))
 
 
 def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path, monkeypatch):
