@@ -2,9 +2,9 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -290,9 +290,11 @@ def test_from_two_finished_runs_to_the_page_in_ten_seconds(tmp_path: Path) -> No
         ]
         (folder / "metrics.jsonl").write_text("".join(many))
         folders.append(str(folder))
-    begin = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "scripts.compare", *folders], check=True)
-    seconds = time.monotonic() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of a processor's time: the clock would also count what else this machine does meanwhile.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     size = (tmp_path / "compare" / "compare.html").stat().st_size
     print(f"{seconds:.1f} s, {size / 1e6:.1f} MB")
     assert seconds < 10

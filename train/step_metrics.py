@@ -25,6 +25,7 @@ class StepMetrics:
         self.layers = model.moe_layers()
         self.routing = RoutingHealth(self.layers)
         self.runtime = model.runtime
+        self.runtime.counts.reset()  # what this process did before is not of this training
         self.accumulation = accumulation
         self.steps = 0
         self.skipped = 0
