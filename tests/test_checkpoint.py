@@ -129,6 +129,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, sav
     assert sorted(got) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_damaged_last_checkpoint_of_a_finished_run_is_made_again(tmp_path, saved):
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    alter(folder_of(run_dir, 4) / "__1_0.distcp")
+    with Training(2, argv(tmp_path, "a", "train.steps=4"), tmp_path / "log") as training:
+        assert training.exit_codes() == [0, 0]
+    assert "start     step 2 of 4" in training.log.read_text()
+    assert repeated(run_dir) == repeated(saved)
+    assert checksums.damage(folder_of(run_dir, 4)) is None
+
+
 def test_no_checkpoint_that_is_whole_is_one_line(tmp_path, saved):
     run_dir = shutil.copytree(saved, tmp_path / "a")
     for step in (2, 4):

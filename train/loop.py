@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed.fsdp import FSDPModule
 
 from models.gpt import GPT, build_gpt, why_not
-from train import flops, parallel
+from train import checksums, flops, parallel
 from train.checkpoint import Checkpointer
 from train.checkpoint_files import newest
 from train.config import Config, ConfigError
@@ -86,7 +86,8 @@ def train(config: Config, corpus: Corpus) -> None:
     dtype = resolve_dtype(config, device)
     run_dir = config.run_dir
     found = newest(run_dir / "checkpoints")
-    if found and found[0] >= config.train.steps:
+    # A damaged last checkpoint is found out below, and its steps are trained again.
+    if found and found[0] >= config.train.steps and not checksums.damage(found[1]):
         if int(os.environ.get("RANK", "0")) == 0:
             print(
                 f"{run_dir} has already trained {found[0]} steps; raise train.steps="
