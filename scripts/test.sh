@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 # Two at a time, a file to each: many tests wait for processes of their own.
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -11,8 +11,13 @@ import torch
 torch.set_num_threads(1)
 
 
+LONG = ("test_slurm.py", "test_faults.py")
+"""Files that take minutes, most of them waiting: begun first, they do not come last."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, with the reason, where there is none that can run them."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         reason = f"the GPU's compute capability is {capability}, FP8 needs (9, 0)"
