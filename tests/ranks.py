@@ -8,11 +8,12 @@ import pickle
 import queue
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,10 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
     context = mp.get_context("fork")
     results: Any = context.Queue()
     store = _meeting_point()
+    stacks = tempfile.TemporaryFile("a+")
+    given = (results, stacks, target, args)
     processes = [
-        context.Process(target=_child, args=(rank, world_size, store.port, results, target, args))
+        context.Process(target=_child, args=(rank, world_size, store.port, *given))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -54,7 +57,10 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
             except queue.Empty:
                 dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
                 assert not dead, f"a rank died with exit code {dead[0]}"
-                assert time.monotonic() < deadline, f"ranks did not finish in {timeout} s"
+                assert time.monotonic() < deadline, (
+                    f"not in {timeout} s; ranks {sorted(found)} did; the others hung in\n"
+                    + _stacks([p for rank, p in enumerate(processes) if rank not in found], stacks)
+                )
                 continue
             assert error is None, f"rank {rank}:\n{error}"
             found[rank] = pickle.loads(value)
@@ -65,8 +71,20 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
     return [found[rank] for rank in range(world_size)]
 
 
-def _child(rank: int, world_size: int, port: int, results: Any, target: Any, args: Any) -> None:
+def _stacks(processes: list[Any], file: IO[str]) -> str:
+    """Ends the processes; what each of their threads was doing."""
+    for process in processes:
+        os.kill(process.pid, signal.SIGABRT)
+        process.join(5)
+    file.seek(0)
+    return file.read()
+
+
+def _child(
+    rank: int, world_size: int, port: int, results: Any, stacks: IO[str], target: Any, args: Any
+) -> None:
     _be_rank(rank, world_size, port)
+    faulthandler.enable(stacks)
     try:
         # Pickled here, since a queue would share tensors' memory with a process that is gone.
         results.put((rank, pickle.dumps(target(rank, *args)), None))
