@@ -25,22 +25,19 @@ Exit codes: 0 done; 2 bad input, said in one line; 1 anything else.
 import argparse
 import gc
 import itertools
-import logging
 import math
 import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-# Quiet before the imports that chatter: each rank would say it.
-logging.getLogger("megatron").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="megatron")
-warnings.filterwarnings("ignore", message=".*Apex.*")
+from train.quiet import hush_imports
+
+hush_imports()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -56,6 +53,7 @@ from scripts.results import describe_machine, spread, write_json  # noqa: E402
 from train import flops, loop, parallel  # noqa: E402
 from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
 from train.data import Batch  # noqa: E402
+from train.failure import run_process  # noqa: E402
 from train.metrics import GIB, peak_bf16_flops  # noqa: E402
 from train.nonfinite import LossGuard  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
@@ -569,18 +567,5 @@ def _positive_list(text: str) -> list[int]:
     return list(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
-def run() -> None:
-    """`main` as a process: a rank that has failed does not wait for communication."""
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)
-
-
 if __name__ == "__main__":
-    run()
+    run_process(main)

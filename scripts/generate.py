@@ -6,15 +6,13 @@ Every token is predicted from all before it, without a cache: short, and slow fo
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-logging.getLogger("megatron").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="megatron")
-warnings.filterwarnings("ignore", message=".*Apex.*")
+from train.quiet import hush_imports
+
+hush_imports()
 
 import torch  # noqa: E402
 

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,18 +40,23 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
     context = mp.get_context("fork")
     results: Any = context.Queue()
     store = _meeting_point()
-    stacks = tempfile.TemporaryFile("a+")
-    given = (results, stacks, target, args)
-    processes = [
-        context.Process(target=_child, args=(rank, world_size, store.port, *given))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    with tempfile.TemporaryFile() as stacks:
+        given = (results, stacks.fileno(), target, args)
+        processes = [
+            context.Process(target=_child, args=(rank, world_size, store.port, *given))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        found = _collect(results, processes, timeout, stacks.fileno())
+    return [found[rank] for rank in range(world_size)]
+
+
+def _collect(results: Any, processes: list[Any], timeout: float, stacks: int) -> dict[int, Any]:
     found: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:
-        while len(found) < world_size:
+        while len(found) < len(processes):
             try:
                 rank, value, error = results.get(timeout=0.5)
             except queue.Empty:
@@ -66,22 +71,21 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
             found[rank] = pickle.loads(value)
     finally:
         for process in processes:
-            process.join(5 if len(found) == world_size else 0)
+            process.join(5 if len(found) == len(processes) else 0)
             process.kill()
-    return [found[rank] for rank in range(world_size)]
+    return found
 
 
-def _stacks(processes: list[Any], file: IO[str]) -> str:
+def _stacks(processes: list[Any], file: int) -> str:
     """Ends the processes; what each of their threads was doing."""
     for process in processes:
         os.kill(process.pid, signal.SIGABRT)
         process.join(5)
-    file.seek(0)
-    return file.read()
+    return os.pread(file, 1_000_000, 0).decode()
 
 
 def _child(
-    rank: int, world_size: int, port: int, results: Any, stacks: IO[str], target: Any, args: Any
+    rank: int, world_size: int, port: int, results: Any, stacks: int, target: Any, args: Any
 ) -> None:
     _be_rank(rank, world_size, port)
     faulthandler.enable(stacks)

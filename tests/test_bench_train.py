@@ -13,17 +13,11 @@ from scripts import bench_train, results
 from scripts.bench_train import Row, Spec, Window, parse_stacks, rotated
 from scripts.stock_megatron import choose_dispatch, transformer_arguments
 from tests.ranks import _run
+from tests.tiny import TINY_MODEL
 from train import flops
 from train.config import load
 
-TINY = [
-    "configs/demo_cpu.yaml",
-    "model.num_layers=1",
-    "model.seq_len=32",
-    "moe.num_experts=4",
-    "train.micro_batch=2",
-    "train.global_batch=8",
-]
+TINY = [*TINY_MODEL, "model.num_layers=1"]
 SPREADS = ("step_ms", "single_step_ms", "tokens_per_sec_per_gpu", "tflops_per_gpu")
 
 

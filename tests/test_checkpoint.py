@@ -2,13 +2,12 @@
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import Training, run_train
-from tests.tiny import argv, checkpoints, repeated
+from tests.tiny import argv, checkpoints, repeated, slow_checksums
 from train import checksums
 from train.config import load
 
@@ -36,13 +35,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     sees half a checkpoint, and what is saved is as it was when the save began."""
 
     def slow_disk(rank: int) -> None:
-        quick = checksums.write
-
-        def slow(folder: Path) -> None:
-            time.sleep(3)
-            quick(folder)
-
-        checksums.write = slow
+        slow_checksums(3)
 
     run_dir = tmp_path / "a"
     keys = argv(tmp_path, "a", "train.steps=400", "checkpoint.every=2", "checkpoint.keep=400")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv, checkpoints, repeated
+from tests.tiny import argv, checkpoints, repeated, slow_checksums
 
 STEPS = "train.steps=400"
 
@@ -68,15 +68,7 @@ def test_a_second_signal_exits_at_once(tmp_path):
 
 
 def slow_save(rank: int) -> None:
-    from train import checksums
-
-    quick = checksums.write
-
-    def slow(folder: Path) -> None:
-        time.sleep(30)
-        quick(folder)
-
-    checksums.write = slow
+    slow_checksums(30)
 
 
 def test_two_signals_close_together_are_one(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from models.moe.paths import PATHS
 from models.moe.timed import STEPS
 from tests.ranks import read_metrics
-from tests.test_train import TINY, run
+from tests.test_train import run
+from tests.tiny import TWO_LAYERS
 from train.config import ConfigError, load
 from train.profiling import PARTS
 
@@ -76,7 +77,7 @@ def test_profile_every_counts_logged_steps(tmp_path):
 
 def test_a_trace_after_the_last_step_is_refused():
     with pytest.raises(ConfigError, match="trace_step=6 is after the last, steps=5"):
-        load(TINY[0], [*TINY[1:], "train.steps=5", "train.trace_step=6"])
+        load(TWO_LAYERS[0], [*TWO_LAYERS[1:], "train.steps=5", "train.trace_step=6"])
 
 
 @pytest.mark.gpu
@@ -87,7 +88,7 @@ def test_a_profiled_run_on_a_gpu(tmp_path, path):
     def train(name: str, *more: str) -> list[dict[str, float]]:
         keys = [f"run.dir={tmp_path}", f"run.name={name}", f"moe.path={path}", "train.steps=6"]
         keys += ["parallel.expert_parallel=1", "train.deterministic=true", "model.seq_len=128"]
-        command = [sys.executable, "-m", "train", *TINY, *keys, *more]
+        command = [sys.executable, "-m", "train", *TWO_LAYERS, *keys, *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return read_metrics(tmp_path / name)

@@ -11,27 +11,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.ranks import read_metrics, run_train
+from tests.tiny import TWO_LAYERS
 from train.__main__ import main
 from train.config import load
-
-TINY = [
-    "configs/demo_cpu.yaml",
-    "model.seq_len=32",
-    "moe.num_experts=4",
-    "train.micro_batch=2",
-    "train.global_batch=8",
-    "train.log_every=1",
-    "train.valid_every=0",
-    "optim.warmup_steps=2",
-    "tracking.mode=disabled",
-    "data.workers=0",
-]
 
 
 def run(tmp_path: Path, name: str, ranks: int, *overrides: str) -> list[dict[str, float]]:
     """Train in `tmp_path/name` and return the metrics."""
     name = name.replace("=", "-")
-    argv = [*TINY, f"run.dir={tmp_path}", f"run.name={name}", "train.steps=5", *overrides]
+    argv = [*TWO_LAYERS, f"run.dir={tmp_path}", f"run.name={name}", "train.steps=5", *overrides]
     assert run_train(ranks, argv) == [0] * ranks
     return read_metrics(tmp_path / name)
 
@@ -257,7 +245,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, ov
     monkeypatch.delenv("RANK", raising=False)
     if "train.device=cuda" in overrides and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    argv = [*TINY, "train.steps=1", "parallel.expert_parallel=1", f"run.dir={tmp_path}", *overrides]
+    argv = [
+        *TWO_LAYERS,
+        "train.steps=1",
+        "parallel.expert_parallel=1",
+        f"run.dir={tmp_path}",
+        *overrides,
+    ]
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
@@ -272,7 +266,8 @@ def test_empty_and_short_data(tmp_path, capsys, monkeypatch):
         file = tmp_path / "text.txt"
         file.write_text(text)
         assert (
-            main([*TINY, "train.steps=1", "parallel.expert_parallel=1", f"data.path={file}"]) == 2
+            main([*TWO_LAYERS, "train.steps=1", "parallel.expert_parallel=1", f"data.path={file}"])
+            == 2
         )
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -291,7 +286,12 @@ def torchrun(*arguments: str) -> tuple[int, str, float]:
 
 def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     code, output, seconds = torchrun(
-        "-m", "tests.failing_rank", *TINY, "train.steps=1000", f"run.dir={tmp_path}", "run.name=a"
+        "-m",
+        "tests.failing_rank",
+        *TWO_LAYERS,
+        "train.steps=1000",
+        f"run.dir={tmp_path}",
+        "run.name=a",
     )
     assert code != 0
     assert seconds < 60
@@ -299,7 +299,7 @@ def test_a_rank_that_raises_takes_the_job_down(tmp_path):
 
 
 def test_bad_input_under_torchrun_is_said_once():
-    code, output, _ = torchrun("-m", "train", *TINY, "train.steps=1", "moe.top_k=99")
+    code, output, _ = torchrun("-m", "train", *TWO_LAYERS, "train.steps=1", "moe.top_k=99")
     assert code != 0
     assert output.count("error: config moe: top_k=99 is more than num_experts=4") == 1
     ours = output[: output.index("torch/distributed/elastic")]  # then torchrun's own report begins

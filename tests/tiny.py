@@ -1,22 +1,32 @@
 """The smallest training, for tests that start many, and what must repeat from run to run."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 from tests.ranks import read_metrics
+from train import checksums
 
-TINY = [
+TINY_MODEL = [
     "configs/demo_cpu.yaml",
-    "model.num_layers=1",
     "model.seq_len=32",
     "moe.num_experts=4",
     "train.micro_batch=2",
     "train.global_batch=8",
+]
+
+TWO_LAYERS = [
+    *TINY_MODEL,
     "train.log_every=1",
     "train.valid_every=0",
     "optim.warmup_steps=2",
     "tracking.mode=disabled",
     "data.workers=0",
+]
+
+TINY = [
+    *TWO_LAYERS,
+    "model.num_layers=1",
     "data.path=models",  # few files, found at once
 ]
 
@@ -43,6 +53,17 @@ def repeated(run_dir: Path) -> dict[int, dict[str, Any]]:
     return {
         step: {key: row.get(key) for key in REPEATED} for step, row in zip(steps, rows, strict=True)
     }
+
+
+def slow_checksums(seconds: float) -> None:
+    """Makes every save of this process take so much longer."""
+    quick = checksums.write
+
+    def slow(folder: Path) -> None:
+        time.sleep(seconds)
+        quick(folder)
+
+    checksums.write = slow
 
 
 def checkpoints(run_dir: Path) -> list[int]:

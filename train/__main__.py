@@ -10,18 +10,21 @@ import logging
 import os
 import sys
 import time
-import traceback
-import warnings
 
-# Quiet before the imports that chatter: each rank would say it.
-logging.getLogger("megatron").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="megatron")
-warnings.filterwarnings("ignore", message=".*Apex.*")
+from train.quiet import hush_imports
+
+hush_imports()
 
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env  # noqa: E402
-from train.failure import STOP_FILE, Preempted, TrainingFailed, stop_file  # noqa: E402
+from train.failure import (  # noqa: E402
+    STOP_FILE,
+    Preempted,
+    TrainingFailed,
+    run_process,
+    stop_file,
+)
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says when the other side of a connection has ended."""
@@ -106,18 +109,9 @@ def _say(line: str) -> None:
 
 
 def run() -> None:
-    """`main` as a process: the exit code is main's, and 1 after an error."""
-    try:
-        # `record` hands the error to torchrun, which prints it last, after all ranks have ended.
-        code = record(main)()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        # A failed rank must not wait for communication that will never come.
-        os._exit(code)
+    """The training as a process of its own."""
+    # `record` hands the error to torchrun, which prints it last, after all ranks have ended.
+    run_process(record(main))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """How a training ends before its last step, each as one line and an exit code of its own."""
 
 import os
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 REQUEUE = 75
@@ -29,3 +32,17 @@ def stop_file() -> Path | None:
     """The file that TRAIN_STOP_FILE names, there or not."""
     path = os.environ.get(STOP_FILE)
     return Path(path) if path else None
+
+
+def run_process(main: Callable[[], int | None]) -> None:
+    """`main` as a process: the exit code is what it returns, and 1 after an error."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # A failed rank must not wait for communication that will never come.
+        os._exit(code)
