@@ -9,6 +9,7 @@ import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -46,10 +47,23 @@ def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], tim
             context.Process(target=_child, args=(rank, world_size, store.port, *given))
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
+        _fork(processes)
         found = _collect(results, processes, timeout, stacks.fileno())
     return [found[rank] for rank in range(world_size)]
+
+
+def _fork(processes: list[Any]) -> None:
+    threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    assert not threads, (
+        f"{threads} of an earlier test run in this process: a copy of it would wait for ever for "
+        "what they hold; such tests come last, in tests/conftest.py"
+    )
+    # What was dropped here and not collected yet is not the copies' to clean up: a store's end
+    # waits for its thread, which does not come along.
+    gc.freeze()
+    for process in processes:
+        process.start()
+    gc.unfreeze()
 
 
 def _collect(results: Any, processes: list[Any], timeout: float, stacks: int) -> dict[int, Any]:
@@ -134,8 +148,7 @@ class Training:
         self.processes = [
             context.Process(target=_training, args=(rank, *arguments)) for rank in range(world_size)
         ]
-        for process in self.processes:
-            process.start()
+        _fork(self.processes)
 
     def __enter__(self) -> "Training":
         return self
@@ -201,9 +214,6 @@ def _be_rank(rank: int, world_size: int, port: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-    # What the parent dropped and did not collect yet is not this process's to clean up: a store's
-    # end waits for its thread, which did not come along.
-    gc.freeze()
 
 
 def _meeting_point() -> dist.TCPStore:

@@ -72,6 +72,9 @@ class Watchdog:
         if self.rank == min(present):
             line = summary(present, self.world_size, self.timeout_s)
             print(f"error: {line}; stacks are in {self.folder}", file=sys.stderr, flush=True)
+        else:
+            # The one that speaks may have begun later, and would take this one's end for the fault.
+            time.sleep(GATHER_S)
         # No clean-up: whatever this process waits for will not come.
         os._exit(1)
 
