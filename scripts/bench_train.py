@@ -116,7 +116,7 @@ class Ours:
         self.description = self.model.runtime.description
         dtype = loop.resolve_dtype(config, device)
         parallel.shard(self.model, ranks, dtype, config.parallel.reshard_after_forward)
-        self.optimizer = build_optimizer(self.model, config.optim, fused=device == "cuda")
+        self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
         metrics = StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))

@@ -214,6 +214,7 @@ class _Training(Stateful):
             optim_state_dict=state["optimizer"],
             options=self.options,
         )
+        self.model.forget_prepared_weights()
 
 
 def _cause(error: BaseException) -> str:

@@ -68,6 +68,9 @@ class OptimConfig(Section):
     """What AdamW adds to the divisor."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
+    prepare_weights: bool = False
+    """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
+    of their own."""
 
 
 class TrainConfig(Section):

@@ -103,7 +103,7 @@ def train(config: Config, corpus: Corpus) -> None:
         config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
     )
     parallel.shard(model, ranks, dtype, config.parallel.reshard_after_forward)
-    optimizer = build_optimizer(model, config.optim, fused=device == "cuda")
+    optimizer = build_optimizer(model, config.optim, device == "cuda", dtype)
 
     checkpointer = Checkpointer(run_dir, config, ranks, model, optimizer)
     first_step, metrics_so_far = checkpointer.restore()
@@ -260,8 +260,8 @@ def _step(
         else:
             metrics.loss += total
             metrics.grad_norm = norm
-            optimizer.step()
             model.forget_prepared_weights()
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     return data_seconds

@@ -1,16 +1,77 @@
 """AdamW with weight-decay groups, and the learning rate as a function of the step."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from models.adamw import AdamWStep
+from models.gpt import GPT
 from train.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool) -> torch.optim.AdamW:
-    """Matrices decay, vectors (norms) do not.
+class PreparingAdamW(torch.optim.AdamW):
+    """AdamW that leaves the experts' weights ready for the next step's GEMMs.
+
+    Its steps are those of `torch.optim.AdamW` but for rounding, and so is its state. A tensor that
+    is set as `grad_scale` divides the gradients of all steps that follow.
+    """
+
+    grad_scale: Tensor | None = None
+
+    def __init__(self, groups: list[dict], model: GPT, dtype: torch.dtype, **keys: Any) -> None:
+        """`dtype` is what the model computes in."""
+        super().__init__(groups, **keys)
+        self._model, self._dtype = model, dtype
+        # Where FSDP gathers weights, a rank updates a part of them, and cannot prepare the whole.
+        every = [layer.experts for layer in model.moe_layers()]
+        self._experts = [experts for experts in every if not isinstance(experts, FSDPModule)]
+        self._of_experts = {p for experts in self._experts for p in experts.parameters()}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        runtime = self._model.runtime
+        self._model.forget_prepared_weights()  # before, to have their memory back
+        prepared: dict[Tensor, Any] = {}
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            rates = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+            columns: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *columns)
+            parameters, gradients, means, squares, _, numbers = columns
+            torch._foreach_add_(numbers, 1)  # type: ignore[attr-defined]
+            for parameter, *tensors, number in zip(
+                parameters, gradients, means, squares, numbers, strict=True
+            ):
+                step = AdamWStep(*rates, float(number), self.grad_scale)
+                local = [_local(t) for t in (parameter, *tensors)]
+                if parameter in self._of_experts:
+                    update = runtime.linear.update_weights
+                    prepared[parameter] = update(*local, step, self._dtype, runtime.ops)
+                else:
+                    runtime.ops.adamw(*local, step)
+        for experts in self._experts:
+            if experts.up in prepared and experts.down in prepared:
+                experts.keep_prepared(prepared[experts.up], prepared[experts.down])
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def takes_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it divides gradients by its `grad_scale` as it reads them."""
+    return isinstance(optimizer, PreparingAdamW) or bool(optimizer.defaults.get("fused"))
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, fused: bool, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW:
+    """Matrices decay, vectors (norms) do not. `dtype` is what the model computes in.
 
     A group's parameters are also on one device mesh, since the optimizer works on whole groups at
     a time and experts are on another mesh than the rest.
@@ -19,16 +80,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool) -> torch
     for parameter in model.parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for (decays, _), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
+    decaying = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), parameters in groups.items()
+    ]
+    keys: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+    if config.prepare_weights:
+        assert isinstance(model, GPT)
+        return PreparingAdamW(decaying, model, dtype, **keys)
+    return torch.optim.AdamW(decaying, **keys, fused=fused)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

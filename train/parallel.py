@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from models.gpt import GPT
+from train.optim import takes_grad_scale
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def clip_gradients(
 ) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: never).
 
-    A fused `optimizer` is told the factor and applies it as it reads the gradients, which saves a
-    pass over them. Returns the norm before clipping, float32 on this device and the same on every
+    An `optimizer` that can is told the factor and applies it as it reads the gradients, which saves
+    a pass over them. Returns the norm before clipping, float32 on this device and the same on every
     rank.
     """
     gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
@@ -170,7 +171,7 @@ def clip_gradients(
     total = total.sqrt()
     if max_norm > 0:
         excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
-        if optimizer is not None and optimizer.defaults.get("fused"):
+        if optimizer is not None and takes_grad_scale(optimizer):
             optimizer.grad_scale = excess  # type: ignore[attr-defined]  # it divides by this
         else:
             torch._foreach_mul_(gradients, excess.reciprocal())  # type: ignore[attr-defined]

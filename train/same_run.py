@@ -13,7 +13,7 @@ FREE = {
     *("train.deterministic", "train.on_nonfinite"),
     *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
     *("train.profile", "train.profile_every", "train.trace_step"),
-    "data.workers",
+    *("optim.prepare_weights", "data.workers"),
 }
 """Sections and keys that may change when a run goes on. What `train.micro_batch` and
 `train.global_batch` come to, together with the number of ranks, may not."""

@@ -7,6 +7,7 @@ Weights are [E, N, K]. Each class has the same functions:
 
     prepare_weights   weights as the GEMMs want them, for the forward and for the backward pass:
                       once an optimizer step
+    update_weights    an optimizer step of the weights, and them prepared
     forward           y [P, N] = x [P, K] @ w.T, and what to keep of x until the backward pass
     down              SwiGLU and the down-projection: h [P, 2F] to [P, H], and what to keep; None if
                       `down_backward` computes it again
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.adamw import AdamWStep
 from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
 
 
@@ -34,6 +36,14 @@ class HighPrecisionLinear:
     @staticmethod
     def prepare_weights(w: Tensor, dtype: torch.dtype, ops: Any) -> tuple[Tensor, Tensor]:
         w = w.to(dtype)
+        return w, w.transpose(1, 2)
+
+    @staticmethod
+    def update_weights(
+        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
+        ops: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        w = ops.adamw_cast(w, grad, mean, square, step, dtype)
         return w, w.transpose(1, 2)
 
     @staticmethod
@@ -77,6 +87,13 @@ class Fp8Linear:
         return ops.quantize_weights_both_ways(w, dtype)
 
     @staticmethod
+    def update_weights(
+        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
+        ops: Any,
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
+        return ops.adamw_quantize(w, grad, mean, square, step, dtype)
+
+    @staticmethod
     def forward(
         x: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
     ) -> tuple[Tensor, BlockScaledTensor]:
@@ -116,6 +133,7 @@ class DirectLinear:
     NEEDS_SEGMENTS_ON_HOST = False
 
     prepare_weights = Fp8Linear.prepare_weights
+    update_weights = Fp8Linear.update_weights
 
     @staticmethod
     def down(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.adamw import AdamWStep, adamw, adamw_cast
 from models.fp8.gemm import (
     GEMM_LAYOUT,
     grouped_gemm,
@@ -58,6 +59,9 @@ __all__ = [
     "Fp8Linear",
     "HighPrecisionLinear",
     "RowMap",
+    "adamw",
+    "adamw_cast",
+    "adamw_quantize",
     "dequantize",
     "dequantize_weights",
     "grouped_gemm",
@@ -157,6 +161,14 @@ def quantize_weights_both_ways(
         q.data.transpose(1, 2).contiguous(), q.scale_inv.transpose(1, 2).contiguous()
     )
     return q, transposed
+
+
+def adamw_quantize(
+    w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype
+) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+    """`adamw` of `w [E, N, K]`, and `quantize_weights_both_ways` of the new weights."""
+    adamw(w, grad, mean, square, step)
+    return quantize_weights_both_ways(w, dtype)
 
 
 def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:

@@ -38,6 +38,7 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
+from models.adamw import AdamWStep
 from models.fp8 import linear
 from models.fp8.rows import RowMap
 from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
@@ -194,6 +195,14 @@ class Fp8Linear:
             w.to(dtype).flatten(0, 1), [n] * experts, [_WEIGHT_BOTH_WAYS] * experts
         )
         return Weights(quantized), Weights(quantized, transposed=True)
+
+    @staticmethod
+    def update_weights(
+        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
+        ops: Any,
+    ) -> tuple[Weights, Weights]:  # fmt: skip
+        w = ops.adamw_cast(w, grad, mean, square, step, dtype)
+        return Fp8Linear.prepare_weights(w, dtype)
 
     @staticmethod
     def forward(

@@ -72,6 +72,10 @@ class Experts(nn.Module):
         """The parameters have changed: quantize them anew when they are needed next."""
         self._prepared = None
 
+    def keep_prepared(self, up: Any, down: Any) -> None:
+        """The parameters have changed, and whoever changed them has prepared them too."""
+        self._prepared = (up, down)
+
 
 def prepare_weights(up: Tensor, down: Tensor, dtype: torch.dtype, runtime: Runtime) -> Any:
     """Both weights as the path's GEMMs want them, each for the forward and the backward pass."""

@@ -24,6 +24,7 @@ from models.fp8.reference import (
     transpose_scaled,  # no path uses it
 )
 from models.fp8.rows import RowMap  # what plan_rows returns is one, with its inverse
+from models.fp8.triton.adamw import adamw, adamw_cast, adamw_quantize
 from models.fp8.triton.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_dgrad
 from models.fp8.triton.grouped_gemm_wgrad import grouped_gemm_wgrad
 from models.fp8.triton.grouped_mm import grouped_mm, grouped_mm_dgrad
@@ -57,6 +58,9 @@ __all__ = [
     "Fp8Linear",
     "HighPrecisionLinear",
     "RowMap",
+    "adamw",
+    "adamw_cast",
+    "adamw_quantize",
     "dequantize",
     "dequantize_weights",
     "grouped_gemm",

@@ -159,16 +159,8 @@ def _quantize_weights(
     check_whole_blocks(n, "N")
     check_whole_blocks(k)
     w = w.contiguous()
-
-    def empty(n: int, k: int) -> BlockScaledWeights:
-        scale_shape = (experts, n // BLOCK, k // BLOCK)
-        return BlockScaledWeights(
-            torch.empty(experts, n, k, dtype=E4M3, device=w.device),
-            torch.empty(scale_shape, dtype=torch.float32, device=w.device),
-        )
-
-    out = empty(n, k)
-    turned = empty(k, n) if both_ways else None
+    out = _empty(experts, n, k, w.device)
+    turned = _empty(experts, k, n, w.device) if both_ways else None
     if w.numel():
         # E experts of N rows are E * N rows: a tile never spans two, as N is a multiple of 128.
         _quantize_weights_kernel[(out.scale_inv.numel(),)](
@@ -181,19 +173,50 @@ def _quantize_weights(
     return out, turned
 
 
+def empty_both_ways(w: Tensor) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+    """Room for `w [E, N, K]` in FP8, and for the same transposed. Errors as `quantize_weights`."""
+    _check_input(w, 3)
+    experts, n, k = w.shape
+    check_whole_blocks(n, "N")
+    check_whole_blocks(k)
+    return _empty(experts, n, k, w.device), _empty(experts, k, n, w.device)
+
+
+def _empty(experts: int, n: int, k: int, device: torch.device) -> BlockScaledWeights:
+    return BlockScaledWeights(
+        torch.empty(experts, n, k, dtype=E4M3, device=device),
+        torch.empty(experts, n // BLOCK, k // BLOCK, dtype=torch.float32, device=device),
+    )
+
+
 @triton.jit
 def _quantize_weights_kernel(
     w_ptr, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
     POWER_OF_TWO: tl.constexpr, BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    blocks = k // WIDTH
-    row_block = tile // blocks  # of all experts' rows
-    col_block = tile % blocks
-    row = row_block.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    col = col_block * WIDTH + tl.arange(0, WIDTH)
-    at = row[:, None] * k + col[None, :]
-    w = tl.load(w_ptr + at)
+    w = tl.load(w_ptr + rows_of_tile(tile, k, 0, WIDTH))
+    store_quantized_tile(
+        w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
+        POWER_OF_TWO, BOTH_WAYS, TO_BF16,
+    )  # fmt: skip
+
+
+@triton.jit
+def rows_of_tile(tile, k, start, ROWS: tl.constexpr):
+    """Where [ROWS, 128] of tile number `tile` of [E, N, K] lie, from the tile's row `start` on."""
+    row = (tile // (k // WIDTH)).to(tl.int64) * WIDTH + start + tl.arange(0, ROWS)
+    col = tile % (k // WIDTH) * WIDTH + tl.arange(0, WIDTH)
+    return row[:, None] * k + col[None, :]
+
+
+@triton.jit
+def store_quantized_tile(
+    w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
+    POWER_OF_TWO: tl.constexpr, BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
+):  # fmt: skip
+    """Quantize and store tile number `tile` [128, 128] of weights [E, N, K]."""
+    at = rows_of_tile(tile, k, 0, WIDTH)
     if TO_BF16:
         w = w.to(tl.bfloat16)
     w = w.to(tl.float32)
@@ -205,9 +228,12 @@ def _quantize_weights_kernel(
     tl.store(data_ptr + at, data)
     tl.store(scale_ptr + tile + one, scale_inv)
     if BOTH_WAYS:
-        expert = (row_block // (n // WIDTH)).to(tl.int64)
-        row_block = row_block % (n // WIDTH)
+        blocks = k // WIDTH
+        expert = (tile // blocks // (n // WIDTH)).to(tl.int64)
+        row_block = tile // blocks % (n // WIDTH)
+        col_block = tile % blocks
         row = row_block * WIDTH + tl.arange(0, WIDTH)
+        col = col_block * WIDTH + tl.arange(0, WIDTH)
         turned = (expert * k + col[:, None]) * n + row[None, :]
         # As bytes, since not every version of Triton turns tiles of float8.
         bits = tl.trans(data.to(tl.uint8, bitcast=True))

@@ -1,0 +1,86 @@
+"""AdamW that prepares experts' weights: PyTorch's steps, and the bits of a pass of its own."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.adamw import AdamWStep, adamw
+from models.fp8.tensor import BlockScaledWeights
+from models.moe.experts import prepare_weights
+from models.moe.paths import PATHS
+from tests.ranks import read_metrics, run_ranks, run_train
+from tests.tiny import argv
+from train import loop, parallel
+from train.config import load
+from train.optim import PreparingAdamW, build_optimizer
+
+CONFIG = "configs/demo_cpu.yaml"
+ALONE = "parallel.expert_parallel=1"
+PREPARED = "optim.prepare_weights=true"
+KEYS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def test_steps_are_those_of_pytorch():
+    w = torch.randn(37, 5)
+    theirs = torch.nn.Parameter(w.clone())
+    optimizer = torch.optim.AdamW([theirs], foreach=False, **KEYS)  # type: ignore[arg-type]
+    mean, square = torch.zeros_like(w), torch.zeros_like(w)
+    for number in range(1, 8):
+        scale = torch.tensor(1.0 + number)
+        gradient = torch.randn_like(w) * 10.0 ** torch.randint(-6, 3, w.shape)
+        theirs.grad = gradient / scale
+        optimizer.step()
+        adamw(w, gradient, mean, square, AdamWStep(3e-3, 0.9, 0.95, 1e-8, 0.1, number, scale))
+        torch.testing.assert_close(w, theirs.detach(), rtol=1e-6, atol=1e-8)
+
+
+def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
+    """Two steps on random data; after each, what is prepared beside what should be."""
+    config = load(CONFIG, [f"moe.path={path}", ALONE, "run.name=a", PREPARED])
+    torch.distributed.destroy_process_group()  # the next line starts one
+    ranks = parallel.start("cpu", 1, 0, 60)
+    model = loop.build_gpt(config.model, config.moe, ranks.device, 0)
+    parallel.shard(model, ranks, torch.float32, False)
+    optimizer = build_optimizer(model, config.optim, False)
+    assert isinstance(optimizer, PreparingAdamW)
+    found = []
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        norm = parallel.clip_gradients(list(model.parameters()), 1.0, optimizer)
+        assert norm > 1
+        optimizer.step()
+        for layer in model.moe_layers():
+            experts = layer.experts
+            up, down = experts.up.to_local(), experts.down.to_local()
+            want = prepare_weights(up, down, torch.float32, experts.runtime)
+            for ours, theirs in zip(experts._prepared, want, strict=True):
+                found += [pair for a, b in zip(ours, theirs, strict=True) for pair in bits(a, b)]
+    return found
+
+
+def bits(a, b) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(a, BlockScaledWeights):
+        return [(a.data.view(torch.uint8), b.data.view(torch.uint8)), (a.scale_inv, b.scale_inv)]
+    return [(a, b)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_prepared_is_what_a_pass_of_its_own_would_prepare(path):
+    (pairs,) = run_ranks(1, train_a_little, path)
+    assert len(pairs) >= 8
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+def test_training_is_the_same_but_for_rounding_and_resumes_exactly(tmp_path, path):
+
+    def train(name: str, steps: int, *more: str) -> list[float]:
+        keys = [f"moe.path={path}", "optim.schedule=constant", f"train.steps={steps}", *more]
+        assert run_train(2, argv(tmp_path, name, *keys)) == [0, 0]
+        return [row["loss/train"] for row in read_metrics(tmp_path / name)]
+
+    prepared = train("prepared", 6, PREPARED)
+    assert prepared == pytest.approx(train("plain", 6), rel=1e-4)
+    train("stopped", 3, PREPARED)
+    assert train("stopped", 6, PREPARED) == prepared
