@@ -29,12 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.adamw import AdamWStep
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
 from scripts import results
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
 """Experts, rows of each, K and N."""
+UP_PROJECTION = (64, 1536, 2048)
+"""Qwen3-30B-A3B's, of the 64 experts of one GPU of two."""
 CALLS = 20
 ROTATED_BYTES = 256 * 2**20
 """What the rotated inputs have together, at least: several times an L2 of 50 MB."""
@@ -225,6 +228,47 @@ def bench_weights(bench: Bench, ops: Any, experts: int, n: int, k: int) -> None:
     )  # fmt: skip
 
 
+def bench_optimizer(bench: Bench, ops: Any, experts: int, n: int, k: int) -> None:
+    """One optimizer step of one weight, and what is read of it afterwards."""
+    shape = f"{experts} x {n} x {k}"
+    values = experts * n * k
+    step = AdamWStep(1e-3, 0.9, 0.95, 1e-8, 0.1, 5, torch.full((), 2.0, device="cuda"))
+
+    def tensors() -> list[Tensor]:
+        return [torch.rand(experts, n, k, device="cuda") for _ in range(4)]
+
+    def run(kernel: str, by: str, make: Callable[[], Callable[[], Any]], moved: int) -> None:
+        bench.run(kernel, by, shape, make, 16 * values, moved * values)
+
+    def optimizer(kind: Any, **keys: Any) -> Callable[[], Any]:
+        parameter = torch.nn.Parameter(torch.rand(experts, n, k, device="cuda"))
+        parameter.grad = torch.rand_like(parameter)
+        return kind([parameter], lr=1e-3, **keys).step
+
+    to = torch.bfloat16
+    run("copy", "PyTorch", lambda: _bind(torch.clone, tensors()[0]), 8)
+    run("adamw", "PyTorch", partial(optimizer, torch.optim.AdamW, fused=True), 28)
+    try:
+        from transformer_engine.pytorch.optimizers import FusedAdam
+    except ImportError:
+        pass
+    else:
+        run("adamw", "TE", partial(optimizer, FusedAdam), 28)
+    run("adamw", "ours", lambda: _bind(ops.adamw, *tensors(), step), 28)
+    run("adamw_cast", "ours", lambda: _bind(ops.adamw_cast, *tensors(), step, to), 30)
+    run("adamw_quantize", "ours", lambda: _bind(ops.adamw_quantize, *tensors(), step, to), 30)
+    run(
+        "quantize_weights_both_ways", "ours",
+        lambda: _bind(ops.quantize_weights_both_ways, tensors()[0], to), 6,
+    )  # fmt: skip
+    norms: dict[str, Callable[..., Any]] = {
+        "get_total_norm": torch.nn.utils.get_total_norm,
+        "vector_norm": lambda gradients: torch.linalg.vector_norm(gradients[0]),
+    }
+    for kernel, norm in norms.items():
+        run(kernel, "PyTorch", lambda norm=norm: _bind(norm, tensors()[:1]), 4)  # type: ignore[misc]
+
+
 def _bind(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: f(*args)
 
@@ -392,6 +436,7 @@ def main() -> int:
     for experts, rows, k, n in GEMMS:
         bench_weights(bench, ops, experts, n, k)
         bench_gemms(bench, ops, te, deep_gemm, experts, rows, k, n)
+    bench_optimizer(bench, ops, *UP_PROJECTION)
     if args.out:
         config = {
             "calls": CALLS,

@@ -13,9 +13,10 @@ events on the GPU. Peak memory is the window's, on the fullest rank. Model FLOPs
 in the same way for all (`train/flops.py`).
 
 `fp8_baseline:triton` is the baseline's layouts with the kernels of `fp8_compact`: it tells how much
-of a difference is layout and how much is kernels. `fp8_direct:triton` leaves DeepGEMM alone, and
-`:recompute` is `moe.recompute=true`. Peers take what megatron-core offers beyond its usual flags
-the same way, `fp8:experimental`; see `scripts/stock_megatron.py`. `none` is no stack.
+of a difference is layout and how much is kernels. `fp8_direct:triton` leaves DeepGEMM alone,
+`:recompute` is `moe.recompute=true`, `:prepare` is `optim.prepare_weights=true`. Peers take what
+megatron-core offers beyond its usual flags the same way, `fp8:experimental`; see
+`scripts/stock_megatron.py`. `none` is no stack.
 
 Writes `train_<config>.json` after every stack. A stack that fails gets a row with `error`, and the
 others go on; after an error that leaves the GPU or NCCL unusable the run ends with what it has.
@@ -61,7 +62,8 @@ from train.parallel import Ranks  # noqa: E402
 from train.step_metrics import StepMetrics  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
-PATH_FLAGS = ("triton", "recompute")
+FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
+PATH_FLAGS = ("triton", *FLAG_KEYS)
 TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = ("experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion")
@@ -394,8 +396,7 @@ def load_configs(
             overrides = list(arguments.overrides)
             if micro_batch is not None:
                 overrides.append(f"train.micro_batch={micro_batch}")
-            if "recompute" in spec.flags:
-                overrides.append("moe.recompute=true")
+            overrides += [key for flag, key in FLAG_KEYS.items() if flag in spec.flags]
             # A peer has paths of its own; the rest of the config is for all.
             overrides.append(f"moe.path={spec.path if spec.stack == 'ours' else 'bf16'}")
             config = load(arguments.config, overrides)
