@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.ranks import ONLY_WAITS
+
 
 class FakeWandb:
     """What arrived, by run id. A client that says where in a file its lines belong is obeyed."""
@@ -109,7 +111,7 @@ def fake_wandb() -> Iterator[tuple[FakeWandb, str]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(name=ONLY_WAITS, target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield fake, url

@@ -23,6 +23,9 @@ import torch.multiprocessing as mp
 from train import data, loop  # noqa: F401  # here, or each rank would spend seconds on it
 from train.__main__ import main, run
 
+ONLY_WAITS = "only waits"
+"""Name of a thread that may run while ranks are forked: it holds nothing while it waits."""
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120):
     """Run `function(rank, *args)` on each rank of a gloo group; their results in order.
@@ -39,21 +42,27 @@ def run_train(world_size: int, argv: list[str], timeout: float = 180) -> list[in
 
 def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], timeout: float):
     context = mp.get_context("fork")
-    results: Any = context.Queue()
-    store = _meeting_point()
+    results, ports = context.Queue(), context.SimpleQueue()
     with tempfile.TemporaryFile() as stacks:
         given = (results, stacks.fileno(), target, args)
         processes = [
-            context.Process(target=_child, args=(rank, world_size, store.port, *given))
+            context.Process(target=_child, args=(rank, world_size, ports, *given))
             for rank in range(world_size)
         ]
-        _fork(processes)
+        store = _fork(processes, ports)
         found = _collect(results, processes, timeout, stacks.fileno())
+    del store
     return [found[rank] for rank in range(world_size)]
 
 
-def _fork(processes: list[Any]) -> None:
+def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
+    """Start all ranks and tell them where to meet; they do as long as the result is kept.
+
+    Only then, since a meeting point has a thread, which answers the first rank while the last is
+    being forked: that one would wait for ever for a lock of the C library that the thread held.
+    """
     threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    threads = [name for name in threads if name != ONLY_WAITS]
     assert not threads, (
         f"{threads} of an earlier test run in this process: a copy of it would wait for ever for "
         "what they hold; such tests come last, in tests/conftest.py"
@@ -64,6 +73,10 @@ def _fork(processes: list[Any]) -> None:
     for process in processes:
         process.start()
     gc.unfreeze()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in processes:
+        ports.put(store.port)
+    return store
 
 
 def _collect(results: Any, processes: list[Any], timeout: float, stacks: int) -> dict[int, Any]:
@@ -99,9 +112,9 @@ def _stacks(processes: list[Any], file: int) -> str:
 
 
 def _child(
-    rank: int, world_size: int, port: int, results: Any, stacks: int, target: Any, args: Any
+    rank: int, world_size: int, ports: Any, results: Any, stacks: int, target: Any, args: Any
 ) -> None:
-    _be_rank(rank, world_size, port)
+    _be_rank(rank, world_size, ports)
     faulthandler.enable(stacks)
     try:
         # Pickled here, since a queue would share tensors' memory with a process that is gone.
@@ -142,13 +155,13 @@ class Training:
     ) -> None:
         self.log = log
         log.write_text("")
-        self._store = _meeting_point()
         context = mp.get_context("fork")
-        arguments = (world_size, self._store.port, argv, log, plant)
+        ports = context.SimpleQueue()
+        arguments = (world_size, ports, argv, log, plant)
         self.processes = [
             context.Process(target=_training, args=(rank, *arguments)) for rank in range(world_size)
         ]
-        _fork(self.processes)
+        self._store: dist.TCPStore | None = _fork(self.processes, ports)
 
     def __enter__(self) -> "Training":
         return self
@@ -156,6 +169,7 @@ class Training:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
+        self._store = None  # and its thread, before others are forked
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         pid = self.processes[rank].pid
@@ -186,9 +200,9 @@ class Training:
 
 
 def _training(
-    rank: int, world_size: int, port: int, argv: list[str], log: Path, plant: Any
+    rank: int, world_size: int, ports: Any, argv: list[str], log: Path, plant: Any
 ) -> None:
-    _be_rank(rank, world_size, port)
+    _be_rank(rank, world_size, ports)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -203,22 +217,17 @@ def _training(
     os._exit(0)
 
 
-def _be_rank(rank: int, world_size: int, port: int) -> None:
+def _be_rank(rank: int, world_size: int, ports: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(ports.get()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-
-
-def _meeting_point() -> dist.TCPStore:
-    """Where ranks find each other, at a port that the system chose and that is taken already."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.fake_wandb import fake_wandb
+from tests.faults import hang, poison
 from tests.ranks import Training, read_metrics, run_train
 from tests.tiny import argv, checkpoints, repeated
 
@@ -212,30 +212,6 @@ def test_a_corrupt_record_in_a_stream(tmp_path, monkeypatch, workers):
     assert checkpoints(tmp_path / "a"), "what was trained before is saved"
 
 
-def poison(step: int, rank: int, value: float):
-    """Make the loss of one micro-batch of one rank NaN or infinite."""
-
-    def plant(this_rank: int) -> None:
-        from train import loop
-
-        real_step, real_losses = loop._step, loop._losses
-        now = [-1, 0]
-
-        def counted(*args):
-            now[:] = [args[6].step, 0]
-            return real_step(*args)
-
-        def losses(*args):
-            out = real_losses(*args)
-            now[1] += 1
-            bad = now == [step, 2] and this_rank == rank
-            return out * torch.tensor(value if bad else 1.0)
-
-        loop._step, loop._losses = counted, losses
-
-    return plant
-
-
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "nan"), (float("inf"), "infinite")])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(tmp_path, value, word):
     """Lines of metrics are further apart than that, and so are checkpoints."""
@@ -276,27 +252,6 @@ def test_a_loss_that_is_not_finite_is_skipped_by_config(tmp_path):
 def test_a_hung_collective_names_the_ranks(tmp_path):
     """Rank 1 never comes to step 4: after parallel.timeout_s that is said, and all have ended."""
 
-    def hang(rank: int) -> None:
-        from train import loop, watchdog
-
-        step = loop._step
-
-        def stuck(*args):
-            while rank == 1 and args[6].step == 3:
-                time.sleep(0.01)
-            return step(*args)
-
-        loop._step = stuck
-
-        # The rank that speaks begins last: the other must not end before it has spoken.
-        report = watchdog.Watchdog._report
-
-        def late(self):
-            time.sleep(2 if rank == 0 else 0)
-            report(self)
-
-        watchdog.Watchdog._report = late  # type: ignore[method-assign]
-
     keys = argv(tmp_path, "a", LONG, "checkpoint.every=1", "parallel.timeout_s=5")
     begin = time.monotonic()
     with Training(2, keys, tmp_path / "log", hang) as training:
@@ -304,7 +259,8 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
     assert time.monotonic() - begin < 30
     (line,) = errors(training)
     assert (
-        "nothing moved for parallel.timeout_s=5: rank 1 did not come, being at tests/test_" in line
+        "nothing moved for parallel.timeout_s=5: rank 1 did not come, being at tests/faults.py"
+        in line
     )
     assert re.search(r"rank 0 waits at (train|models)/[a-z_/]+\.py:\d+", line)
     assert "stuck" in (tmp_path / "a" / "stalled" / "rank_00001.txt").read_text()

@@ -1,0 +1,51 @@
+"""What makes a training fail, planted in a rank before it starts."""
+
+import time
+
+
+def poison(step: int, rank: int, value: float):
+    """Make the loss of one micro-batch of one rank NaN or infinite."""
+
+    def plant(this_rank: int) -> None:
+        from train import loop
+
+        real_step, real_losses = loop._step, loop._losses
+        now = [-1, 0]
+
+        def counted(*args):
+            now[:] = [args[6].step, 0]
+            return real_step(*args)
+
+        def losses(*args):
+            out = real_losses(*args)
+            now[1] += 1
+            bad = now == [step, 2] and this_rank == rank
+            return out * (value if bad else 1.0)
+
+        loop._step, loop._losses = counted, losses
+
+    return plant
+
+
+def hang(rank: int) -> None:
+    """Rank 1 never comes to step 4."""
+
+    from train import loop, watchdog
+
+    step = loop._step
+
+    def stuck(*args):
+        while rank == 1 and args[6].step == 3:
+            time.sleep(0.01)
+        return step(*args)
+
+    loop._step = stuck
+
+    # The rank that speaks begins last: the other must not end before it has spoken.
+    report = watchdog.Watchdog._report
+
+    def late(self):
+        time.sleep(2 if rank == 0 else 0)
+        report(self)
+
+    watchdog.Watchdog._report = late  # type: ignore[method-assign]

@@ -1,0 +1,140 @@
+"""What training promises, on GPUs: nothing lost, nothing silent. On a CPU the rest of the suite
+shows the same; here it is the GPU's own: pinned copies, its random states, NCCL, its kernels."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scripts.export import main as export
+from tests.ranks import read_metrics
+from tests.tiny import argv, checkpoints, repeated
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+KEYS = [
+    *(f"train.device={DEVICE}", "train.deterministic=true", "train.steps=8"),
+    # Drawn on the GPU in every step, so its random states must come back.
+    "moe.force_balance=true",
+]
+
+
+class Ranks:
+    """A training in the background, a process for each GPU; what they print is in `log`."""
+
+    def __init__(self, count: int, folder: Path, name: str, *keys: str, fault: str = "none"):
+        if DEVICE == "cuda" and torch.cuda.device_count() < count:
+            pytest.skip(f"needs {count} GPUs")
+        self.run_dir = folder / name
+        self.log = folder / f"{name}.log"
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        keys = (*KEYS, f"parallel.expert_parallel={count}", *keys)
+        command = [sys.executable, "-m", "tests.planted", fault, *argv(folder, name, *keys)]
+        world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
+        world |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        with self.log.open("a") as log:
+            self.processes = [
+                subprocess.Popen(
+                    command,
+                    env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=log,
+                )
+                for rank in range(count)
+            ]
+
+    def signal_after(self, step: int, number: signal.Signals) -> None:
+        """Send all ranks a signal once a step is logged."""
+        metrics = self.run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert all(p.poll() is None for p in self.processes), self.log.read_text()
+            time.sleep(0.005)
+        for process in self.processes:
+            process.send_signal(number)
+
+    def exit_codes(self, timeout: float = 180) -> list[int]:
+        deadline = time.monotonic() + timeout
+        try:
+            return [p.wait(max(1, deadline - time.monotonic())) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there:\n{self.log.read_text()}") from None
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def finished(self) -> Path:
+        """The run's folder, after a training that went well."""
+        assert set(self.exit_codes()) == {0}, self.log.read_text()
+        return self.run_dir
+
+
+@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_and_signalled_and_resumed_bit_for_bit(tmp_path, count, path):
+    keys = [f"moe.path={path}", "checkpoint.every=2"]
+    whole = repeated(Ranks(count, tmp_path, "whole", *keys).finished())
+    Ranks(count, tmp_path, "again", *keys).signal_after(3, signal.SIGKILL)
+    signalled = Ranks(count, tmp_path, "again", *keys)
+    signalled.signal_after(5, signal.SIGUSR1)
+    assert set(signalled.exit_codes()) == {75}, signalled.log.read_text()
+    assert checkpoints(signalled.run_dir)[-1] >= 5
+    assert repeated(Ranks(count, tmp_path, "again", *keys).finished()) == whole
+
+
+def test_other_ranks_go_on_with_it(tmp_path):
+    """Two ranks with half of the experts each, then one with all of them."""
+    keys = ["train.global_batch=8", "optim.schedule=constant", "moe.force_balance=false"]
+    Ranks(2, tmp_path, "a", *keys, "train.steps=4").finished()
+    run_dir = Ranks(1, tmp_path, "a", *keys).finished()
+    whole = read_metrics(Ranks(2, tmp_path, "whole", *keys).finished())
+    losses = [row["loss/train"] for row in read_metrics(run_dir)]
+    assert losses == pytest.approx([row["loss/train"] for row in whole], rel=2e-3)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path):
+    keys = ["train.on_nonfinite=skip", "moe.path=fp8_direct"]
+    run_dir = Ranks(1, tmp_path, "a", *keys, fault="poison").finished()
+    rows = read_metrics(run_dir)
+    assert rows[4]["optim/skipped_steps"] == 1
+    assert all(row["loss/train"] > 0 for row in rows if row["progress/step"] != 5)
+    healthy = repeated(Ranks(1, tmp_path, "b", *keys).finished())
+    assert [repeated(run_dir)[step] for step in range(1, 5)] == [healthy[s] for s in range(1, 5)]
+
+
+def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
+    ranks = Ranks(1, tmp_path, "a", fault="poison")
+    assert ranks.exit_codes() == [1]
+    log = ranks.log.read_text()
+    assert "error: the loss of step 5 is nan: rank 0, micro-batch 1" in log
+    assert "Traceback" not in log
+
+
+def test_a_hung_collective_names_the_ranks(tmp_path):
+    ranks = Ranks(2, tmp_path, "a", "parallel.timeout_s=20", fault="hang")
+    assert set(ranks.exit_codes()) == {1}
+    (line,) = [x for x in ranks.log.read_text().splitlines() if x.startswith("error: ")]
+    assert "nothing moved for parallel.timeout_s=20: rank 1 " in line
+    assert "tests/faults.py" in line
+
+
+def test_what_was_trained_completes_a_prompt(tmp_path):
+    keys = ["moe.path=fp8_compact", "moe.force_balance=false", "train.steps=40", "optim.lr=0.01"]
+    run_dir = Ranks(1, tmp_path, "a", *keys).finished()
+    file = tmp_path / "model.safetensors"
+    assert export([str(run_dir), "--out", str(file)]) == 0
+    for path in ("bf16", "fp8_compact"):
+        command = [sys.executable, "-m", "scripts.generate", str(file), "def ", "--path", path]
+        command += ["--temperature", "0", "--tokens", "40", "--device", DEVICE]
+        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+        assert done.stdout.decode().startswith("def ")
+        assert len(done.stdout) > 20
