@@ -13,7 +13,8 @@ With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combi
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
-the relayouts counted are those that a profile shows (scripts/layer_profile.py).
+the relayouts counted are those that a profile shows (scripts/layer_profile.py). On one GPU also the
+time of forward and backward as a CUDA graph, for paths that can be one (scripts/layer_graph.py).
 """
 
 import argparse
@@ -30,7 +31,8 @@ from models.config import PathName
 from models.moe.experts import Runtime
 from models.moe.timed import timed_runtime
 from models.timing import Lap, Timer
-from scripts import results
+from scripts import layer_graph, results
+from scripts.layer_graph import can_capture
 from scripts.layer_profile import PASSES, profile_layer
 from scripts.moe_layer import SHAPES, Layer, Shape, fit
 from train import parallel
@@ -129,6 +131,8 @@ def bench(
             **measurements.row(),
             "profile": profile_layer(layer, measurements.runtime),
         }
+        if device.type == "cuda" and ranks == 1 and can_capture(measurements.runtime):
+            row["graph"] = layer_graph.measure(layer, measurements.runtime, repeats * CALLS)
         rows.append(row)
         measurements.runtime.dispatcher.close()
     return rows
@@ -156,7 +160,13 @@ def line(row: dict[str, Any]) -> str:
         agree = all(c["relayouts"]["agree"] for c in counts)
         text += f"  kernels {'+'.join(str(c['kernels']) for c in counts)}"
         text += "  profile agrees" if agree else "  PROFILE DISAGREES"
+    if graph := row.get("graph"):
+        text += f"  as a graph: {graph.get('error') or _eager_and_graph(graph)}"
     return text
+
+
+def _eager_and_graph(graph: dict[str, Any]) -> str:
+    return f"{graph['eager_ms']['median']:.2f} to {graph['graph_ms']['median']:.2f} ms"
 
 
 def main(argv: list[str] | None = None) -> int:
