@@ -78,10 +78,10 @@ class Ranks:
         return self.run_dir
 
 
-@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+@pytest.mark.parametrize(("path", "prepare"), [("bf16", "false"), ("fp8_direct", "true")])
 @pytest.mark.parametrize("count", [1, 2])
-def test_killed_and_signalled_and_resumed_bit_for_bit(tmp_path, count, path):
-    keys = [f"moe.path={path}", "checkpoint.every=2"]
+def test_killed_and_signalled_and_resumed_bit_for_bit(tmp_path, count, path, prepare):
+    keys = [f"moe.path={path}", f"optim.prepare_weights={prepare}", "checkpoint.every=2"]
     whole = repeated(Ranks(count, tmp_path, "whole", *keys).finished())
     Ranks(count, tmp_path, "again", *keys).signal_after(3, signal.SIGKILL)
     signalled = Ranks(count, tmp_path, "again", *keys)
