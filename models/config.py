@@ -49,6 +49,10 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections back into the residual stream get
     `init_std / sqrt(2 * num_layers)` (GPT-2)."""
+    embedding_init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the initial embedding, by default `init_std`. The first norm divides
+    gradients by it, so a small one makes them large in the first layers and the first steps; 1
+    calms them (Takase et al., "Spike No More", arXiv:2312.16903)."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -62,6 +66,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; "
                 "set head_dim or another number of heads"
+            )
+        if self.tie_embeddings and self.embedding_init_std is not None:
+            raise ValueError(
+                f"embedding_init_std={self.embedding_init_std} with tie_embeddings=true would be "
+                "the output layer's too; leave one of them out"
             )
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} is odd; rotary positions need pairs")

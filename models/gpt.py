@@ -157,7 +157,7 @@ def build_gpt(
             model.head_size, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True
         )
     gpt.to(device)
-    initialize(gpt, model.init_std, seed)
+    initialize(gpt, model.init_std, model.embedding_init_std, seed)
     return gpt
 
 
@@ -218,11 +218,12 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
 
 
 @torch.no_grad()
-def initialize(gpt: GPT, std: float, seed: int) -> None:
+def initialize(gpt: GPT, std: float, embedding_std: float | None, seed: int) -> None:
     """Draw each weight from a generator of its own, seeded by its name and the expert's number.
 
     So a weight does not depend on what was drawn before it, on the rank, or on the number of ranks.
-    Normal with deviation `std`, `std / sqrt(2 * layers)` into the residual stream, norms at 1.
+    Normal with deviation `std`, `std / sqrt(2 * layers)` into the residual stream, `embedding_std`
+    for the embedding unless it is None, norms at 1.
     """
     into_residual = std / math.sqrt(2 * gpt.config.num_layers)
     ep_rank = parallel_state.get_expert_model_parallel_rank()
@@ -233,6 +234,8 @@ def initialize(gpt: GPT, std: float, seed: int) -> None:
             continue
         into = name.endswith((".down", "linear_proj.weight", "linear_fc2.weight"))
         deviation = into_residual if into else std
+        if embedding_std is not None and name.startswith("embedding."):
+            deviation = embedding_std
         if name.rpartition(".")[0] not in experts:
             _draw(parameter, deviation, f"{seed}/{name}")
             continue

@@ -23,7 +23,7 @@ from typing import Any
 from scripts.results import write_json
 
 KINDS = {
-    "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer",
+    "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer|adamw",
     "attention": r"sdpa|fmha|cudnn::fusion",
     "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_",
     "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad",

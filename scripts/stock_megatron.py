@@ -70,6 +70,7 @@ def transformer_arguments(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": model.init_std,
+        "embedding_init_method_std": model.embedding_init_std,
         # experts
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,

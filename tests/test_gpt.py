@@ -81,6 +81,12 @@ def test_initial_weights_have_the_right_size():
         want = 0.05 / 2 if into_residual else 0.05  # sqrt(2 * 2 layers) = 2
         assert found == pytest.approx(want, rel=5 / (2 * size) ** 0.5), name  # 5 standard errors
 
+    config = configure("parallel.expert_parallel=1", "model.embedding_init_std=1")
+    (spread,) = run_ranks(1, initial_spread, config)
+    large = {name for name, (found, _) in spread.items() if found > 0.1}
+    assert large == {"embedding.word_embeddings.weight"}
+    assert spread[large.pop()][0] == pytest.approx(1, rel=0.05)
+
 
 def batch(config: Config, sequences: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)

@@ -42,6 +42,7 @@ def test_kinds_add_up_and_what_overlaps_is_not_idle():
         ("nvjet_sm90_tst_256x128_64x4", "dense GEMMs"),
         ("_swiglu_backward_kernel", "SwiGLU"),
         ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer, gradient norm"),
+        ("_adamw_quantize_kernel", "optimizer, gradient norm"),
         ("triton_poi_fused_add_0", "other"),
     ],
 )

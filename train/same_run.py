@@ -8,7 +8,7 @@ from train.config import Config, ConfigError, load, world_size_from_env
 
 FREE = {
     *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms"),
+    *("moe.path", "moe.dispatch", "moe.dispatch_sms", "moe.recompute"),
     *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
     *("train.deterministic", "train.on_nonfinite"),
     *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),

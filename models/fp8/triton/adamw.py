@@ -90,11 +90,11 @@ def _update(
     w_ptr, grad_ptr, mean_ptr, square_ptr, at, real, scale_ptr,
     new_mean, old_square, new_square, eps, keep, rate, deviation, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements `at`; the new weights."""
-    grad = tl.load(grad_ptr + at, mask=real, other=0.0)
-    mean = tl.load(mean_ptr + at, mask=real, other=0.0)
-    square = tl.load(square_ptr + at, mask=real, other=0.0)
-    w = tl.load(w_ptr + at, mask=real, other=0.0)
+    """Update the elements `at`, those of them that are `real` or, without it, all; the new weights."""
+    grad = tl.load(grad_ptr + at, mask=real)
+    mean = tl.load(mean_ptr + at, mask=real)
+    square = tl.load(square_ptr + at, mask=real)
+    w = tl.load(w_ptr + at, mask=real)
     if HAS_SCALE:
         grad = grad / tl.load(scale_ptr)
     mean = mean + new_mean * (grad - mean)
@@ -133,7 +133,7 @@ def _adamw_quantize_kernel(
     for start in range(0, WIDTH, ROWS):
         at = rows_of_tile(tile, k, start, ROWS)
         _update(
-            w_ptr, grad_ptr, mean_ptr, square_ptr, at, at >= 0, scale_ptr,
+            w_ptr, grad_ptr, mean_ptr, square_ptr, at, None, scale_ptr,
             new_mean, old_square, new_square, eps, keep, rate, deviation, HAS_SCALE,
         )  # fmt: skip
     tl.debug_barrier()  # other threads wrote what is read now
