@@ -17,6 +17,7 @@ hush_imports()
 
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
+from train import run_lock  # noqa: E402
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env  # noqa: E402
 from train.failure import (  # noqa: E402
     STOP_FILE,
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
         data.check(config)
         loop.check(config)
-        loop.train(config, data.load(config))
+        with run_lock.hold(config.run_dir):
+            loop.train(config, data.load(config))
     except ConfigError as error:
         # One that a data worker met arrives with its traceback before it.
         line = str(error).strip().splitlines()[-1].removeprefix("train.config.ConfigError: ")

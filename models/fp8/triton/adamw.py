@@ -90,7 +90,7 @@ def _update(
     w_ptr, grad_ptr, mean_ptr, square_ptr, at, real, scale_ptr,
     new_mean, old_square, new_square, eps, keep, rate, deviation, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements `at`, those of them that are `real` or, without it, all; the new weights."""
+    """Update the elements `at` that are `real`, or without it all of them; the new weights."""
     grad = tl.load(grad_ptr + at, mask=real)
     mean = tl.load(mean_ptr + at, mask=real)
     square = tl.load(square_ptr + at, mask=real)
