@@ -117,7 +117,9 @@ def build_gpt(
         moe_aux_loss_coeff=moe.aux_loss_coeff,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_dtype="fp32",
-        moe_router_fusion=on_gpu,
+        # TransformerEngine's kernel sums the value of the auxiliary loss in the order in which its
+        # threads come; nothing is trained on the value, but it is logged.
+        moe_router_fusion=on_gpu and not deterministic,
         moe_router_force_load_balancing=moe.force_balance,
         # The one whose constructor needs no GPU; the layer puts our own in its place.
         moe_token_dispatcher_type="allgather",

@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         config = load(arguments.config, arguments.overrides)
         check_world(config, world_size_from_env())
         # These take seconds to import, which a spelling mistake need not wait for.
+        from models.fp8 import operations
+
+        if (reason := operations.why_te_is_broken()) is not None:
+            raise ConfigError(reason)
         from train import data, loop
 
         data.check(config)

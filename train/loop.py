@@ -34,6 +34,8 @@ from train.watchdog import MARGIN_S
 def check(config: Config) -> None:
     """Find what cannot run here before anything starts. Raises ConfigError."""
     device = resolve_device(config)
+    if device == "cuda":
+        check_gpus()
     if config.train.deterministic:
         make_deterministic()
     reason = why_not(config.model, config.moe, device, config.parallel.expert_parallel)
@@ -71,6 +73,16 @@ def resolve_device(config: Config) -> str:
             "build of PyTorch on a machine with one"
         )
     return config.train.device
+
+
+def check_gpus() -> None:
+    """Raise ConfigError where a machine has fewer GPUs than processes: each needs its own."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise ConfigError(
+            f"{processes} processes were started on this machine, and PyTorch sees {gpus} GPU(s) "
+            f"here; start torchrun --nproc-per-node {gpus}"
+        )
 
 
 def resolve_dtype(config: Config, device: str) -> torch.dtype:

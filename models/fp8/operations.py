@@ -12,6 +12,7 @@ is the same code, so that they differ in layouts alone.
 """
 
 import importlib
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,12 +65,26 @@ def why_not(path: PathName, device: str) -> str | None:
     if path != "bf16" and (reason := why_no_fp8(device)) is not None:
         return f"{reason}; set moe.path=bf16"
     # Attention and dense layers are TransformerEngine's on a GPU, whatever the path.
-    for package in ("triton", "transformer_engine.pytorch"):
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # a package for another CUDA fails in its own ways
-            state = "is missing" if _is_missing(error, package) else f"does not load ({error})"
-            return f"{package.partition('.')[0]} {state}; pip install -r requirements-gpu.txt"
+    return _why_not_loaded("triton") or _why_not_loaded("transformer_engine.pytorch")
+
+
+def why_te_is_broken() -> str | None:
+    """Why TransformerEngine does not load, in one line; None if it does, or is not installed.
+
+    To ask before megatron-core is imported, which imports it on any machine where it finds it.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    return _why_not_loaded("transformer_engine")
+
+
+def _why_not_loaded(package: str) -> str | None:
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package for another CUDA fails in its own ways
+        text = " ".join(str(error).split())
+        state = "is missing" if _is_missing(error, package) else f"does not load ({text})"
+        return f"{package.partition('.')[0]} {state}; pip install -r requirements-gpu.txt"
     return None
 
 

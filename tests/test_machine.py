@@ -1,0 +1,59 @@
+"""What a machine lacks is one line before anything starts."""
+
+import sys
+
+import pytest
+import torch
+
+from models.fp8 import operations
+from tests.tiny import TINY
+from train import loop
+from train.__main__ import main
+from train.config import ConfigError, load
+
+
+def test_a_transformer_engine_for_another_cuda(tmp_path, capsys, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcudart.so.12:\\nno such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    assert main([*TINY, "train.steps=1", "parallel.expert_parallel=1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: transformer_engine does not load (libcudart.so.12: no such file); "
+        "pip install -r requirements-gpu.txt\n"
+    )
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"3 processes .* 2 GPU\(s\) here; start torchrun"):
+        loop.check(load(TINY[0], TINY[1:]))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_without_fp8():
+    reason = operations.why_not("fp8_compact", "cuda")
+    assert reason == (
+        "NVIDIA A100 has compute capability 8.0, and FP8 in blocks needs 9.0 (Hopper); "
+        "set moe.path=bf16"
+    )
+    assert operations.why_not("fp8_compact", "cpu") is None
+
+
+@pytest.mark.parametrize("package", ["triton", "transformer_engine"])
+@pytest.mark.usefixtures("two_gpus")
+def test_a_missing_package(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it now fails
+    reason = operations.why_not("bf16", "cuda")
+    assert reason == f"{package} is missing; pip install -r requirements-gpu.txt"
