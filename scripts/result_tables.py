@@ -113,9 +113,10 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     body = []
     for row in shown:
         if "error" in row:
-            body.append([row["shape"], failure(row), *[ABSENT] * 7])
+            body.append([row["shape"], failure(row), *[ABSENT] * 8])
             continue
         speed = row["tflops_per_gpu"]
+        graph = row.get("graph", {})
         same = (
             other["tflops_per_gpu"]
             for other in rows
@@ -133,10 +134,14 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
             _largest(row.get("peak_allocated_gib")),
             " + ".join(str(one["relayouts"]["counted"]) for one in passes),
             ABSENT if None in kernels else " + ".join(map(str, kernels)),
+            " / ".join(f"{graph[key]['median']:,.2f}" for key in ("graph_ms", "eager_ms"))
+            if "graph_ms" in graph
+            else ABSENT,
             f"{speed['median'] / base['median']:.3f}" if base else ABSENT,
         ]
         body.append(cells)
-    return _table([*head, "kernels", "speed / `fp8_baseline`"], body, left=2)
+    head += ["kernels", "as a graph / one by one, ms", "speed / `fp8_baseline`"]
+    return _table(head, body, left=2)
 
 
 # Kernels: scripts/bench_kernels.py

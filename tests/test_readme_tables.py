@@ -164,6 +164,7 @@ def test_layer_table(tmp_path: Path) -> None:
         }
 
     rows = [layer("fp8_baseline", 400, 5, kernels=60), layer("fp8_direct", 500, 0)]
+    rows[1]["graph"] = {"graph_ms": figure(3), "eager_ms": figure(4)}
     write_results(tmp_path, [*rows, {"shape": "big", "error": "out of memory"}], "moe_layer.json")
     lines = table(tmp_path, "moe_layer.json")
     assert lines[1][2:] == [
@@ -173,10 +174,11 @@ def test_layer_table(tmp_path: Path) -> None:
         "20.0",
         "5 + 5",
         "60 + 60",
+        NONE,
         "1.000",
     ]
     assert lines[2][1] == "`fp8_direct`"
-    assert lines[2][-3:] == ["0 + 0", NONE, "1.250"]
+    assert lines[2][-4:] == ["0 + 0", NONE, "3.00 / 4.00", "1.250"]
     assert lines[3][:3] == ["big", "out of memory", NONE]
 
 

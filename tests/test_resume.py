@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv, checkpoints, repeated
+from tests.tiny import argv, checkpoints, differences, repeated
 from train.__main__ import main
 
 
@@ -39,7 +39,8 @@ def test_stopped_after_any_step_and_resumed(tmp_path, overrides):
     whole = repeated(run_dir)
     for stop in (1, 4):
         forget(run_dir, stop)
-        assert repeated(train(tmp_path, "a", 2, *keys)) == whole, stop
+        again = repeated(train(tmp_path, "a", 2, *keys))
+        assert not differences(again, whole), stop
         assert checkpoints(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
@@ -61,7 +62,7 @@ def test_streamed_order_goes_on(tmp_path, monkeypatch):
     ]
     whole = repeated(train(tmp_path, "a", 2, *keys, "checkpoint.keep=3"))
     forget(tmp_path / "a", 3)
-    assert repeated(train(tmp_path, "a", 2, *keys)) == whole
+    assert not differences(repeated(train(tmp_path, "a", 2, *keys)), whole)
 
 
 def test_two_ranks_then_one_then_four(tmp_path):
@@ -111,7 +112,8 @@ def test_another_path_goes_on(tmp_path):
     want = repeated(train(tmp_path, "a", 2, *keys, "moe.path=fp8_baseline"))
     forget(tmp_path / "a", 2)
     # These two are the same arithmetic, so the change shows nowhere.
-    assert repeated(train(tmp_path, "a", 2, *keys, "moe.path=fp8_compact")) == want
+    got = repeated(train(tmp_path, "a", 2, *keys, "moe.path=fp8_compact"))
+    assert not differences(got, want)
     forget(tmp_path / "a", 2)
     got = repeated(train(tmp_path, "a", 2, *keys, "moe.path=bf16"))
     assert got[2] == want[2]

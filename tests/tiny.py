@@ -55,6 +55,16 @@ def repeated(run_dir: Path) -> dict[int, dict[str, Any]]:
     }
 
 
+def differences(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> list[str]:
+    """Where two results of `repeated` differ, one value a line: pytest cuts a dictionary short."""
+    return [
+        f"step {step}: {key} {one.get(step, {}).get(key)!r} and {other.get(step, {}).get(key)!r}"
+        for step in sorted(one.keys() | other.keys())
+        for key in REPEATED
+        if one.get(step, {}).get(key) != other.get(step, {}).get(key)
+    ]
+
+
 def slow_checksums(seconds: float) -> None:
     """Makes every save of this process take so much longer."""
     quick = checksums.write
