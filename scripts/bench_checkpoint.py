@@ -25,7 +25,11 @@ WARMUP = 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -403,7 +403,9 @@ def tune(ops: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.bench_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--only", default="", help="only kernels whose line has this text")

@@ -171,7 +171,9 @@ def _eager_and_graph(graph: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.bench_moe_layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))

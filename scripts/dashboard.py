@@ -16,13 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import wandb_workspaces.reports.v2 as wr
-import wandb_workspaces.workspaces as ws
+from train.quiet import hush_imports
 
-from scripts.compare_runs import InputError, Run, choose_baseline, find_group
-from scripts.dashboard_panels import GAP_CHART, gap_panel, make_sections
-from train.config import TrackingConfig
-from train.tracking import ID_FILE, resolve_mode
+hush_imports()
+
+import wandb_workspaces.reports.v2 as wr  # noqa: E402
+import wandb_workspaces.workspaces as ws  # noqa: E402
+
+from scripts.compare_runs import InputError, Run, choose_baseline, find_group  # noqa: E402
+from scripts.dashboard_panels import GAP_CHART, gap_panel, make_sections  # noqa: E402
+from train.config import TrackingConfig  # noqa: E402
+from train.tracking import ID_FILE, resolve_mode  # noqa: E402
 
 CHART_NAME = "loss-gap-to-baseline"
 MEDIA = {"moe/expert_load"}

@@ -10,13 +10,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.model_file import find_checkpoint, read_checkpoint, write
-from train.config import ConfigError
+from train.quiet import hush_imports
+
+hush_imports()
+
+from scripts.model_file import find_checkpoint, read_checkpoint, write  # noqa: E402
+from train.config import ConfigError  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")

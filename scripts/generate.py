@@ -58,7 +58,11 @@ def complete(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", type=Path, help="a file that scripts.export has written")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=200, help="how many at most (200)")

@@ -12,7 +12,7 @@ ABSENT = "–"  # noqa: RUF001
 COMPARED = (
     "final train loss",
     "final valid loss",
-    "loss gap to bf16",
+    "train loss gap to bf16",
     "relayouts/layer, forward",
     "relayouts/layer, backward",
     "kept for backward, MiB/layer",

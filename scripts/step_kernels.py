@@ -1,7 +1,7 @@
 """Where a GPU's time goes in a training step, by kind of kernel, from Chrome traces.
 
-    python -m train CONFIG train.trace_step=20 run.name=A moe.path=bf16     # records one
-    python -m scripts.step_kernels bf16=runs/A/trace.json [PATH=TRACE ...] [--out FILE.json]
+    torchrun --nproc-per-node 2 -m train CONFIG train.trace_step=20 run.name=A    # records one
+    python -m scripts.step_kernels bf16=runs/A/trace.json.gz [PATH=TRACE ...] [--out FILE.json]
         [--machine "2 x NVIDIA H200"] [--commit HASH]
 
 A trace is what torch.profiler exports, also compressed as .json.gz. A kernel is of the first kind
@@ -73,7 +73,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.step_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("traces", nargs="+", metavar="PATH=TRACE")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")

@@ -112,7 +112,7 @@ def test_figures(three: list[Path]) -> None:
     table = table_of(three)
     # The last two of 20 logged steps are 190 and 200: losses 3.1 and 3.0.
     assert table["final train loss"] == ["3.0500", "3.0805", "3.0805"]
-    assert table["loss gap to bf16"] == ["–", "+1.000 %", "+1.000 %"]  # noqa: RUF001
+    assert table["train loss gap to bf16"] == ["–", "+1.000 %", "+1.000 %"]  # noqa: RUF001
     assert table["relayouts/layer, forward"] == ["0", "5", "2"]
     assert table["relayouts/layer, backward"] == ["0", "3", "1"]
     assert table["tokens/s"] == ["1,000", "800", "900"]
@@ -123,11 +123,11 @@ def test_baseline_can_be_chosen(three: list[Path]) -> None:
     table = table_of(three, "b")
     assert table == table_of(three, "fp8_baseline")
     assert table["speed / fp8_baseline"] == ["1.250x", "1.000x", "1.125x"]
-    assert table["loss gap to fp8_baseline"] == ["-0.990 %", "–", "+0.000 %"]  # noqa: RUF001
+    assert table["train loss gap to fp8_baseline"] == ["-0.990 %", "–", "+0.000 %"]  # noqa: RUF001
 
 
 def test_baseline_is_bf16_wherever_it_stands(three: list[Path]) -> None:
-    assert "loss gap to bf16" in table_of(three[::-1])
+    assert "train loss gap to bf16" in table_of(three[::-1])
 
 
 def test_figures_that_no_run_has_are_left_out(three: list[Path]) -> None:
@@ -161,7 +161,7 @@ def test_gap_is_taken_at_steps_that_both_have(tmp_path: Path) -> None:
         write_run(tmp_path / "a", "bf16", whole),
         write_run(tmp_path / "b", "fp8_compact", [loss * 1.02 for loss in whole[:10]]),
     ]
-    assert table_of(folders)["loss gap to bf16"][1] == "+2.000 %"
+    assert table_of(folders)["train loss gap to bf16"][1] == "+2.000 %"
     assert any("different steps: 200 (a), 100 (b)" in w for w in warnings_of(folders))
 
 
@@ -176,7 +176,7 @@ def test_diverged_run_is_called_so(tmp_path: Path) -> None:
     ]
     table = table_of(folders)
     assert table["final train loss"][1] == "not finite"
-    assert table["loss gap to bf16"][1] == "not finite"
+    assert table["train loss gap to bf16"][1] == "not finite"
     assert run_main(*folders)[0] == 0
 
 

@@ -18,7 +18,6 @@ from models.fp8.tensor import (
 
 E4M3 = torch.float8_e4m3fn
 COMPACT, GEMM_READY = Layout.COMPACT, Layout.GEMM_READY
-FP32_MAX = torch.finfo(torch.float32).max
 INF, NAN = math.inf, math.nan
 
 

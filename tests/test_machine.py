@@ -21,7 +21,7 @@ def test_a_transformer_engine_for_another_cuda(tmp_path, capsys, monkeypatch):
     assert main([*TINY, "train.steps=1", "parallel.expert_parallel=1"]) == 2
     assert capsys.readouterr().err == (
         "error: transformer_engine does not load (libcudart.so.12: no such file); "
-        "pip install -r requirements-gpu.txt\n"
+        "pip install --no-build-isolation -r requirements-gpu.txt\n"
     )
 
 
@@ -56,4 +56,4 @@ def test_a_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
     monkeypatch.setitem(sys.modules, package, None)  # an import of it now fails
     reason = operations.why_not("bf16", "cuda")
-    assert reason == f"{package} is missing; pip install -r requirements-gpu.txt"
+    assert reason == f"{package} is missing; {operations.INSTALL}"

@@ -24,6 +24,8 @@ from models.fp8 import reference
 FP8_CAPABILITY = (9, 0)
 """The first GPUs whose tensor cores take FP8 in blocks: Hopper."""
 
+INSTALL = "pip install --no-build-isolation -r requirements-gpu.txt"
+
 # Operations that fp8_baseline and fp8_compact take from TransformerEngine, above Triton's.
 FROM_TE = {
     "fp8_baseline": ("quantize", "dequantize", "permute_scaled", "Fp8Linear"),
@@ -84,7 +86,7 @@ def _why_not_loaded(package: str) -> str | None:
     except Exception as error:  # a package for another CUDA fails in its own ways
         text = " ".join(str(error).split())
         state = "is missing" if _is_missing(error, package) else f"does not load ({text})"
-        return f"{package.partition('.')[0]} {state}; pip install -r requirements-gpu.txt"
+        return f"{package.partition('.')[0]} {state}; {INSTALL}"
     return None
 
 

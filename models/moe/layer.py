@@ -71,9 +71,10 @@ class ExpertParallelMoE(MoELayer):
             self.expert_load += routing_map.sum(0)
         # The router's dense [T, experts] form, as the top_k lists that dispatchers want. Chosen by
         # the map, since a chosen expert's probability may have underflowed to zero.
-        expert_ids = probs.detach().masked_fill(~routing_map, -1).topk(self.config.moe_router_topk)
-        weights = probs.gather(1, expert_ids.indices).float()
+        chosen = probs.detach().masked_fill(~routing_map, -1)
+        expert_ids = chosen.topk(self.config.moe_router_topk).indices
+        weights = probs.gather(1, expert_ids).float()
 
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = self.experts(tokens, expert_ids.indices, weights).view_as(hidden_states)
+        output = self.experts(tokens, expert_ids, weights).view_as(hidden_states)
         return output if shared is None else output + shared, None
