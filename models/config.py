@@ -94,8 +94,9 @@ class MoEConfig(Section):
     """Rows that a rank's experts have room for, as a multiple of their even share. By default they
     get room for what arrives, which the host has to wait for, once a layer. With room set aside no
     layer waits; rows beyond it are dropped, counted in `moe/dropped_rows`. Only bf16 and
-    fp8_direct on a GPU: the other paths launch one GEMM an expert, and a CPU has nothing to wait
-    for."""
+    fp8_direct on a GPU; elsewhere it is left aside, since the other paths launch one GEMM an expert
+    and wait anyhow, and a CPU has nothing to wait for. all_to_all between ranks waits all the
+    same."""
     recompute: bool = False
     """Keep no activations of the experts: the backward pass dispatches the tokens and computes the
     forward pass again, but for the way home. The results are the same bits."""

@@ -209,6 +209,8 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
             note += f" (not deep_ep: {reason})"
     path = PATHS[moe.path]
     waits = device == "cpu" or getattr(chosen, path.LINEAR).NEEDS_SEGMENTS_ON_HOST
+    if waits and moe.capacity is not None:
+        note += "; moe.capacity left aside: the experts get room for what arrives, and drop nothing"
     return Runtime(
         path,
         chosen,

@@ -92,6 +92,7 @@ def test_missing_file_is_named():
             ["train.global_batch=null", "train.micro_batch=1"],
             "3 replicas of each expert do not divide model.hidden_size=128",
         ),
+        (4, ["optim.prepare_weights=true"], "with 2 replicas of each expert: a rank then updates"),
     ],
 )
 def test_number_of_ranks_is_checked(ranks, overrides, says):

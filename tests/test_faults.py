@@ -18,7 +18,8 @@ import pytest
 from tests.fake_wandb import fake_wandb
 from tests.faults import hang, poison
 from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv, checkpoints, differences, repeated
+from tests.tiny import TINY, argv, checkpoints, differences, repeated
+from train.config import ConfigError, load
 
 LONG = "train.steps=2000"
 
@@ -179,6 +180,25 @@ def test_a_corrupt_record_is_one_line_before_anything_starts(tmp_path, line):
     assert f"data.path={data} " in said
     assert "cannot be read as json: " in said or "not text; name a column of strings" in said
     assert not (tmp_path / "a").exists() or not checkpoints(tmp_path / "a")
+
+
+def test_a_corrupt_record_among_the_first_of_a_stream(monkeypatch):
+    import datasets
+
+    from train import sources
+
+    def records():
+        yield {"text": "a document"}
+        raise OSError("record 2 of part-0.parquet: checksum does not match")
+
+    monkeypatch.setattr(
+        sources, "_open_hub", lambda config: datasets.IterableDataset.from_generator(records)
+    )
+    config = load(TINY[0], [*TINY[1:], "data.path=null", "data.name=some/text"])
+    with pytest.raises(
+        ConfigError, match=r"data\.name=some/text cannot be read: record 2 of part-0"
+    ):
+        sources.load_documents(config)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

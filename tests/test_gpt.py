@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.gpt import GPT, build_gpt
 from tests.ranks import run_ranks
-from train import flops, parallel
+from train import flops, loop, parallel
 from train.config import Config, load
+from train.data import Batch
 
 SMALL = [
     "model.num_heads=4",
@@ -233,3 +234,38 @@ def test_positions_and_routing_weights_stay_float32_in_bf16():
     for angles, weights in run_ranks(2, rotary_dtypes, configure("parallel.expert_parallel=2")):
         assert angles == {torch.float32}
         assert weights == {torch.float32}
+
+
+def test_a_capacity_that_is_left_aside_is_said():
+    (said,) = run_ranks(1, description, configure("parallel.expert_parallel=1", "moe.capacity=1.5"))
+    assert "moe.capacity left aside" in said
+    (said,) = run_ranks(1, description, configure("parallel.expert_parallel=1"))
+    assert "capacity" not in said
+
+
+def description(rank: int, config: Config) -> str:
+    return build(config).runtime.description
+
+
+def counted_in_validation(rank: int, config: Config) -> tuple[float, int]:
+    model = build(config)
+    runtime, losses = model.runtime, loop._losses
+
+    def dropping(*args):
+        runtime.counts.dropped_rows = runtime.counts.dropped_rows + 5
+        runtime.dispatcher.bytes_sent += 5
+        return losses(*args)
+
+    loop._losses = dropping
+    runtime.counts.dropped_rows, runtime.dispatcher.bytes_sent = torch.tensor(3.0), 4
+    tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64)
+    one = Batch(tokens, tokens, torch.arange(config.model.seq_len)[None])
+    corpus: Any = SimpleNamespace(valid_batches=lambda *_: [one, one])
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    loop.validate(model, corpus, config, ranks)
+    return float(runtime.counts.dropped_rows), runtime.dispatcher.bytes_sent
+
+
+def test_what_is_counted_is_the_trainings():
+    (counted,) = run_ranks(1, counted_in_validation, configure("parallel.expert_parallel=1"))
+    assert counted == (3.0, 4)

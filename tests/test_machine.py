@@ -41,6 +41,12 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_float32_on_a_gpu():
+    with pytest.raises(ConfigError, match=r"train\.dtype=fp32 cannot run on a GPU.*dtype=bf16"):
+        loop.check(load(TINY[0], [*TINY[1:], "train.dtype=fp32"]))
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_without_fp8():
     reason = operations.why_not("fp8_compact", "cuda")
     assert reason == (

@@ -89,6 +89,7 @@ def test_the_stop_file_asks_and_answers(tmp_path, monkeypatch):
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
         file.touch()
         assert training.exit_codes() == [75, 75]
+    assert file.read_text() == "saved\n"
     (saved,) = checkpoints(tmp_path / "a")
 
     # torchrun --max-restarts would start it again.
@@ -102,7 +103,61 @@ def test_the_stop_file_asks_and_answers(tmp_path, monkeypatch):
         training.wait_until(lambda: logged(tmp_path / "a") >= saved + 1)
         training.signal(1, signal.SIGTERM)
         assert training.exit_codes() == [75, 75]
-    assert file.exists(), "what starts torchrun does not see 75"
+    assert file.read_text() == "saved\n", "what starts torchrun does not see 75"
+
+
+def test_what_cannot_be_saved_is_not_called_saved(tmp_path, monkeypatch):
+    """A batch script must not requeue what fails in the same way each time."""
+    file = tmp_path / "stop"
+    monkeypatch.setenv("TRAIN_STOP_FILE", str(file))
+
+    def full_disk(rank: int) -> None:
+        from train import checksums
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        checksums.write = fail
+
+    with Training(
+        1, argv(tmp_path, "a", STEPS, "parallel.expert_parallel=1"), tmp_path / "log", full_disk
+    ) as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        file.touch()
+        assert training.exit_codes() == [1]
+    assert "could not be saved" in training.log.read_text()
+    assert file.read_text() == ""
+
+
+def test_no_rank_leaves_while_the_first_one_closes_wandb(tmp_path):
+    """torchrun ends the others as soon as one has ended."""
+    ends = tmp_path / "ends"
+    ends.mkdir()
+
+    def slow_upload(rank: int) -> None:
+        from train import loop
+        from train.tracking import Tracker
+
+        finish, stop = Tracker.finish, loop.Safety.__exit__
+
+        def slow(self, *args):
+            time.sleep(2)
+            finish(self, *args)
+            (ends / "upload").write_text(str(time.monotonic()))
+
+        def leave(self, *error):
+            (ends / f"rank {rank}").write_text(str(time.monotonic()))
+            stop(self, *error)
+
+        Tracker.finish, loop.Safety.__exit__ = slow, leave  # type: ignore[method-assign]
+
+    with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log", slow_upload) as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        training.signal(1, signal.SIGTERM)
+        assert training.exit_codes() == [75, 75]
+    uploaded, *left = (float((ends / name).read_text()) for name in ("upload", "rank 0", "rank 1"))
+    assert min(left) >= uploaded
+    assert "stopped by SIGTERM" in training.log.read_text()
 
 
 def test_the_last_step_is_a_normal_end(tmp_path):

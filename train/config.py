@@ -70,7 +70,7 @@ class OptimConfig(Section):
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
     prepare_weights: bool = False
     """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
-    of their own."""
+    of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks."""
 
 
 class TrainConfig(Section):
@@ -89,7 +89,7 @@ class TrainConfig(Section):
     """`auto` is cuda where there is a GPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What is computed in; the optimizer always holds fp32 weights. `auto` is bf16 on a GPU and
-    fp32 on a CPU."""
+    fp32 on a CPU; fp32 runs on a CPU alone."""
     deterministic: bool = False
     """Only operations that give the same bits every time; slower on a GPU, always so on a CPU."""
     log_every: PositiveInt = 10
@@ -263,6 +263,11 @@ def check_world(config: Config, world_size: int) -> None:
             f"start a multiple of {ep} with torchrun --nproc-per-node, or set a divisor"
         )
     replicas = world_size // ep
+    if config.optim.prepare_weights and replicas > 1:
+        raise ConfigError(
+            f"optim.prepare_weights=true with {replicas} replicas of each expert: a rank then "
+            "updates a part of a weight and cannot quantize the whole; set it to false"
+        )
     for name, size in (
         ("model.hidden_size", config.model.hidden_size),
         ("moe.ffn_hidden_size", config.moe.ffn_hidden_size),

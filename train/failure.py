@@ -12,8 +12,8 @@ REQUEUE = 75
 STOP_FILE = "TRAIN_STOP_FILE"
 """A variable that names a file for whoever starts the training and can neither signal its ranks nor
 see their exit codes, such as a batch script around torchrun. Where the file appears the training
-stops as after a signal; after a signal it makes the file, which says: requeue me. While the file is
-there, nothing starts."""
+stops as after a signal; whatever made it stop, once it has saved it writes `saved` into the file,
+which says: requeue me. While the file is there, nothing starts."""
 
 
 class TrainingFailed(Exception):

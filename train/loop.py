@@ -18,7 +18,7 @@ from train.checkpoint_files import newest
 from train.config import Config, ConfigError
 from train.data import Batch, Corpus
 from train.environment import describe_environment
-from train.failure import TrainingFailed
+from train.failure import Preempted, TrainingFailed
 from train.metrics import Meter, peak_bf16_flops
 from train.nonfinite import LossGuard
 from train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -38,6 +38,11 @@ def check(config: Config) -> None:
         check_gpus()
     if config.train.deterministic:
         make_deterministic()
+    if device == "cuda" and resolve_dtype(config, device) is not torch.bfloat16:
+        raise ConfigError(
+            f"train.dtype={config.train.dtype} cannot run on a GPU: the experts' GEMMs there take "
+            "bfloat16; set train.dtype=bf16"
+        )
     reason = why_not(config.model, config.moe, device, config.parallel.expert_parallel)
     if reason:
         raise ConfigError(reason)
@@ -156,16 +161,20 @@ def train(config: Config, corpus: Corpus) -> None:
             }
         )
 
-    try:
-        with Safety(run_dir, config, ranks, model, checkpointer) as safety:
+    with Safety(run_dir, config, ranks, model, checkpointer) as safety:
+        try:
             _train_steps(
                 *(config, corpus, ranks, model, optimizer, meter, step_metrics, recorder),
                 *(safety, first_step),
             )
-    except BaseException as error:
-        if recorder:
-            recorder.give_up(error.exit_code if isinstance(error, TrainingFailed) else 1)
-        raise
+        except BaseException as error:
+            safety.watchdog.close()  # what follows is no step
+            if recorder:
+                recorder.give_up(error.exit_code if isinstance(error, TrainingFailed) else 1)
+            if isinstance(error, Preempted):
+                # torchrun ends them all when the first has ended, and rank 0 may still upload.
+                safety.stop.wait_for_all()
+            raise
     if recorder:
         recorder.finish(meter.summary())
     model.runtime.dispatcher.close()
@@ -283,14 +292,16 @@ def _step(
 def validate(model: GPT, corpus: Corpus, config: Config, ranks: Ranks) -> float:
     """Mean loss over the validation batches, the same sequences every time."""
     model.eval()
-    sent = model.runtime.dispatcher.bytes_sent
+    runtime = model.runtime
+    sent, dropped = runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
         losses = _losses(model, batch.to(ranks.device), config)
         total += torch.stack([losses.sum().double(), total.new_tensor(losses.numel())])
     dist.all_reduce(total)
     model.train()
-    model.runtime.dispatcher.bytes_sent = sent  # what is logged is training's
+    # What is logged is training's.
+    runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows = sent, dropped
     # Nothing else would free gathered weights, since no backward pass follows.
     for module in model.modules():
         if isinstance(module, FSDPModule):

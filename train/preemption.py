@@ -69,6 +69,10 @@ class StopRequest:
         asked = int(highest)
         return STOP_FILE if asked == BY_FILE else signal.Signals(asked).name if asked else None
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has called it."""
+        dist.barrier(group=self.group)
+
     def _listen(self) -> None:
         first: float | None = None
         while received := os.read(self._read, 1):

@@ -40,7 +40,7 @@ class Safety:
         """Have step `step` on disk and raise Preempted."""
         self.checkpointer.finish(step)
         if self.stop.file is not None:
-            self.stop.file.touch()
+            self.stop.file.write_text("saved\n")
         raise Preempted(
             f"stopped by {reason} after step {step} of "
             f"{self.config.train.steps}, which is saved; the same command goes on from there"

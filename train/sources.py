@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 
 from train.config import Config, ConfigError
+from train.data_faults import UNREADABLE, last_line
 
 FOLDER_KINDS = {
     ".txt": "text",
@@ -69,7 +70,10 @@ def split_stream(
 ) -> tuple[datasets.IterableDataset, datasets.Dataset]:
     """The documents of a stream, unread, without its first `data.valid_documents`, and these."""
     held_out = config.data.valid_documents
-    first = list(documents.take(held_out + 1))
+    try:
+        first = list(documents.take(held_out + 1))
+    except UNREADABLE as error:
+        raise ConfigError(f"{source_of(config)} cannot be read: {last_line(error)}") from None
     if not first:
         raise ConfigError(f"{source_of(config)} holds no documents; name data that is not empty")
     column = config.data.text_column

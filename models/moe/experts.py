@@ -108,7 +108,7 @@ class ExpertMLP(torch.autograd.Function):
         trip = kept[0]
         counts = runtime.counts
         if runtime.capacity is not None:
-            counts.dropped_rows += trip.dropped_rows()
+            counts.dropped_rows = counts.dropped_rows + trip.dropped_rows()
         ctx.runtime, ctx.prepared = runtime, prepared
         ctx.local_experts, ctx.dtype = local_experts, up.dtype
         ctx.kept = None if runtime.recompute else kept
