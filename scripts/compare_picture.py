@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from scripts.compare_arms import Arm
 from scripts.compare_reading import partner
@@ -62,6 +63,7 @@ def save_png(path: Path, draws: Sequence[Callable[[Axes], None]]) -> None:
     for index, draw in enumerate(draws):
         axes = figure.add_subplot(1, len(draws), index + 1)
         draw(axes)
+        axes.xaxis.set_major_formatter(EngFormatter())  # tokens: 400 k, 10 M
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     # Below the panels, where it hides no curve.

@@ -13,7 +13,7 @@ What a table looks like follows from the file, by the script that wrote it:
     train_*.json     scripts.bench_train      a row per stack, path, variant and micro-batch
     kernels.json     scripts.bench_kernels    a row per kernel and shape
     moe_layer.json   scripts.bench_moe_layer  a row per shape and path of one MoE layer
-    compare.json     scripts.compare          a column per run; what holds on a CPU too
+    compare.json     scripts.compare          a column per run; what holds on any machine
     step_kernels.json  scripts.step_kernels   a column per traced step, a row per kind of kernel
 
 Rows can be chosen by their keys. A key given twice takes either value:

@@ -18,7 +18,7 @@ COMPARED = (
     "kept for backward, MiB/layer",
     "dispatched MiB/step",
 )
-"""Of a comparison made on a CPU, what holds on any machine."""
+"""Of a comparison, what holds on any machine."""
 
 
 class InputError(Exception):
@@ -180,7 +180,9 @@ def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
         for label in COMPARED
         if any(label in row for row in shown)
     ]
-    return _table(["", *(f"`{row['path']}`" for row in shown)], body)
+    paths = [row["path"] for row in shown]
+    names = [row["path"] if paths.count(row["path"]) == 1 else row["run"] for row in shown]
+    return _table(["", *(f"`{name}`" for name in names)], body)
 
 
 KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {

@@ -7,7 +7,7 @@ import torch
 
 from models.fp8 import operations
 from tests.tiny import TINY
-from train import loop
+from train import environment, loop
 from train.__main__ import main
 from train.config import ConfigError, load
 
@@ -63,3 +63,11 @@ def test_a_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # an import of it now fails
     reason = operations.why_not("bf16", "cuda")
     assert reason == f"{package} is missing; {operations.INSTALL}"
+
+
+def test_the_commit_that_is_said_wins(monkeypatch):
+    """For a copy of the code that lies inside another repository."""
+    monkeypatch.setenv("SOURCE_COMMIT", "abc123")
+    assert environment.commit() == "abc123"
+    monkeypatch.delenv("SOURCE_COMMIT")
+    assert environment.commit() != "abc123"

@@ -273,3 +273,10 @@ def test_bad_input_is_one_line(
 def test_no_such_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert readme_tables.main([str(tmp_path / "none.md")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_of_one_path_are_told_apart(tmp_path: Path) -> None:
+    runs = (("a", "bf16"), ("b", "fp8_direct"), ("c", "bf16"))
+    rows = [{"run": run, "path": path, "final train loss": "1.0"} for run, path in runs]
+    write_results(tmp_path, rows)
+    assert table(tmp_path, "train_x.json")[0] == ["", "`a`", "`fp8_direct`", "`c`"]

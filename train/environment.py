@@ -38,15 +38,20 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """This code's commit, `-dirty` with changes; from SOURCE_COMMIT where there is no git."""
+    """SOURCE_COMMIT, for a copy of the code without its history; or git's.
+
+    Git's ends in `-dirty` where files differ from it.
+    """
+    if said := os.environ.get("SOURCE_COMMIT"):
+        return said
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
-        return os.environ.get("SOURCE_COMMIT")
-    return done.stdout.strip() or os.environ.get("SOURCE_COMMIT")
+        return None
+    return done.stdout.strip() or None
 
 
 def _cpu_name() -> str:
