@@ -153,6 +153,16 @@ def fill(path: Path, leave: int) -> None:
             file.flush()
 
 
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "pictures").write_text("not a folder")
+    keys = ["train.steps=2", "tracking.pictures_every=1"]
+    with Training(2, argv(tmp_path, "a", *keys), tmp_path / "log") as training:
+        assert training.exit_codes() == [0, 0]
+    assert "training goes on" in training.log.read_text()
+    assert len(read_metrics(tmp_path / "a")) == 2
+
+
 def test_a_data_worker_that_dies(tmp_path):
     keys = argv(tmp_path, "a", LONG, "checkpoint.every=2", "data.workers=1")
     run_dir = tmp_path / "a"

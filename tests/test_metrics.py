@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,36 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         file.write(row)
         assert read(path) == rows[:number]
+
+
+def test_on_a_full_disk_all_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Disk:
+        """Has room for so many bytes; takes a part of what is too much."""
+
+        def __init__(self, file: Any, room: int) -> None:
+            self.file, self.name, self.room = file, file.name, room
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            written = self.file.write(data[: self.room])
+            self.room -= written
+            return written
+
+        def close(self) -> None:
+            self.file.close()
+
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    disk = file._file = Disk(file._file, 5000)  # type: ignore[assignment]
+    rows = [{"progress/step": n} | {f"metric_{k}": n * k for k in range(100)} for n in range(31)]
+    for row in rows[:-1]:
+        file.write(row)
+    assert len([r for r in caplog.records if "No space left on device" in r.message]) == 1
+    disk.room = 2**30
+    file.write(rows[-1])
+    file.close()
+    assert read(path) == rows
 
 
 def test_not_finite_becomes_null(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import poison
 from tests.ranks import Training, read_metrics, run_train
 from tests.tiny import argv, checkpoints, differences, repeated
+from train import loop
 from train.__main__ import main
+from train.optim import build_optimizer
 
 
 def train(folder: Path, name: str, ranks: int, *overrides: str) -> Path:
@@ -136,3 +139,66 @@ def test_another_model_is_refused_with_the_keys(tmp_path, capsys, monkeypatch):
         assert says in err
         assert err.count("\n") == 1
     assert checkpoints(tmp_path / "a") == [1]
+
+
+def test_another_model_is_refused_beside_a_damaged_checkpoint(tmp_path, capsys, monkeypatch):
+    keys = ["parallel.expert_parallel=1", "checkpoint.every=1"]
+    run_dir = train(tmp_path, "a", 1, *keys, "train.steps=2")
+    (run_dir / "checkpoints" / "step_00000002" / "training.json").write_text("")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(argv(tmp_path, "a", *keys, "train.steps=3", "train.seed=5")) == 2
+    assert "train.seed: 0 there, 5 now" in capsys.readouterr().err
+
+
+def test_fewer_steps_beside_a_damaged_checkpoint(tmp_path):
+    """Nothing is left to do, and no checkpoint is called after a step that it is not of."""
+    keys = ["parallel.expert_parallel=1", "checkpoint.every=2", "checkpoint.keep=9"]
+    run_dir = train(tmp_path, "a", 1, *keys, "train.steps=4")
+    metadata = run_dir / "checkpoints" / "step_00000004" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-1])
+    train(tmp_path, "a", 1, *keys, "train.steps=1")
+    assert checkpoints(run_dir) == [2]
+
+
+KINDS = {"plain": False, "fused": True, "prepared": False}
+
+
+def as_on_a_gpu(monkeypatch, kind: str) -> list[str]:
+    """PyTorch has its fused AdamW for CPUs too. Returns the keys for `kind`."""
+    monkeypatch.setattr(
+        loop,
+        "build_optimizer",
+        lambda model, config, fused, dtype: build_optimizer(model, config, KINDS[kind], dtype),
+    )
+    return ["optim.prepare_weights=true"] if kind == "prepared" else []
+
+
+@pytest.mark.parametrize(
+    "kinds", [("plain", "fused"), ("prepared", "fused"), ("fused", "prepared"), ("fused", "plain")]
+)
+def test_another_kind_of_adamw_goes_on(tmp_path, monkeypatch, kinds):
+    """From a CPU to a GPU and back, or with weights prepared and without."""
+    keys = ["parallel.expert_parallel=1", "optim.schedule=constant", "optim.clip_grad=0.1"]
+    whole = read_metrics(train(tmp_path, "whole", 1, *keys, "train.steps=4"))
+    for steps, kind in zip((2, 4), kinds, strict=True):
+        more = as_on_a_gpu(monkeypatch, kind)
+        run_dir = train(tmp_path, "a", 1, *keys, f"train.steps={steps}", *more)
+    for key in ("loss/train", "optim/grad_norm"):
+        got = [row[key] for row in read_metrics(run_dir)]
+        assert got == pytest.approx([row[key] for row in whole], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_save_before_the_first_update_changes_nothing(tmp_path, monkeypatch, kind):
+    """The first step is skipped, so that the first save finds an optimizer without a state."""
+    keys = ["parallel.expert_parallel=1", "train.steps=4", "train.on_nonfinite=skip"]
+    keys += as_on_a_gpu(monkeypatch, kind)
+    runs = []
+    for every in (1, 0):
+        more = argv(tmp_path, f"every-{every}", *keys, f"checkpoint.every={every}")
+        fault = poison(0, 0, float("nan"))
+        with Training(1, more, tmp_path / f"log-{every}", fault) as training:
+            assert training.exit_codes() == [0]
+        runs.append(repeated(tmp_path / f"every-{every}"))
+    assert runs[0][4]["loss/train"] > 0
+    assert not differences(*runs)

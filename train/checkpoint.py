@@ -203,10 +203,19 @@ class _Training(Stateful):
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
+        is_new = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
+        if is_new:  # PyTorch has made the state by a step without gradients, which does not count
+            for of_one in self.optimizer.state.values():
+                of_one["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # How a step is computed is this optimizer's matter, not that of the one that was saved.
+        for key in state["optimizer"]:
+            name = key.rpartition(".")[2]
+            if key.startswith("param_groups.") and name in ("fused", "foreach", "capturable"):
+                state["optimizer"][key] = self.optimizer.defaults[name]
         set_state_dict(
             self.model,
             self.optimizer,

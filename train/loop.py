@@ -21,7 +21,7 @@ from train.environment import describe_environment
 from train.failure import Preempted, TrainingFailed
 from train.metrics import Meter, peak_bf16_flops
 from train.nonfinite import LossGuard
-from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.optim import build_optimizer, learning_rate, set_learning_rate, takes_grad_scale
 from train.parallel import Ranks
 from train.profiling import PartMaker, StepProfiler, untimed
 from train.recorder import Recorder
@@ -238,8 +238,9 @@ def _train_steps(
             with meter.pause():
                 safety.checkpointer.save(done, step_metrics.state())
         if stopping and not is_last:
-            safety.leave(done, stopping)
-    safety.checkpointer.finish(config.train.steps, step_metrics.state())
+            safety.leave(done, stopping, step_metrics.state())
+    # It can have begun past its last step: train.steps was lowered, and the newest one damaged.
+    safety.checkpointer.finish(max(first_step, config.train.steps), step_metrics.state())
 
 
 def _step(
@@ -278,6 +279,8 @@ def _step(
         guard.note(accumulation, norm)
         if guard.skips_this_step():
             metrics.skipped += 1
+            if takes_grad_scale(optimizer):
+                optimizer.grad_scale = None  # type: ignore[attr-defined]  # this step's, so NaN
         else:
             metrics.loss += total
             metrics.grad_norm = norm

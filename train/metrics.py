@@ -198,7 +198,9 @@ class MetricsFile:
         """
         if path.exists():
             _keep_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, since Python's drops what it cannot write.
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
         self._failing = False
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -211,9 +213,9 @@ class MetricsFile:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._waiting += (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
-            self._file.flush()
+            self._flush()
             self._failing = False
         except OSError as error:
             if not self._failing:
@@ -222,8 +224,13 @@ class MetricsFile:
                 )
             self._failing = True
 
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def close(self) -> None:
         try:
+            self._flush()
             self._file.close()
         except OSError as error:
             log.warning("the end of %s is lost (%s)", self._file.name, error.strerror)

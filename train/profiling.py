@@ -4,6 +4,7 @@ Only chosen steps are looked at, on the first rank. All other steps run code tha
 it, and events are read when the step's metrics are, so nothing waits for the GPU.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,8 @@ from models.timed import PARTS as MODEL_PARTS
 from models.timed import replaced, timed_gpt
 from models.timing import Lap, Timer
 from train.config import TrainConfig
+
+log = logging.getLogger(__name__)
 
 PARTS = (*MODEL_PARTS, "weight_gather", "gradient_sync", "optimizer")
 """What `time/<part>_ms` is logged of, beside `time/other_ms`."""
@@ -109,7 +112,11 @@ class StepProfiler:
                 yield timer.part
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-        recorded.export_chrome_trace(str(self._run_dir / TRACE))
+        path = self._run_dir / TRACE
+        try:
+            recorded.export_chrome_trace(str(path))
+        except OSError as error:
+            log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Where metrics go: the terminal, the run's files and W&B. Rank 0 has one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from train.metrics import MetricsFile
 from train.progress import Progress
 from train.routing_picture import save_heat_map
 from train.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -42,8 +45,11 @@ class Recorder:
         step = self.last_picture = row["progress/step"]
         self.routing_file.write(row)
         path = self.run_dir / "pictures" / f"expert_load_{step:08d}.png"
-        save_heat_map(path, row["moe/expert_load"], step)
-        self.tracker.picture("moe/expert_load", path, step)
+        try:
+            save_heat_map(path, row["moe/expert_load"], step)
+            self.tracker.picture("moe/expert_load", path, step)
+        except OSError as error:
+            log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
 
     def give_up(self, exit_code: int) -> None:
         """The training ends early: close what is open, so that nothing logged is lost."""

@@ -1,7 +1,7 @@
 """What keeps a training from losing anything, side by side for the loop."""
 
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from models.gpt import GPT
 from train.checkpoint import Checkpointer
@@ -36,9 +36,9 @@ class Safety:
         self.watchdog.close()
         self.stop.__exit__(*error)
 
-    def leave(self, step: int, reason: str) -> NoReturn:
-        """Have step `step` on disk and raise Preempted."""
-        self.checkpointer.finish(step)
+    def leave(self, step: int, reason: str, metrics: dict[str, Any]) -> NoReturn:
+        """Have step `step` on disk, with `metrics` as in Checkpointer.save, and raise Preempted."""
+        self.checkpointer.finish(step, metrics)
         if self.stop.file is not None:
             self.stop.file.write_text("saved\n")
         raise Preempted(

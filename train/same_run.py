@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train.checkpoint_files import newest
+from train.checkpoint_files import finished
 from train.config import Config, ConfigError, load, world_size_from_env
 
 FREE = {
@@ -20,15 +20,16 @@ FREE = {
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError if the newest checkpoint here is of another model or training."""
-    found = newest(run_dir / "checkpoints")
-    if found is None:
+    """Raise ConfigError if the newest readable checkpoint is of another model or training."""
+    for path in reversed(finished(run_dir / "checkpoints")):
+        try:
+            before = load(path / "config.yaml")
+            about = json.loads((path / "training.json").read_text())
+            break
+        except (ConfigError, OSError, ValueError):
+            continue  # a damaged one, which is skipped later, with a line that says so
+    else:
         return
-    try:
-        before = load(found[1] / "config.yaml")
-        about = json.loads((found[1] / "training.json").read_text())
-    except (ConfigError, OSError, ValueError):
-        return  # a damaged one, which is skipped later, with a line that says so
     there, now = (one.model_dump(mode="json") for one in (before, config))
     differ = [
         f"{section}.{key}: {there[section].get(key)} there, {value} now"
