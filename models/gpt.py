@@ -31,8 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from models.attention import CausalAttention, RotaryPositions
 from models.config import ModelConfig, MoEConfig
+from models.cpu_attention import CausalAttention, RotaryPositions
 from models.fp8 import operations
 from models.moe.dispatch import Dispatcher
 from models.moe.dispatch.all_to_all import AllToAll

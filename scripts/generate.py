@@ -20,7 +20,7 @@ from models.gpt import GPT  # noqa: E402
 from scripts.model_file import load_model  # noqa: E402
 from train import parallel  # noqa: E402
 from train.config import ConfigError  # noqa: E402
-from train.tokenizer import Tokenizer  # noqa: E402
+from train.data.tokenizer import Tokenizer  # noqa: E402
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.gpt import GPT, build_gpt, why_not
-from train import checksums, parallel
-from train.checkpoint_files import finished, step_of
+from train import parallel
+from train.checkpoint import checksums
+from train.checkpoint.files import finished, step_of
 from train.config import Config, ConfigError, load
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
 
 PREFIX = "training.model."
 """Of the model's weights in a checkpoint, beside the optimizer's."""

@@ -16,8 +16,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.config import Config, ConfigError, load
-from train.sources import training_texts
-from train.tokenizer import END_OF_DOCUMENT
+from train.data.sources import training_texts
+from train.data.tokenizer import END_OF_DOCUMENT
 
 SMALLEST = 257
 """Every byte, so that any text can be encoded, and the end-of-document token."""

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from scripts.export import main as export
 from scripts.generate import main as generate
-from tests.ranks import read_metrics, run_train
-from tests.tiny import argv
+from tests.support.ranks import read_metrics, run_train
+from tests.support.tiny import argv
 from train.config import load
 
 
@@ -26,7 +26,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 def validation_loss(rank: int, model_file: Path, config_file: Path) -> float:
     from scripts.model_file import load_model
-    from train import data
+    from train.data import batches as data
 
     model, _, _ = load_model(model_file, "cpu")
     corpus = data.load(load(config_file))

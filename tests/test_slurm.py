@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import Cluster, why_not
-from tests.tiny import TINY, argv, checkpoints, repeated
+from tests.support.slurm_cluster import Cluster, why_not
+from tests.support.tiny import TINY, argv, checkpoints, repeated
 
 ROOT = Path(__file__).parent.parent
 CONFIG, *KEYS = TINY

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import DecodeError
 
-from tests.fake_wandb import FakeWandb, fake_wandb
-from tests.test_tracking import records
+from tests.support.fake_wandb import FakeWandb, fake_wandb
+from tests.train.test_tracking import records
 from train.config import load
-from train.tracking import Tracker
+from train.metrics.tracking import Tracker
 
 
 def record(folder: Path, steps: range, resumed: bool = False, finish: bool = True) -> Tracker:

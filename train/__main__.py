@@ -17,7 +17,7 @@ hush_imports()
 
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
-from train import run_lock  # noqa: E402
+from train.checkpoint import run_lock  # noqa: E402
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env  # noqa: E402
 from train.failure import (  # noqa: E402
     STOP_FILE,
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if (reason := operations.why_te_is_broken()) is not None:
             raise ConfigError(reason)
-        from train import data, loop
+        from train import loop
+        from train.data import batches as data
 
         data.check(config)
         loop.check(config)

@@ -1,6 +1,7 @@
 """How a training ends before its last step, each as one line and an exit code of its own."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,9 @@ from pathlib import Path
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Those that ask a training to stop."""
 
 STOP_FILE = "TRAIN_STOP_FILE"
 """A variable that names a file for whoever starts the training and can neither signal its ranks nor
@@ -32,6 +36,14 @@ def stop_file() -> Path | None:
     """The file that TRAIN_STOP_FILE names, there or not."""
     path = os.environ.get(STOP_FILE)
     return Path(path) if path else None
+
+
+def ignore_in_worker() -> None:
+    """For a data worker: its training stops it in good time, and a signal to all processes of a
+    job must not take the data away from the step that is to be ended."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_process(main: Callable[[], int | None]) -> None:

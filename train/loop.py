@@ -12,23 +12,25 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed.fsdp import FSDPModule
 
 from models.gpt import GPT, build_gpt, why_not
-from train import checksums, flops, parallel
-from train.checkpoint import Checkpointer
-from train.checkpoint_files import newest
+from train import parallel
+from train.checkpoint import checksums
+from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.files import newest
+from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError
-from train.data import Batch, Corpus
-from train.environment import describe_environment
+from train.data.batches import Batch, Corpus
 from train.failure import Preempted, TrainingFailed
-from train.metrics import Meter, peak_bf16_flops
-from train.nonfinite import LossGuard
+from train.metrics import flops
+from train.metrics.environment import describe_environment
+from train.metrics.recorder import Recorder
+from train.metrics.step import StepMetrics
+from train.metrics.throughput import Meter, peak_bf16_flops
 from train.optim import build_optimizer, learning_rate, set_learning_rate, takes_grad_scale
 from train.parallel import Ranks
-from train.profiling import PartMaker, StepProfiler, untimed
-from train.recorder import Recorder
-from train.safety import Safety
-from train.same_run import check_same_run
-from train.step_metrics import StepMetrics
-from train.watchdog import MARGIN_S
+from train.profiling.step import PartMaker, StepProfiler, untimed
+from train.safety.guards import Safety
+from train.safety.nonfinite import LossGuard
+from train.safety.watchdog import MARGIN_S
 
 
 def check(config: Config) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from models.adamw import AdamWStep
+from models.fp8.reference.adamw import AdamWStep
 from models.gpt import GPT
 from train.config import OptimConfig
 

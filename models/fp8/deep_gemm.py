@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from models.fp8.kernels.plan_rows import row_experts
 from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
-from models.fp8.triton.row_experts import row_experts
 
 GEMM_LAYOUT = Layout.GEMM_READY
 

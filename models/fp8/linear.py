@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.adamw import AdamWStep
+from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
 
 

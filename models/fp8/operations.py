@@ -40,7 +40,7 @@ def choose(path: PathName, device: str, deep_gemm: bool = True) -> Any:
     """
     if device == "cpu":
         return _namespace(reference, "operations by reference (PyTorch)")
-    triton = importlib.import_module("models.fp8.triton")
+    triton = importlib.import_module("models.fp8.kernels")
     operations = _namespace(triton, "operations by Triton")
     if path in FROM_TE:
         te = importlib.import_module("models.fp8.te")

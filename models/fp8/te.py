@@ -38,9 +38,9 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
-from models.adamw import AdamWStep
 from models.fp8 import linear
-from models.fp8.rows import RowMap
+from models.fp8.reference.adamw import AdamWStep
+from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
 
 

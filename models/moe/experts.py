@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from models.moe.counts import Counts
 from models.moe.dispatch import Dispatcher
-from models.moe.trip import Trip
+from models.moe.dispatch.trip import Trip
 
 
 @dataclass(frozen=True)

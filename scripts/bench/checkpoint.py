@@ -1,6 +1,6 @@
 """How long a save stops the training: the demo on two processes, saved every fifth step.
 
-    python -m scripts.bench_checkpoint [--steps 150]
+    python -m scripts.bench.checkpoint [--steps 150]
 
 Writes docs/results/checkpoint_demo.json. The stop is what a save keeps the loop from its next step:
 the copy of the weights and the optimizer in memory, and the start of the thread that writes them.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.results import describe_machine, spread, write_json
+from scripts.bench.results import describe_machine, spread, write_json
 
 RESULT = Path("docs/results/checkpoint_demo.json")
 WARMUP = 2
@@ -26,7 +26,7 @@ WARMUP = 2
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_checkpoint",
+        prog="python -m scripts.bench.checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """What the Triton kernels cost: microseconds, GB/s beside a copy's, TFLOP/s beside cuBLAS's.
 
-    python -m scripts.bench_kernels [--out docs/results/kernels.json] [--only TEXT] [--tune]
+    python -m scripts.bench.kernels [--out docs/results/kernels.json] [--only TEXT] [--tune]
 
 Needs a Hopper GPU. The times are the GPU's alone: a long kernel keeps the GPU busy while the host
 queues the calls, so nothing waits for Python between them. Each call works on other buffers than
@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.adamw import AdamWStep
+from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
-from scripts import results
+from scripts.bench import results
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
@@ -377,7 +377,7 @@ def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
 
 def tune(ops: Any) -> None:
     """Settings of the FP8 grouped GEMM, TFLOP/s for each of `GEMMS`."""
-    from models.fp8.triton.grouped_gemm import Tiling
+    from models.fp8.kernels.grouped_gemm import Tiling
 
     base = Tiling()
     small = replace(base, rows=64, warps=4, per_sm=2)
@@ -403,7 +403,7 @@ def tune(ops: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_kernels",
+        prog="python -m scripts.bench.kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -414,7 +414,7 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         print("needs a GPU of compute capability 9.0 or newer", file=sys.stderr)
         return 1
-    from models.fp8 import triton as ops
+    from models.fp8 import kernels as ops
 
     torch.manual_seed(0)
     if args.tune:

@@ -1,20 +1,22 @@
 """One MoE layer, forward and backward, in all paths: where relayouts matter, and where they do not.
 
-    python -m scripts.bench_moe_layer [--shapes NAME ...] [--paths PATH ...] [--tokens N]
+    python -m scripts.bench.layer [--shapes NAME ...] [--paths PATH ...] [--tokens N]
         [--repeats R] [--out docs/results/moe_layer.json]
-    torchrun --nproc-per-node 4 -m scripts.bench_moe_layer ...      # experts spread over 4 GPUs
-    python -m scripts.bench_moe_layer --plot docs/results/moe_layer.json    # the picture alone
+    torchrun --nproc-per-node 4 -m scripts.bench.layer ...      # experts spread over 4 GPUs
+    python -m scripts.bench.layer --plot docs/results/moe_layer.json    # the picture alone
 
-The layer is `Experts` alone (scripts/moe_layer.py), with even routing and without router, FSDP or
-optimizer. Weights and activations are BF16. Paths take turns: a round is one call that is not timed
-and a few that are, for each path, and one more with timers between its parts. Times are CUDA events
-around forward and around backward, so they hold the host's work too where the GPU waits for it.
-With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only copy.
+The layer is `Experts` alone (scripts/bench/layer_setup.py), with even routing and without router,
+FSDP or optimizer. Weights and activations are BF16. Paths take turns: a round is one call that is
+not timed and a few that are, for each path, and one more with timers between its parts. Times are
+CUDA events around forward and around backward, so they hold the host's work too where the GPU waits
+for it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only
+copy.
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
-the relayouts counted are those that a profile shows (scripts/layer_profile.py). On one GPU also the
-time of forward and backward as a CUDA graph, for paths that can be one (scripts/layer_graph.py).
+the relayouts counted are those that a profile shows (scripts/bench/layer_profile.py). On one GPU
+also the time of forward and backward as a CUDA graph, for paths that can be one
+(scripts/bench/layer_graph.py).
 """
 
 import argparse
@@ -29,13 +31,13 @@ import torch.distributed as dist
 
 from models.config import PathName
 from models.moe.experts import Runtime
-from models.moe.timed import timed_runtime
-from models.timing import Lap, Timer
-from scripts import layer_graph, results
-from scripts.layer_graph import can_capture
-from scripts.layer_profile import PASSES, profile_layer
-from scripts.moe_layer import SHAPES, Layer, Shape, fit
+from scripts.bench import layer_graph, results
+from scripts.bench.layer_graph import can_capture
+from scripts.bench.layer_profile import PASSES, profile_layer
+from scripts.bench.layer_setup import SHAPES, Layer, Shape, fit
 from train import parallel
+from train.profiling.moe import timed_runtime
+from train.profiling.timer import Lap, Timer
 
 PATHS: tuple[PathName, ...] = get_args(PathName)
 DEFAULT_SHAPES = ["qwen3_30b_a3b", "deepseek_v2_lite", "mixtral_8x7b", "deepseek_v3"]
@@ -171,7 +173,7 @@ def _eager_and_graph(graph: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_moe_layer",
+        prog="python -m scripts.bench.layer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
     args = parser.parse_args(argv)
     if args.plot:
-        from scripts.plot_moe_layer import plot
+        from scripts.bench.plot_moe_layer import plot
 
         plot(args.plot, args.picture)
         print(args.picture)

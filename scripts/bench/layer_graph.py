@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from models.moe.experts import Runtime
-from scripts import results
-from scripts.moe_layer import Layer
+from scripts.bench import results
+from scripts.bench.layer_setup import Layer
 
 CAPACITY = 1.02
 """Enough for even routing."""

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from models.fp8.tensor import BLOCK, relayouts
 from models.moe.experts import Runtime
-from models.moe.timed import PARTS, timed_runtime
-from models.timing import Timer
-from scripts.moe_layer import Layer
+from scripts.bench.layer_setup import Layer
+from train.profiling.moe import PARTS, timed_runtime
+from train.profiling.timer import Timer
 
 Event = dict[str, Any]
 PASSES = ("forward", "backward")

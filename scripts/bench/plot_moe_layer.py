@@ -1,4 +1,4 @@
-"""The picture of scripts/bench_moe_layer.py's figures: where the time of a layer goes, by path."""
+"""The picture of scripts/bench/layer.py's figures: where the time of a layer goes, by path."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from models.moe.timed import PARTS
+from train.profiling.moe import PARTS
 
 COLORS = {
     "quantize": "#4e79a7",

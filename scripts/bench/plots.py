@@ -1,6 +1,6 @@
 """The picture of a training benchmark: TFLOP/s per GPU, ours against stock, with their spread.
 
-    python -m scripts.plot_train docs/results/train_NAME.json [--picture docs/images/train_NAME.svg]
+    python -m scripts.bench.plots docs/results/train_NAME.json [--picture FILE.svg]
 
 A bar is the median over the repeats, its whisker goes from the slowest to the fastest.
 """
@@ -17,10 +17,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.result_tables import best_stock, failure, machine_name, training_name
+from scripts.bench.tables import best_stock, failure, machine_name, training_name
 
 OURS, STOCK = "#0072B2", "#8A8A94"
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def plot(source: Path, picture: Path) -> None:
@@ -107,7 +107,7 @@ def _mark(source: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.plot_train")
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench.plots")
     parser.add_argument("results", type=Path, help="docs/results/train_NAME.json")
     parser.add_argument("--picture", type=Path, help="default: docs/images/train_NAME.svg")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Render the tables and pictures of the README and the docs from `docs/results/`, between markers.
 
-    python -m scripts.readme_tables [FILE.md ...]     # write; the README and docs/*.md if none
-    python -m scripts.readme_tables --check           # say what is out of date, write nothing
+    python -m scripts.bench.readme [FILE.md ...]     # write; the README and docs/*.md if none
+    python -m scripts.bench.readme --check           # say what is out of date, write nothing
 
 A block stands between two lines, and is made anew each time, so a figure is never typed:
 
@@ -10,17 +10,17 @@ A block stands between two lines, and is made anew each time, so a figure is nev
 
 What a table looks like follows from the file, by the script that wrote it:
 
-    train_*.json     scripts.bench_train      a row per stack, path, variant and micro-batch
-    kernels.json     scripts.bench_kernels    a row per kernel and shape
-    moe_layer.json   scripts.bench_moe_layer  a row per shape and path of one MoE layer
+    train_*.json     scripts.bench.train      a row per stack, path, variant and micro-batch
+    kernels.json     scripts.bench.kernels    a row per kernel and shape
+    moe_layer.json   scripts.bench.layer  a row per shape and path of one MoE layer
     compare.json     scripts.compare          a column per run; what holds on any machine
-    step_kernels.json  scripts.step_kernels   a column per traced step, a row per kind of kernel
+    step_kernels.json  scripts.bench.trace   a column per traced step, a row per kind of kernel
 
 Rows can be chosen by their keys. A key given twice takes either value:
 
     <!-- table: kernels.json | shape=16384 x 2048 | by=ours | by=TE -->
 
-The picture of a `train_*.json` (scripts/plot_train.py) is drawn to docs/images/train_*.svg:
+The picture of a `train_*.json` (scripts/bench/plots.py) is drawn to docs/images/train_*.svg:
 
     <!-- picture: train_moe_small.json -->
     <!-- end of picture -->
@@ -37,10 +37,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.plot_train import alt_text, is_picture_of, plot
-from scripts.result_tables import InputError, make_table
+from scripts.bench.plots import alt_text, is_picture_of, plot
+from scripts.bench.tables import InputError, make_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 BLOCK = re.compile(
@@ -124,7 +124,7 @@ class Renderer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if --check finds an old block, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.readme_tables",
+        prog="python -m scripts.bench.readme",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for what in [*([path] if new != old else []), *renderer.stale]:
                 print(
                     f"{what.name} is not what {options.results} says; "
-                    "python -m scripts.readme_tables writes it anew",
+                    "python -m scripts.bench.readme writes it anew",
                     file=sys.stderr,
                 )
                 status = 1

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from train.environment import describe_environment
-from train.metrics import GIB
+from train.metrics.environment import describe_environment
+from train.metrics.throughput import GIB
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

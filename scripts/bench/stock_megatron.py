@@ -40,7 +40,7 @@ from torch import Tensor
 
 from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
 from train.config import Config
-from train.data import Batch
+from train.data.batches import Batch
 from train.parallel import Ranks
 
 

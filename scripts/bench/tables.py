@@ -1,4 +1,4 @@
-"""Files of `docs/results/` as Markdown tables; `scripts/readme_tables.py` says which kinds."""
+"""Files of `docs/results/` as Markdown tables; `scripts/bench/readme.py` says which kinds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
     raise InputError(f"{path}: its rows have none of {', '.join(KINDS)}; no table is known")
 
 
-# Training steps: scripts/bench_train.py
+# Training steps: scripts/bench/train.py
 
 
 def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
@@ -105,7 +105,7 @@ def _ratio(ours: Line, theirs: Line) -> str:
     return f"{ours['median'] / theirs['median']:.3f} [{low:.3f} to {high:.3f}]"
 
 
-# One MoE layer: scripts/bench_moe_layer.py
+# One MoE layer: scripts/bench/layer.py
 
 
 def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
@@ -144,7 +144,7 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return _table(head, body, left=2)
 
 
-# Kernels: scripts/bench_kernels.py
+# Kernels: scripts/bench/kernels.py
 
 
 def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
@@ -159,7 +159,7 @@ def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return _table(head, body, left=3)
 
 
-# Kernels of one traced step: scripts/step_kernels.py
+# Kernels of one traced step: scripts/bench/trace.py
 
 
 def _step_kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
@@ -171,7 +171,7 @@ def _step_kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return _table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
 
 
-# Runs laid side by side: scripts/compare.py
+# Runs laid side by side: scripts/compare/__main__.py
 
 
 def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:

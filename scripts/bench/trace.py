@@ -1,7 +1,7 @@
 """Where a GPU's time goes in a training step, by kind of kernel, from Chrome traces.
 
     torchrun --nproc-per-node 2 -m train CONFIG train.trace_step=20 run.name=A    # records one
-    python -m scripts.step_kernels bf16=runs/A/trace.json.gz [PATH=TRACE ...] [--out FILE.json]
+    python -m scripts.bench.trace bf16=runs/A/trace.json.gz [PATH=TRACE ...] [--out FILE.json]
         [--machine "2 x NVIDIA H200"] [--commit HASH]
 
 A trace is what torch.profiler exports, also compressed as .json.gz. A kernel is of the first kind
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.results import write_json
+from scripts.bench.results import write_json
 
 KINDS = {
     "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer|adamw",
@@ -73,7 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.step_kernels",
+        prog="python -m scripts.bench.trace",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

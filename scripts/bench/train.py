@@ -1,6 +1,6 @@
 """Training speed of the four paths and of stock megatron-core, in turn, in one launch.
 
-    torchrun --nproc-per-node 4 -m scripts.bench_train configs/qwen3_30b_a3b_8l.yaml \\
+    torchrun --nproc-per-node 4 -m scripts.bench.train configs/qwen3_30b_a3b_8l.yaml \\
         [--paths bf16,fp8_baseline,fp8_compact,fp8_direct] [--peers bf16,fp8] \\
         [--micro-batches 4,2] [--steps 8] [--warmup 4] [--repeats 3] [--out docs/results] \\
         [key=value ...]
@@ -10,13 +10,13 @@ each of them, warms it up, times a window of steps, and frees it; the order is r
 to repeat. The window is wall time from a barrier to the end of the last step's work on the slowest
 rank. Nothing waits for the GPU between steps, since training does not; single steps are timed by
 events on the GPU. Peak memory is the window's, on the fullest rank. Model FLOPs and MFU are counted
-in the same way for all (`train/flops.py`).
+in the same way for all (`train/metrics/flops.py`).
 
 `fp8_baseline:triton` is the baseline's layouts with the kernels of `fp8_compact`: it tells how much
 of a difference is layout and how much is kernels. `fp8_direct:triton` leaves DeepGEMM alone,
 `:recompute` is `moe.recompute=true`, `:prepare` is `optim.prepare_weights=true`. Peers take what
 megatron-core offers beyond its usual flags the same way, `fp8:experimental`; see
-`scripts/stock_megatron.py`. `none` is no stack.
+`scripts/bench/stock_megatron.py`. `none` is no stack.
 
 Writes `train_<config>.json` after every stack. A stack that fails gets a row with `error`, and the
 others go on; after an error that leaves the GPU or NCCL unusable the run ends with what it has.
@@ -50,16 +50,17 @@ from torch import Tensor  # noqa: E402
 
 from models.fp8 import operations  # noqa: E402
 from models.gpt import GPT, build_gpt, why_not  # noqa: E402
-from scripts.results import describe_machine, spread, write_json  # noqa: E402
-from train import flops, loop, parallel  # noqa: E402
+from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
+from train import loop, parallel  # noqa: E402
 from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
-from train.data import Batch  # noqa: E402
+from train.data.batches import Batch  # noqa: E402
 from train.failure import run_process  # noqa: E402
-from train.metrics import GIB, peak_bf16_flops  # noqa: E402
-from train.nonfinite import LossGuard  # noqa: E402
+from train.metrics import flops  # noqa: E402
+from train.metrics.step import StepMetrics  # noqa: E402
+from train.metrics.throughput import GIB, peak_bf16_flops  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
 from train.parallel import Ranks  # noqa: E402
-from train.step_metrics import StepMetrics  # noqa: E402
+from train.safety.nonfinite import LossGuard  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
@@ -142,7 +143,7 @@ def use_operations(model: GPT, chosen: Any) -> None:
 def build(spec: Spec, config: Config, ranks: Ranks) -> Stack:
     if spec.stack == "ours":
         return Ours(config, ranks, spec.flags)
-    from scripts.stock_megatron import StockMegatron
+    from scripts.bench.stock_megatron import StockMegatron
 
     return StockMegatron(config, ranks, spec.path, spec.flags)
 
@@ -532,7 +533,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_train",
+        prog="python -m scripts.bench.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

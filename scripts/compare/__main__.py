@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.compare_arms import Arm, arm_of, group_arms
-from scripts.compare_page import make_html
-from scripts.compare_picture import draw_gaps, draw_losses, save_png
-from scripts.compare_reading import reading, speed_verdicts, warnings
-from scripts.compare_runs import InputError, Run, choose_baseline, find_group, read_runs
-from scripts.compare_table import Row, make_table
+from scripts.compare.arms import Arm, arm_of, group_arms
+from scripts.compare.page.page import make_html
+from scripts.compare.picture import draw_gaps, draw_losses, save_png
+from scripts.compare.reading import reading, speed_verdicts, warnings
+from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
+from scripts.compare.table import Row, make_table
 
 
 def make_json(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scripts.compare_noise import Ratio, compare
-from scripts.compare_runs import Run, flatten
+from scripts.compare.noise import Ratio, compare
+from scripts.compare.runs import Run, flatten
 
 REPEAT_MAY_DIFFER = ("run.", "tracking.", "train.seed")
 

@@ -1,6 +1,7 @@
 """Build the W&B workspace and report of an experiment group, as code.
 
-    python -m scripts.dashboard GROUP [--entity ME] [--project P] [--baseline RUN] [--runs DIR]
+    python -m scripts.compare.dashboard GROUP [--entity ME] [--project P] [--baseline RUN]
+        [--runs DIR]
 
 With an API key it saves both and prints their links. Without one it writes what it would save to
 a file, and nothing leaves the machine. Panels of metrics that no run of the group in `--runs` has
@@ -23,10 +24,10 @@ hush_imports()
 import wandb_workspaces.reports.v2 as wr  # noqa: E402
 import wandb_workspaces.workspaces as ws  # noqa: E402
 
-from scripts.compare_runs import InputError, Run, choose_baseline, find_group  # noqa: E402
-from scripts.dashboard_panels import GAP_CHART, gap_panel, make_sections  # noqa: E402
+from scripts.compare.dashboard_panels import GAP_CHART, gap_panel, make_sections  # noqa: E402
+from scripts.compare.runs import InputError, Run, choose_baseline, find_group  # noqa: E402
 from train.config import TrackingConfig  # noqa: E402
-from train.tracking import ID_FILE, resolve_mode  # noqa: E402
+from train.metrics.tracking import ID_FILE, resolve_mode  # noqa: E402
 
 CHART_NAME = "loss-gap-to-baseline"
 MEDIA = {"moe/expert_load"}
@@ -112,7 +113,7 @@ def make_report(group: Group) -> Any:
         entity=group.entity,
         project=group.project,
         title=f"{group.name}: what the layout of the scales costs",
-        description="Made by scripts/dashboard.py",
+        description="Made by scripts/compare/dashboard.py",
         blocks=blocks,
         width="fluid",
     )
@@ -178,7 +179,7 @@ def save(group: Group) -> tuple[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if W&B refuses, or 2 for bad input; one line on stderr."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.dashboard",
+        prog="python -m scripts.compare.dashboard",
         description="Build the W&B workspace and report of an experiment group.",
     )
     parser.add_argument("group", help="run.group of the runs; by default the config file's name")

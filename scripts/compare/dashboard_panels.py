@@ -6,7 +6,7 @@ from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
-from train.profiling import PARTS
+from train.profiling.step import PARTS
 
 TOKENS, STEP = "progress/tokens", "progress/step"
 

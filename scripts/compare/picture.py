@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from scripts.compare_arms import Arm
-from scripts.compare_reading import partner
-from scripts.compare_runs import Run, common_losses
+from scripts.compare.arms import Arm
+from scripts.compare.reading import partner
+from scripts.compare.runs import Run, common_losses
 
 # Colour, line width, opacity. The colours are Okabe and Ito's, told apart by the colour-blind too;
 # the widest line lies under a run that it equals, so that both can be seen.

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from scripts.compare_arms import Arm
-from scripts.compare_noise import (
-    CONFIDENCE,
-    FEWEST,
-    Ratio,
-    mean_interval,
-    mean_interval_of_runs,
-)
-from scripts.compare_runs import (
+from scripts.compare.arms import Arm
+from scripts.compare.noise import CONFIDENCE, FEWEST, Ratio, mean_interval, mean_interval_of_runs
+from scripts.compare.runs import (
     EQUAL_BY_DESIGN,
     Run,
     common_losses,

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scripts.compare_arms import Arm
-from scripts.compare_noise import centre, quartiles
-from scripts.compare_reading import on_cpu, partner
-from scripts.compare_runs import TAIL, Run, final_loss, largest, last, loss_gap, median
+from scripts.compare.arms import Arm
+from scripts.compare.noise import centre, quartiles
+from scripts.compare.reading import on_cpu, partner
+from scripts.compare.runs import TAIL, Run, final_loss, largest, last, loss_gap, median
 
 ABSENT = "–"  # noqa: RUF001
 

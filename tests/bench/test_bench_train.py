@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts import bench_train, results
-from scripts.bench_train import Row, Spec, Window, parse_stacks, rotated
-from scripts.stock_megatron import choose_dispatch, transformer_arguments
-from tests.ranks import _run
-from tests.tiny import TINY_MODEL
-from train import flops
+from scripts.bench import results
+from scripts.bench import train as bench_train
+from scripts.bench.stock_megatron import choose_dispatch, transformer_arguments
+from scripts.bench.train import Row, Spec, Window, parse_stacks, rotated
+from tests.support.ranks import _run
+from tests.support.tiny import TINY_MODEL
 from train.config import load
+from train.metrics import flops
 
 TINY = [*TINY_MODEL, "model.num_layers=1"]
 SPREADS = ("step_ms", "single_step_ms", "tokens_per_sec_per_gpu", "tflops_per_gpu")
@@ -185,7 +186,7 @@ def test_one_gpu_trains_ours_and_the_peer(tmp_path):
     # A process of its own: it starts CUDA, and the tests fork.
     argv = ["--paths", "bf16,fp8_compact", "--peers", "bf16,fp8", "--steps", "2", "--warmup", "1",
             "--repeats", "2", "--out", str(tmp_path), "parallel.expert_parallel=1"]  # fmt: skip
-    command = [sys.executable, "-m", "scripts.bench_train", "configs/demo_cpu.yaml", *argv]
+    command = [sys.executable, "-m", "scripts.bench.train", "configs/demo_cpu.yaml", *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "train_demo_cpu.json").read_text())["rows"]

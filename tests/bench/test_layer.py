@@ -12,9 +12,9 @@ from torch.profiler import record_function
 from models.fp8 import reference
 from models.fp8.tensor import Layout, relayout
 from models.moe.paths import PATHS
-from scripts.bench_moe_layer import main
-from scripts.layer_profile import kernels, ranges, trace, transposing_copies
-from scripts.moe_layer import SHAPES, Shape, even_routing, fit
+from scripts.bench.layer import main
+from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
+from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
 
 CPU = torch.device("cpu")
 RELAYOUTS = {"bf16": 0, "fp8_baseline": 5, "fp8_compact": 2, "fp8_direct": 0}
@@ -95,7 +95,7 @@ def test_transposing_copies_are_relayouts_and_nothing_else():
 
 def bench(*arguments: str, ranks: int = 1) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "scripts.bench_moe_layer"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "scripts.bench.layer"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -7,8 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scripts import bench_train, plot_train, readme_tables
-from scripts.bench_train import Row, Spec, Window
+from scripts.bench import plots as plot_train
+from scripts.bench import readme as readme_tables
+from scripts.bench import train as bench_train
+from scripts.bench.train import Row, Spec, Window
 from train.config import load
 
 TEXT = "before\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nafter\n"
@@ -131,7 +133,7 @@ def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
-    """The very rows of scripts/bench_train.py, not only those of this test."""
+    """The very rows of scripts/bench/train.py, not only those of this test."""
     config = load("configs/demo_cpu.yaml")
     ours = Row(Spec("ours", "fp8_baseline", ("triton",)), config, 2)
     ours.about = {"dispatch": "all_to_all", "description": "x"}

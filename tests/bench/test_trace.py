@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scripts import step_kernels
-from scripts.step_kernels import kind_of, summarize
+from scripts.bench import trace as step_kernels
+from scripts.bench.trace import kind_of, summarize
 
 
 def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:

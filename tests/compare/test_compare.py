@@ -14,10 +14,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from scripts import compare, compare_runs
-from scripts.compare_arms import arm_of, group_arms
-from scripts.compare_reading import reading
-from scripts.compare_runs import profiled_rows, read_run, step_parts
+from scripts.compare import __main__ as compare
+from scripts.compare import runs as compare_runs
+from scripts.compare.arms import arm_of, group_arms
+from scripts.compare.reading import reading
+from scripts.compare.runs import profiled_rows, read_run, step_parts
 
 STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
 

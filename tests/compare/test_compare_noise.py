@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.compare_arms import group_arms
-from scripts.compare_noise import FEWEST, centre, compare, mean_interval, mean_interval_of_runs
-from scripts.compare_reading import warnings
-from scripts.compare_runs import read_runs
-from tests.test_compare import reading_of, write_run
+from scripts.compare.arms import group_arms
+from scripts.compare.noise import FEWEST, centre, compare, mean_interval, mean_interval_of_runs
+from scripts.compare.reading import warnings
+from scripts.compare.runs import read_runs
+from tests.compare.test_compare import reading_of, write_run
 
 Sides = list[list[float]]
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scripts import compare
-from tests.chromium import chromium
-from tests.made_up_runs import write_gpu_run
-from tests.test_compare import write_run
+from scripts.compare import __main__ as compare
+from tests.compare.test_compare import write_run
+from tests.support.chromium import chromium
+from tests.support.made_up_runs import write_gpu_run
 
 SPEEDS = {"bf16": 41000, "fp8_baseline": 43800, "fp8_compact": 43900, "fp8_direct": 47800}
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}

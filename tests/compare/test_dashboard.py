@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import vl_convert
 
-from scripts import dashboard
-from scripts.dashboard_panels import GAP_CHART, STEP_PARTS
-from tests.ranks import run_train
-from tests.test_compare import write_run
-from tests.test_tracking import read_offline_run
+from scripts.compare import dashboard
+from scripts.compare.dashboard_panels import GAP_CHART, STEP_PARTS
+from tests.compare.test_compare import write_run
+from tests.support.ranks import run_train
+from tests.train.test_tracking import read_offline_run
 
 ON_GPUS_ALONE = {
     "throughput/mfu",

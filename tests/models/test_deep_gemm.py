@@ -5,7 +5,7 @@ import torch
 
 from models.fp8 import operations, reference
 from models.fp8.tensor import Layout
-from tests.test_triton_gemm import (
+from tests.models.test_kernels_gemm import (
     COUNTS,
     assert_close,
     float64,

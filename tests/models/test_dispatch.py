@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from models.fp8.tensor import E4M3
 from models.moe.dispatch.all_to_all import AllToAll
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K, HIDDEN = 8, 2, 16
 

@@ -13,7 +13,7 @@ from models.fp8 import operations
 from models.moe.dispatch.all_to_all import AllToAll
 from models.moe.experts import ExpertMLP, Runtime, prepare_weights
 from models.moe.paths import PATHS
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K, HIDDEN, FFN = 4, 2, 256, 128
 

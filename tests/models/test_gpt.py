@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.gpt import GPT, build_gpt
-from tests.ranks import run_ranks
-from train import flops, loop, parallel
+from tests.support.ranks import run_ranks
+from train import loop, parallel
 from train.config import Config, load
-from train.data import Batch
+from train.data.batches import Batch
+from train.metrics import flops
 
 SMALL = [
     "model.num_heads=4",

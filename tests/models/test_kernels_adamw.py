@@ -6,10 +6,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from models.adamw import AdamWStep, adamw
+from models.fp8 import kernels as kernels
 from models.fp8 import reference
-from models.fp8 import triton as kernels
-from tests.test_triton_numbers import DEVICES, assert_same_bits, generator, set_up
+from models.fp8.reference.adamw import AdamWStep, adamw
+from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

@@ -2,7 +2,7 @@
 
 On a GPU, marked `gpu`. Without one, in Triton's interpreter, if asked for:
 
-    TRITON_INTERPRET=1 python -m pytest tests -k triton
+    TRITON_INTERPRET=1 python -m pytest -k kernels
 
 The interpreter runs the kernels' own code, so it checks every index and mask, but its conversions
 between floating-point types are not those of the hardware: to bfloat16 it truncates, to E4M3 it
@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from models.fp8 import kernels as ops
 from models.fp8 import reference
-from models.fp8 import triton as ops
+from models.fp8.kernels.blocks import to_e4m3
+from models.fp8.reference.quantize import _to_e4m3
 from models.fp8.tensor import E4M3
-from models.fp8.triton.blocks import to_e4m3
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -103,7 +104,7 @@ def assert_same_bits(got, expected):
 def convert(array, source, target, rounding):
     """`interpreter._convert_float`, exactly."""
     x = torch.from_numpy(np.array(array)).view(TYPES[source])
-    out = reference._to_e4m3(x.float()) if target is tl.float8e4nv else x.to(TYPES[target])
+    out = _to_e4m3(x.float()) if target is tl.float8e4nv else x.to(TYPES[target])
     return bits(out).numpy().view(f"uint{target.primitive_bitwidth}")
 
 
@@ -153,7 +154,7 @@ def test_every_bfloat16_to_e4m3(device):
     x = every_bfloat16(device)
     y = torch.empty(x.shape, dtype=E4M3, device=device)
     _to_e4m3_kernel[(64,)](x, y, SIZE=1024)
-    assert_same_bits(y, reference._to_e4m3(x.float()))
+    assert_same_bits(y, _to_e4m3(x.float()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -166,7 +167,7 @@ def test_float32_to_e4m3_around_every_boundary(device):
     x = torch.cat([x, -x, torch.zeros(2048 - 2 * x.numel())]).to(device)
     y = torch.empty(x.shape, dtype=E4M3, device=device)
     _to_e4m3_kernel[(2,)](x, y, SIZE=1024)
-    assert_same_bits(y, reference._to_e4m3(x))
+    assert_same_bits(y, _to_e4m3(x))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from models.fp8.kernels.row_experts import row_experts
+
+from models.fp8 import kernels as kernels
 from models.fp8 import reference
-from models.fp8 import triton as kernels
+from models.fp8.kernels.plan_rows import inverse, most_rows, plan_rows
 from models.fp8.tensor import BlockScaledTensor, Layout
-from models.fp8.triton.plan_rows import inverse, most_rows, plan_rows
-from models.fp8.triton.row_experts import row_experts
-from tests.test_triton_numbers import DEVICES, assert_same_bits, generator, set_up
+from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

@@ -9,8 +9,8 @@ import torch
 from megatron.core import parallel_state
 
 from models.moe.experts import Runtime
-from scripts import layer_graph
-from scripts.moe_layer import Layer, Shape
+from scripts.bench import layer_graph
+from scripts.bench.layer_setup import Layer, Shape
 from train import parallel
 
 pytestmark = pytest.mark.gpu

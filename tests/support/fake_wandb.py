@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.ranks import ONLY_WAITS
+from tests.support.ranks import ONLY_WAITS
 
 
 class FakeWandb:

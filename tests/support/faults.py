@@ -30,7 +30,8 @@ def poison(step: int, rank: int, value: float):
 def hang(rank: int) -> None:
     """Rank 1 never comes to step 4."""
 
-    from train import loop, watchdog
+    from train import loop
+    from train.safety import watchdog
 
     step = loop._step
 

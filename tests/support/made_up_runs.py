@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.test_compare import STEPS, write_run
+from tests.compare.test_compare import STEPS, write_run
 
 PARTS = {  # milliseconds of a step, for bf16 and the FP8 paths
     "quantize": (0, 3), "dispatch": (22, 12), "permute": (6, 5), "relayout": (0, 1.4),

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from train import data, loop  # noqa: F401  # here, or each rank would spend seconds on it
+from train import loop  # noqa: F401  # here, or each rank would spend seconds on it
 from train.__main__ import main, run
+from train.data import batches as data  # noqa: F401  # here, or each rank would spend seconds on it
 
 ONLY_WAITS = "only waits"
 """Name of a thread that may run while ranks are forked: it holds nothing while it waits."""

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import read_metrics
-from train import checksums
+from tests.support.ranks import read_metrics
+from train.checkpoint import checksums
 
 TINY_MODEL = [
     "configs/demo_cpu.yaml",

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.adamw import AdamWStep, adamw
+from models.fp8.reference.adamw import AdamWStep, adamw
 from models.fp8.tensor import BlockScaledWeights
 from models.moe.experts import prepare_weights
 from models.moe.paths import PATHS
-from tests.ranks import read_metrics, run_ranks, run_train
-from tests.tiny import argv
+from tests.support.ranks import read_metrics, run_ranks, run_train
+from tests.support.tiny import argv
 from train import loop, parallel
 from train.config import load
 from train.optim import PreparingAdamW, build_optimizer

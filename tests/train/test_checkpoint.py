@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Training, run_train
-from tests.tiny import argv, checkpoints, differences, repeated, slow_checksums
-from train import checksums
+from tests.support.ranks import Training, run_train
+from tests.support.tiny import argv, checkpoints, differences, repeated, slow_checksums
+from train.checkpoint import checksums
 from train.config import load
 
 ALONE = "parallel.expert_parallel=1"

@@ -12,11 +12,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from train import data, sources
 from train.config import Config, ConfigError, load
-from train.tokenizer import ByteTokenizer
+from train.data import batches as data
+from train.data import sources
+from train.data.tokenizer import ByteTokenizer
 
-CONFIG = Path(__file__).parent.parent / "configs" / "demo_cpu.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 EOD = ByteTokenizer.eod
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_wandb import fake_wandb
-from tests.faults import hang, poison
-from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import TINY, argv, checkpoints, differences, repeated
+from tests.support.fake_wandb import fake_wandb
+from tests.support.faults import hang, poison
+from tests.support.ranks import Training, read_metrics, run_train
+from tests.support.tiny import TINY, argv, checkpoints, differences, repeated
 from train.config import ConfigError, load
 
 LONG = "train.steps=2000"
@@ -195,7 +195,7 @@ def test_a_corrupt_record_is_one_line_before_anything_starts(tmp_path, line):
 def test_a_corrupt_record_among_the_first_of_a_stream(monkeypatch):
     import datasets
 
-    from train import sources
+    from train.data import sources
 
     def records():
         yield {"text": "a document"}
@@ -216,7 +216,7 @@ def test_a_corrupt_record_in_a_stream(tmp_path, monkeypatch, workers):
     """It is met in mid-training, by one rank."""
     import datasets
 
-    from train import sources
+    from train.data import sources
 
     def records():
         for n in range(10_000):
@@ -289,8 +289,8 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
     assert time.monotonic() - begin < 30
     (line,) = errors(training)
     assert (
-        "nothing moved for parallel.timeout_s=5: rank 1 did not come, being at tests/faults.py"
-        in line
+        "nothing moved for parallel.timeout_s=5: rank 1 did not come, "
+        "being at tests/support/faults.py" in line
     )
     assert re.search(r"rank 0 waits at (train|models)/[a-z_/]+\.py:\d+", line)
     assert "stuck" in (tmp_path / "a" / "stalled" / "rank_00001.txt").read_text()
@@ -312,7 +312,7 @@ def test_a_stopped_rank_is_named_too(tmp_path):
 def test_torchrun_starts_a_killed_rank_again(tmp_path):
     keys = ["train.steps=6", "checkpoint.every=1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "-m", "tests.failing_rank", *argv(tmp_path, "a", *keys)]
+    command += ["--max-restarts=1", "-m", "tests.support.failing_rank", *argv(tmp_path, "a", *keys)]
     environment = {**os.environ, "PLANNED": "kill"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -329,7 +329,7 @@ def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
 
     def hurry(rank: int) -> None:
-        from train import tracking
+        from train.metrics import tracking
 
         tracking.INIT_TIMEOUT_S = 2
 

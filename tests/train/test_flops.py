@@ -3,7 +3,7 @@
 import pytest
 
 from models.config import ModelConfig, MoEConfig
-from train.flops import count
+from train.metrics.flops import count
 
 
 def qwen3_30b(**changes: object) -> tuple[ModelConfig, MoEConfig]:

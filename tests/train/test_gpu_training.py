@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from scripts.export import main as export
-from tests.ranks import read_metrics
-from tests.tiny import argv, checkpoints, differences, repeated
+from tests.support.ranks import read_metrics
+from tests.support.tiny import argv, checkpoints, differences, repeated
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ class Ranks:
         self.log = folder / f"{name}.log"
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         keys = (*KEYS, f"parallel.expert_parallel={count}", *keys)
-        command = [sys.executable, "-m", "tests.planted", fault, *argv(folder, name, *keys)]
+        command = [sys.executable, "-m", "tests.support.planted", fault, *argv(folder, name, *keys)]
         world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
         world |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -126,7 +126,7 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
     assert set(ranks.exit_codes()) == {1}
     (line,) = [x for x in ranks.log.read_text().splitlines() if x.startswith("error: ")]
     assert "nothing moved for parallel.timeout_s=20: rank 1 " in line
-    assert "tests/faults.py" in line
+    assert "tests/support/faults.py" in line
 
 
 def test_what_was_trained_completes_a_prompt(tmp_path):

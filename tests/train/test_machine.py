@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from models.fp8 import operations
-from tests.tiny import TINY
-from train import environment, loop
+from tests.support.tiny import TINY
+from train import loop
 from train.__main__ import main
 from train.config import ConfigError, load
+from train.metrics import environment
 
 
 def test_a_transformer_engine_for_another_cuda(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.metrics import GIB, Meter, MetricsFile, peak_bf16_flops
+from train.metrics.metrics_file import MetricsFile
+from train.metrics.throughput import GIB, Meter, peak_bf16_flops
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from train import parallel
 from train.config import OptimConfig
 from train.optim import build_optimizer, learning_rate

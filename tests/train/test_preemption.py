@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv, checkpoints, repeated, slow_checksums
+from tests.support.ranks import Training, read_metrics, run_train
+from tests.support.tiny import argv, checkpoints, repeated, slow_checksums
 
 STEPS = "train.steps=400"
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_saved_is_not_called_saved(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAIN_STOP_FILE", str(file))
 
     def full_disk(rank: int) -> None:
-        from train import checksums
+        from train.checkpoint import checksums
 
         def fail(*_):
             raise OSError(28, "No space left on device")
@@ -136,7 +136,7 @@ def test_no_rank_leaves_while_the_first_one_closes_wandb(tmp_path):
 
     def slow_upload(rank: int) -> None:
         from train import loop
-        from train.tracking import Tracker
+        from train.metrics.tracking import Tracker
 
         finish, stop = Tracker.finish, loop.Safety.__exit__
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from models.moe.paths import PATHS
-from models.moe.timed import STEPS
-from tests.ranks import read_metrics
-from tests.test_train import run
-from tests.tiny import TWO_LAYERS
+from tests.support.ranks import read_metrics
+from tests.support.tiny import TWO_LAYERS
+from tests.train.test_train import run
 from train.config import ConfigError, load
-from train.profiling import PARTS
+from train.profiling.moe import STEPS
+from train.profiling.step import PARTS
 
 NAMES = {f"time/{part}_ms" for part in (*PARTS, "other")}
 LOOKING = [

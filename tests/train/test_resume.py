@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import poison
-from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv, checkpoints, differences, repeated
+from tests.support.faults import poison
+from tests.support.ranks import Training, read_metrics, run_train
+from tests.support.tiny import argv, checkpoints, differences, repeated
 from train import loop
 from train.__main__ import main
 from train.optim import build_optimizer
@@ -51,7 +51,7 @@ def test_streamed_order_goes_on(tmp_path, monkeypatch):
     """Streamed data remembers nothing: it reads again up to the step."""
     import datasets
 
-    from train import sources
+    from train.data import sources
 
     texts = [f"document {n} says {n * n} and {n**3}. " * 3 for n in range(60)]
     stream = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=2)
@@ -90,7 +90,7 @@ def train_until(folder: Path, ranks: int, until: int, *keys: str) -> Path:
     """Train on `ranks` ranks, experts spread over all, and stop after a step as a signal would."""
 
     def stop_there(rank: int) -> None:
-        from train.preemption import StopRequest
+        from train.safety.signals import StopRequest
 
         agreed, steps = StopRequest.agreed, [first]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.ranks import read_metrics, run_ranks, run_train
-from train.routing import RoutingHealth
-from train.routing_picture import save_heat_map
+from tests.support.ranks import read_metrics, run_ranks, run_train
+from train.metrics.routing import RoutingHealth
+from train.metrics.routing_picture import save_heat_map
 
 # What each of two ranks has counted in two layers of four experts.
 COUNTS = [[[4, 4, 4, 4], [10, 0, 0, 0]], [[4, 4, 4, 4], [10, 10, 0, 0]]]

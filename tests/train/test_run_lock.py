@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from tests.ranks import Training, read_metrics, run_train
-from tests.tiny import argv
-from train import run_lock
+from tests.support.ranks import Training, read_metrics, run_train
+from tests.support.tiny import argv
 from train.__main__ import main
+from train.checkpoint import run_lock
 from train.config import ConfigError
 
 

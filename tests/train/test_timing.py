@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from models.config import PathName
 from models.gpt import GPT
 from models.moe.paths import PATHS
-from models.moe.timed import PARTS, timed_runtime
-from models.timed import replaced, timed_forward
-from models.timing import Timer
-from scripts.moe_layer import SHAPES, Layer
-from tests.ranks import run_ranks
-from tests.test_gpt import build, configure
+from scripts.bench.layer_setup import SHAPES, Layer
+from tests.models.test_gpt import build, configure
+from tests.support.ranks import run_ranks
 from train import parallel
-from train.profiling import timed_step
+from train.profiling.model import replaced, timed_forward
+from train.profiling.moe import PARTS, timed_runtime
+from train.profiling.step import timed_step
+from train.profiling.timer import Timer
 
 CPU = torch.device("cpu")
 

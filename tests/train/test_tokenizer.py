@@ -10,11 +10,11 @@ import tokenizers
 from datasets.fingerprint import Hasher
 
 from scripts import train_tokenizer
-from train import data
 from train.config import ConfigError, load
-from train.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+from train.data import batches as data
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 
-CONFIG = str(Path(__file__).parent.parent / "configs" / "demo_cpu.yaml")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "demo_cpu.yaml")
 TEXTS = ["def f(x):\n\treturn x  # naïve 日本語 🙂\r\n", "", " two  spaces ", "x <|endoftext|> y"]
 
 

@@ -12,9 +12,9 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from train import tracking
 from train.config import Config
-from train.tracking import Tracker, resolve_mode
+from train.metrics import tracking
+from train.metrics.tracking import Tracker, resolve_mode
 
 # Generated code, of whose names a type checker knows nothing.
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ class FakeRun(SimpleNamespace):
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the user reads; W&B's own log goes to its files."""
-    return [r.getMessage() for r in caplog.records if r.name == "train.tracking"]
+    return [r.getMessage() for r in caplog.records if r.name == "train.metrics.tracking"]
 
 
 def boom(*args: Any, **kwargs: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.ranks import read_metrics, run_train
-from tests.tiny import TWO_LAYERS
+from tests.support.ranks import read_metrics, run_train
+from tests.support.tiny import TWO_LAYERS
 from train.__main__ import main
 from train.config import load
 
@@ -287,7 +287,7 @@ def torchrun(*arguments: str) -> tuple[int, str, float]:
 def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     code, output, seconds = torchrun(
         "-m",
-        "tests.failing_rank",
+        "tests.support.failing_rank",
         *TWO_LAYERS,
         "train.steps=1000",
         f"run.dir={tmp_path}",

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from models.gpt import GPT
-from train import checksums, rng
-from train.checkpoint_files import HostCopy, Writer, finished, newest, rank_file
+from train.checkpoint import checksums, rng
+from train.checkpoint.files import HostCopy, Writer, finished, newest, rank_file
 from train.config import Config, ConfigError
 from train.failure import TrainingFailed
 from train.parallel import Ranks

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 
-from train import checksums
+from train.checkpoint import checksums
 from train.config import CheckpointConfig, Config
 
 log = logging.getLogger(__name__)

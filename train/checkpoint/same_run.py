@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train.checkpoint_files import finished
+from train.checkpoint.files import finished
 from train.config import Config, ConfigError, load, world_size_from_env
 
 FREE = {

@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from train.config import Config, ConfigError
-from train.data_faults import explained
-from train.preemption import ignore_in_worker
-from train.sources import data_files, load_documents, source_of
-from train.tokenizer import Tokenizer, is_file, load_tokenizer
+from train.data.faults import explained
+from train.data.sources import data_files, load_documents, source_of
+from train.data.tokenizer import Tokenizer, is_file, load_tokenizer
+from train.failure import ignore_in_worker
 
 PREFETCH = 4
 """Batches that each worker keeps ready."""

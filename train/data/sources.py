@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 
 from train.config import Config, ConfigError
-from train.data_faults import UNREADABLE, last_line
+from train.data.faults import UNREADABLE, last_line
 
 FOLDER_KINDS = {
     ".txt": "text",

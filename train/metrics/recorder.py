@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config
-from train.metrics import MetricsFile
-from train.progress import Progress
-from train.routing_picture import save_heat_map
-from train.tracking import Tracker
+from train.metrics.metrics_file import MetricsFile
+from train.metrics.routing_picture import save_heat_map
+from train.metrics.terminal import Progress
+from train.metrics.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from models.fp8.tensor import relayouts
 from models.gpt import GPT
 from train import parallel
-from train.routing import RoutingHealth
+from train.metrics.routing import RoutingHealth
 
 
 class StepMetrics:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models.gpt import GPT
-from models.moe import timed as moe
-from models.timing import Timer
+from train.profiling import moe as moe
+from train.profiling.timer import Timer
 
 PARTS = ("attention", "router", *moe.PARTS)
 """Parts of a model's forward and backward pass. The rest is norms, embedding, output layer, loss,

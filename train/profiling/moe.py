@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from models.moe.experts import Runtime
-from models.timing import Timer
+from train.profiling.timer import Timer
 
 STEPS = ("quantize", "dispatch", "wrap", "permute", "up_projection")
 """The five steps. In backward, step 5 is `dgrad`: the gradient takes the same way to the first GEMM

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from models.gpt import GPT
-from models.timed import PARTS as MODEL_PARTS
-from models.timed import replaced, timed_gpt
-from models.timing import Lap, Timer
 from train.config import TrainConfig
+from train.profiling.model import PARTS as MODEL_PARTS
+from train.profiling.model import replaced, timed_gpt
+from train.profiling.timer import Lap, Timer
 
 log = logging.getLogger(__name__)
 

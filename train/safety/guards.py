@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.gpt import GPT
-from train.checkpoint import Checkpointer
+from train.checkpoint.checkpointer import Checkpointer
 from train.config import Config
 from train.failure import Preempted
-from train.nonfinite import LossGuard
 from train.parallel import Ranks
-from train.preemption import StopRequest
-from train.watchdog import MARGIN_S, Watchdog
+from train.safety.nonfinite import LossGuard
+from train.safety.signals import StopRequest
+from train.safety.watchdog import MARGIN_S, Watchdog
 
 
 class Safety:

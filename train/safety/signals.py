@@ -18,10 +18,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from train.failure import STOP_FILE, stop_file
+from train.failure import SIGNALS, STOP_FILE, stop_file
 from train.parallel import Ranks
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 BY_FILE = 1000
 """In place of a signal's number."""
@@ -85,14 +83,6 @@ class StopRequest:
                 os.write(2, f"a second signal, {name}: leaving at once\n".encode())
                 os._exit(128 + received[0])
         os.close(self._read)
-
-
-def ignore_in_worker() -> None:
-    """For a data worker: its training stops it in good time, and a signal to all processes of a
-    job must not take the data away from the step that is to be ended."""
-    signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _nothing(*_: object) -> None:

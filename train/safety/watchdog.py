@@ -81,7 +81,7 @@ class Watchdog:
     def _position(self) -> tuple[bool, str, str]:
         """Whether our code waits in torch.distributed, where our code is, and the whole stack."""
         frames = traceback.extract_stack(sys._current_frames()[self._main or 0])
-        root = f"{Path(__file__).parent.parent}{os.sep}"
+        root = f"{Path(__file__).parents[2]}{os.sep}"
         ours = [
             number
             for number, frame in enumerate(frames)

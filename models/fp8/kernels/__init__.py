@@ -1,6 +1,6 @@
-"""The operations of `models/fp8/reference.py` as Triton kernels for Hopper GPUs, one file each.
+"""The operations of `models/fp8/reference/` as Triton kernels for Hopper GPUs.
 
-    from models.fp8 import triton as ops      # the module that a path calls `ops`
+    from models.fp8 import kernels as ops      # what a path calls `ops`
 
 Same names, arguments and results. What differs:
 
@@ -14,43 +14,36 @@ Same names, arguments and results. What differs:
 This is the only part of the project that imports Triton.
 """
 
-from models.fp8.linear import (  # no kernels: they are made of the operations below
-    DirectLinear,
-    Fp8Linear,
-    HighPrecisionLinear,
-)
-from models.fp8.reference import (
-    dequantize_weights,  # only for tests and inspection: GEMMs take the weights in FP8
-    transpose_scaled,  # no path uses it
-)
-from models.fp8.rows import RowMap  # what plan_rows returns is one, with its inverse
-from models.fp8.triton.adamw import adamw, adamw_cast, adamw_quantize
-from models.fp8.triton.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_dgrad
-from models.fp8.triton.grouped_gemm_wgrad import grouped_gemm_wgrad
-from models.fp8.triton.grouped_mm import grouped_mm, grouped_mm_dgrad
-from models.fp8.triton.grouped_mm_wgrad import grouped_mm_wgrad
-from models.fp8.triton.grouped_wgrad import grouped_wgrad
-from models.fp8.triton.permute import (
+from models.fp8.kernels.adamw import adamw, adamw_cast, adamw_quantize
+from models.fp8.kernels.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_wgrad
+from models.fp8.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad, grouped_wgrad
+from models.fp8.kernels.permute import (
     permute,
     permute_probs,
     permute_scaled,
     unpermute,
     unpermute_probs,
 )
-from models.fp8.triton.plan_rows import plan_rows
-from models.fp8.triton.quantize import (
+from models.fp8.kernels.plan_rows import plan_rows
+from models.fp8.kernels.quantize import (
     dequantize,
     quantize,
     quantize_columns,
     quantize_weights,
     quantize_weights_both_ways,
 )
-from models.fp8.triton.swiglu import (
+from models.fp8.kernels.swiglu import (
     swiglu,
     swiglu_backward,
     swiglu_backward_quantize,
     swiglu_quantize,
 )
+from models.fp8.linear import (  # no kernels: they are made of the operations below
+    DirectLinear,
+    Fp8Linear,
+    HighPrecisionLinear,
+)
+from models.fp8.reference.plan_rows import RowMap  # what plan_rows returns is one, with its inverse
 
 __all__ = [
     "GEMM_LAYOUT",
@@ -62,12 +55,9 @@ __all__ = [
     "adamw_cast",
     "adamw_quantize",
     "dequantize",
-    "dequantize_weights",
     "grouped_gemm",
-    "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
     "grouped_mm",
-    "grouped_mm_dgrad",
     "grouped_mm_wgrad",
     "grouped_wgrad",
     "permute",
@@ -82,7 +72,6 @@ __all__ = [
     "swiglu_backward",
     "swiglu_backward_quantize",
     "swiglu_quantize",
-    "transpose_scaled",
     "unpermute",
     "unpermute_probs",
 ]

@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.adamw import AdamWStep
+from models.fp8.kernels.blocks import WIDTH, dtype_max
+from models.fp8.kernels.quantize import empty_both_ways, rows_of_tile, store_quantized_tile
+from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BlockScaledWeights, ceil_div
-from models.fp8.triton.blocks import WIDTH, dtype_max
-from models.fp8.triton.quantize import empty_both_ways, rows_of_tile, store_quantized_tile
 
 SIZE = 2048  # elements a program takes: 32 bytes of each tensor for each of its threads
 SLICE = 32  # rows of a tile that are updated at a time
 
 
 def adamw(w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep) -> None:
-    """`models.adamw.adamw`, within a few units in the last place. Raises ValueError for tensors
-    that are not contiguous float32 of one shape."""
+    """`reference.adamw`, within a few units in the last place. Raises ValueError for tensors that
+    are not contiguous float32 of one shape."""
     _adamw(w, grad, mean, square, step, None)
 
 

@@ -1,8 +1,8 @@
 """What several kernels do inside: one block of 128 values to E4M3 and its scale, and SwiGLU.
 
 Functions that run in a kernel, on tiles in registers; no memory is touched here. The rules are
-those of `models/fp8/reference.py`, and so are the bits. Two things differ on a GPU from the plain
-expression and are therefore spelled out:
+those of `models/fp8/reference/quantize.py`, and so are the bits. Two things differ on a GPU from
+the plain expression and are therefore spelled out:
 
 - `a / b` in a kernel is a fast division, off by up to two units in the last place. A scale that is
   rounded down to a power of two must come from the correctly rounded quotient (`div_rn`), or a

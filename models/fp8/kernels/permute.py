@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.rows import RowMap
+from models.fp8.kernels.plan_rows import inverse
+from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import (
     BLOCK,
     SCALE_ALIGN,
@@ -28,7 +29,6 @@ from models.fp8.tensor import (
     row_view,
     scale_shape,
 )
-from models.fp8.triton.plan_rows import inverse
 
 WORDS = 4096  # 32-bit words that a program moves: 128 bytes a thread
 SUMS = 2048  # elements of the result that an unpermute program computes

@@ -28,10 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.rows import RowMap
+from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BLOCK, ceil_div
 
 TILE = 8192  # elements of a chunk's table of ids by experts: what a program holds in registers
+ROWS = 128  # rows that a program of `row_experts` writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,3 +176,28 @@ def _place_kernel(
         tl.store(offsets_ptr, tl.zeros([], tl.int64))
         tl.store(offsets_ptr + 1 + expert, tl.minimum(ends, size).to(tl.int64), mask=real)
         tl.store(offsets_ptr + num_experts + 1, tl.load(totals_ptr + num_experts).to(tl.int64))
+
+
+def row_experts(offsets: Tensor, rows: int) -> Tensor:
+    """The expert of each permuted row, for GEMMs that want to be told row by row.
+
+    int32 `[rows]` from `offsets [E + 1]` int64; -1 after the last segment.
+    """
+    out = torch.empty(rows, dtype=torch.int32, device=offsets.device)
+    experts = len(offsets) - 1
+    if rows:
+        _row_experts_kernel[(ceil_div(rows, ROWS),)](
+            offsets, out, rows, experts, SIZE=ROWS, EXPERTS=triton.next_power_of_2(experts)
+        )
+    return out
+
+
+@triton.jit
+def _row_experts_kernel(
+    offsets_ptr, out_ptr, rows, experts, SIZE: tl.constexpr, EXPERTS: tl.constexpr
+):
+    row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    expert = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets_ptr + 1 + expert, mask=expert < experts, other=2**62)
+    before = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+    tl.store(out_ptr + row, tl.where(before < experts, before, -1), mask=row < rows)

@@ -18,16 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.tensor import (
-    BLOCK,
-    E4M3,
-    BlockScaledTensor,
-    BlockScaledWeights,
-    Layout,
-    ceil_div,
-    scale_shape,
-)
-from models.fp8.triton.blocks import (
+from models.fp8.kernels.blocks import (
     WIDTH,
     check_whole_blocks,
     dtype_max,
@@ -37,6 +28,15 @@ from models.fp8.triton.blocks import (
     scale_from_amax,
     scale_strides,
     to_e4m3,
+)
+from models.fp8.tensor import (
+    BLOCK,
+    E4M3,
+    BlockScaledTensor,
+    BlockScaledWeights,
+    Layout,
+    ceil_div,
+    scale_shape,
 )
 
 ROWS = 32  # blocks a program takes

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, Layout, ceil_div, scale_shape
-from models.fp8.triton.blocks import (
+from models.fp8.kernels.blocks import (
     WIDTH,
     check_whole_blocks,
     dtype_max,
@@ -30,6 +29,7 @@ from models.fp8.triton.blocks import (
     scale_strides,
     sigmoid,
 )
+from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, Layout, ceil_div, scale_shape
 
 ROWS = 32  # rows of a forward tile, which is 128 wide
 BACKWARD_ROWS = 16  # fewer, because a backward program goes through its rows from end to end

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.fp8.reference.quantize import quantize_weights_both_ways
+from models.fp8.tensor import BlockScaledWeights
+
 
 @dataclass(frozen=True)
 class AdamWStep:
@@ -57,3 +60,11 @@ def adamw_cast(
     """`adamw`, and the new weights in `dtype`."""
     adamw(w, grad, mean, square, step)
     return w.to(dtype)
+
+
+def adamw_quantize(
+    w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype
+) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+    """`adamw` of `w [E, N, K]`, and `quantize_weights_both_ways` of the new weights."""
+    adamw(w, grad, mean, square, step)
+    return quantize_weights_both_ways(w, dtype)

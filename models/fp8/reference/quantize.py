@@ -1,8 +1,4 @@
-"""Every FP8 operation in plain PyTorch: the definition of right, and the CPU's implementation.
-
-A path says `ops.quantize(...)`, `ops.permute_scaled(...)`; on a CPU `ops` is this module, on a GPU
-another one with the same names. This file has the number format: quantize, dequantize, transpose.
-Where rows go is in `rows.py`, and the experts' arithmetic in `gemm.py`; both are re-exported here.
+"""The number format: bfloat16 or float32 to FP8 blocks, and back.
 
 The format is that of TransformerEngine's FP8 block-scaling recipe: E4M3, a scale for each 1 x 128
 block of activations and each 128 x 128 block of weights, scales rounded down to a power of two.
@@ -20,29 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.adamw import AdamWStep, adamw, adamw_cast
-from models.fp8.gemm import (
-    GEMM_LAYOUT,
-    grouped_gemm,
-    grouped_gemm_dgrad,
-    grouped_gemm_wgrad,
-    grouped_mm,
-    grouped_mm_dgrad,
-    grouped_mm_wgrad,
-    grouped_wgrad,
-    swiglu,
-    swiglu_backward,
-)
-from models.fp8.linear import DirectLinear, Fp8Linear, HighPrecisionLinear
-from models.fp8.rows import (
-    RowMap,
-    permute,
-    permute_probs,
-    permute_scaled,
-    plan_rows,
-    unpermute,
-    unpermute_probs,
-)
 from models.fp8.tensor import (
     BLOCK,
     E4M3,
@@ -52,41 +25,6 @@ from models.fp8.tensor import (
     ceil_div,
     store_scales,
 )
-
-__all__ = [
-    "GEMM_LAYOUT",
-    "DirectLinear",
-    "Fp8Linear",
-    "HighPrecisionLinear",
-    "RowMap",
-    "adamw",
-    "adamw_cast",
-    "adamw_quantize",
-    "dequantize",
-    "dequantize_weights",
-    "grouped_gemm",
-    "grouped_gemm_dgrad",
-    "grouped_gemm_wgrad",
-    "grouped_mm",
-    "grouped_mm_dgrad",
-    "grouped_mm_wgrad",
-    "grouped_wgrad",
-    "permute",
-    "permute_probs",
-    "permute_scaled",
-    "plan_rows",
-    "quantize",
-    "quantize_columns",
-    "quantize_weights",
-    "quantize_weights_both_ways",
-    "swiglu",
-    "swiglu_backward",
-    "swiglu_backward_quantize",
-    "swiglu_quantize",
-    "transpose_scaled",
-    "unpermute",
-    "unpermute_probs",
-]
 
 E4M3_MAX = 448.0
 
@@ -163,31 +101,6 @@ def quantize_weights_both_ways(
     return q, transposed
 
 
-def adamw_quantize(
-    w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype
-) -> tuple[BlockScaledWeights, BlockScaledWeights]:
-    """`adamw` of `w [E, N, K]`, and `quantize_weights_both_ways` of the new weights."""
-    adamw(w, grad, mean, square, step)
-    return quantize_weights_both_ways(w, dtype)
-
-
-def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:
-    """`quantize(swiglu(h, probs), layout)`: `h [P, 2F]`, `probs [P]` float32 to `[P, F]`."""
-    return quantize(swiglu(h, probs), layout)
-
-
-def swiglu_backward_quantize(
-    da: Tensor, h: Tensor, probs: Tensor, layout: Layout
-) -> tuple[Tensor, BlockScaledTensor, Tensor, Tensor]:
-    """`swiglu_backward`, and what an FP8 backward pass needs next.
-
-    Returns `dh [P, 2F]` in h's dtype, the same quantized, `dprobs [P]`, and `a [P, F]`, which is
-    swiglu's result once more.
-    """
-    dh, dprobs = swiglu_backward(da, h, probs)
-    return dh, quantize(dh, layout), dprobs, swiglu(h, probs)
-
-
 def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     """The values of `x`, `[M, K]`, computed in float32 and rounded once to `dtype`.
 
@@ -195,56 +108,6 @@ def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     """
     _check_compact(x)
     return x.float32().to(dtype)
-
-
-def dequantize_weights(w: BlockScaledWeights, dtype: torch.dtype) -> Tensor:
-    """The values of `w`, `[E, N, K]`, computed in float32 and rounded once to `dtype`."""
-    return w.float32().to(dtype)
-
-
-def transpose_scaled(x: BlockScaledTensor) -> BlockScaledTensor:
-    """`[M, K]` in row blocks to `[K, M]` in row blocks, COMPACT both, without leaving FP8.
-
-    In each 128 x 128 tile the new scale is the largest of the tile's row scales, and a value from
-    a row whose scale is 2^d smaller becomes the E4M3 number nearest to `data * 2^-d`, ties to even,
-    subnormals included. As scales are powers of two, only what becomes subnormal loses bits.
-
-    - A row block of zeros has scale 1 (quantize) or 0 (padding), which says nothing about its
-      values, so it does not take part in the maximum. Neither does one with nothing but zeros and
-      NaN. Otherwise a single such row would flush the whole tile.
-    - A tile in which no row takes part gets scale 1, as quantizing zeros gives.
-    - NaN stays NaN.
-
-    Raises ValueError if M is not a multiple of 128, the scales are not COMPACT, or the scale of a
-    row that takes part is not a power of two.
-
-    Source: the scaling-aware transpose of FP8-Flow-MoE, arXiv:2511.02302. That kernel subtracts
-    exponents, which is not right for subnormal input or results; this rounds instead.
-    """
-    _check_compact(x)
-    if x.rows % BLOCK:
-        raise ValueError(f"M must be a multiple of {BLOCK} to transpose, got {x.rows}")
-    tiles = x.rows // BLOCK
-    blocks = ceil_div(x.cols, BLOCK)
-    padded = F.pad(x.data.float(), (0, -x.cols % BLOCK))
-    values = padded.view(tiles, BLOCK, blocks, BLOCK)  # tile row, row, tile column, column
-    takes_part = (values.nan_to_num(0.0) != 0).any(-1)  # tile row, row, tile column
-
-    scales = x.scale_inv.view(tiles, BLOCK, blocks)
-    # frexp also reads the exponent of 2^-127, the subnormal that inverts the largest scale.
-    mantissa, exponent = torch.frexp(scales)
-    if (takes_part & (mantissa != 0.5)).any():
-        raise ValueError("transpose_scaled needs power-of-two scales: exact shifts exist only then")
-    tile_scale = torch.where(takes_part, scales, 0.0).amax(1)  # tile row, tile column
-    tile_scale = torch.where(tile_scale > 0, tile_scale, 1.0)
-
-    # 448 * 2^-19 already rounds to zero. The bound keeps the product a normal float32, exact, so
-    # that the cast is the only rounding. Rows of zeros may have a larger scale: they do not shift.
-    shift = (torch.frexp(tile_scale).exponent[:, None] - exponent).clamp(0, 19)
-    shifted = _to_e4m3(values * _two_to_minus(shift)[..., None]).flatten(2).flatten(0, 1)
-    data = shifted[:, : x.cols].t().contiguous()
-    scale_inv = tile_scale.repeat_interleave(BLOCK, 1)[:, : x.cols].t().contiguous()
-    return BlockScaledTensor(data, scale_inv, Layout.COMPACT)
 
 
 def _amax(blocks: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -268,11 +131,6 @@ def _scale_from_amax(
         exponent_bits = -0x0080_0000  # 0xff80_0000 as int32: sign and exponent, no mantissa
         scale = (scale.view(torch.int32) & exponent_bits).view(torch.float32)
     return torch.where(amax.isinf() | (amax == 0), 1.0, scale)
-
-
-def _two_to_minus(shift: Tensor) -> Tensor:
-    """`2^-shift` for int32 shifts of 0 to 126; from bits, as a device's `pow` may be inexact."""
-    return ((127 - shift) << 23).view(torch.float32)
 
 
 def _to_e4m3(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from models.fp8.reference import RowMap
+from models.fp8.reference.plan_rows import RowMap
 from models.moe.dispatch import Dispatcher
 
 Phase = Literal["forward", "backward"]

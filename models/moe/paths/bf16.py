@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.moe.trip import Trip
+from models.moe.dispatch.trip import Trip
 
 LINEAR = "HighPrecisionLinear"  # the class of ops in which the experts' GEMMs are computed
 ROW_ALIGNMENT = 64  # rows of an expert: a step of wgrad, which sums over tokens

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from models.fp8.tensor import BlockScaledTensor, Layout, relayout
-from models.moe.trip import Trip
+from models.moe.dispatch.trip import Trip
 
 LINEAR = "Fp8Linear"  # the class of ops in which the experts' GEMMs are computed
 ROW_ALIGNMENT = 128  # rows of an expert: wgrad quantizes blocks of 128 along the tokens

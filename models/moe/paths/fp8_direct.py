@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from models.fp8.tensor import BlockScaledTensor, Layout
-from models.moe.trip import Trip
+from models.moe.dispatch.trip import Trip
 
 LINEAR = "DirectLinear"  # the class of ops in which the experts' GEMMs are computed
 ROW_ALIGNMENT = 128  # rows of an expert: a tile of the GEMM

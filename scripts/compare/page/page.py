@@ -1,6 +1,6 @@
 """The page of a comparison: one file, nothing from the network.
 
-What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `compare_page.js`
+What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `page.js`
 draws the curves from the data that is put into the page. The drawing is our own, since it is
 little, and a charting library inside every page would be much.
 """
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts import compare_parts as parts
-from scripts import compare_sections as sections
-from scripts.compare_arms import Arm
-from scripts.compare_reading import on_cpu, partner, reading, warnings
-from scripts.compare_runs import Run
-from scripts.compare_sections import text
-from scripts.compare_table import Row
+from scripts.compare.arms import Arm
+from scripts.compare.page import parts as parts
+from scripts.compare.page import sections as sections
+from scripts.compare.page.sections import text
+from scripts.compare.reading import on_cpu, partner, reading, warnings
+from scripts.compare.runs import Run
+from scripts.compare.table import Row
 
 HERE = Path(__file__).parent
 
@@ -28,8 +28,8 @@ def make_html(
     runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, rows: Sequence[Row], out: Path
 ) -> str:
     """The page, to be written into the folder `out`, from which it links to the runs' files."""
-    css = (HERE / "compare_page.css").read_text(encoding="utf-8")
-    script = (HERE / "compare_page.js").read_text(encoding="utf-8")
+    css = (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     title = text(" / ".join(dict.fromkeys(run.path for run in runs)))
     notes = "".join(f'<p class="warn">{text(note)}</p>' for note in warnings(runs))
     sentences = reading(runs, arms, baseline)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from scripts.compare_runs import (
+from scripts.compare.page.sections import dot, text
+from scripts.compare.runs import (
     METRICS_FILE,
     ROUTING_FILE,
     Run,
@@ -11,7 +12,6 @@ from scripts.compare_runs import (
     profiled_rows,
     step_parts,
 )
-from scripts.compare_sections import dot, text
 
 RELAYOUT = "time/relayout_ms"
 PART_COLOURS = 19

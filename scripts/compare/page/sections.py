@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from scripts.compare_arms import Arm
-from scripts.compare_noise import FEWEST, RESAMPLES
-from scripts.compare_reading import PERCENT, on_cpu, speed_verdicts
-from scripts.compare_runs import (
+from scripts.compare.arms import Arm
+from scripts.compare.noise import FEWEST, RESAMPLES
+from scripts.compare.reading import PERCENT, on_cpu, speed_verdicts
+from scripts.compare.runs import (
     METRICS_FILE,
     ROUTING_FILE,
     TAIL,
@@ -18,7 +18,7 @@ from scripts.compare_runs import (
     config_differences,
     environment_differences,
 )
-from scripts.compare_table import Row
+from scripts.compare.table import Row
 
 
 def text(value: object) -> str:

@@ -1,0 +1,53 @@
+"""The experts' activation, weighted by the router: alone, and with its result quantized at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.fp8.reference.quantize import quantize
+from models.fp8.tensor import BlockScaledTensor, Layout
+
+
+def swiglu(h: Tensor, probs: Tensor) -> Tensor:
+    """`silu(h[:, :F]) * h[:, F:] * probs`: `h [P, 2F]`, `probs [P]` float32 to `[P, F]`.
+
+    Computed in float32 and rounded once, to h's dtype. The routing weight is applied here rather
+    than after the down-projection, as that is linear and this saves a pass over its result.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    gate, up = h.float().chunk(2, dim=1)
+    return (F.silu(gate) * up * probs[:, None]).to(h.dtype)
+
+
+def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `swiglu`: `da [P, F]` to `dh [P, 2F]` in h's dtype and `dprobs [P]` in float32.
+
+    With s = sigmoid(gate), the derivative of silu is s * (1 + gate * (1 - s)). Computed in
+    float32 from h and probs alone, so swiglu's result need not be kept.
+    """
+    gate, up = h.float().chunk(2, dim=1)
+    da = da.float()
+    s = torch.sigmoid(gate)
+    silu = gate * s
+    dprobs = (da * silu * up).sum(1)
+    da = da * probs[:, None]
+    dgate = da * up * (s * (1 + gate * (1 - s)))
+    return torch.cat([dgate, da * silu], dim=1).to(h.dtype), dprobs
+
+
+def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:
+    """`quantize(swiglu(h, probs), layout)`: `h [P, 2F]`, `probs [P]` float32 to `[P, F]`."""
+    return quantize(swiglu(h, probs), layout)
+
+
+def swiglu_backward_quantize(
+    da: Tensor, h: Tensor, probs: Tensor, layout: Layout
+) -> tuple[Tensor, BlockScaledTensor, Tensor, Tensor]:
+    """`swiglu_backward`, and what an FP8 backward pass needs next.
+
+    Returns `dh [P, 2F]` in h's dtype, the same quantized, `dprobs [P]`, and `a [P, F]`, which is
+    swiglu's result once more.
+    """
+    dh, dprobs = swiglu_backward(da, h, probs)
+    return dh, quantize(dh, layout), dprobs, swiglu(h, probs)

@@ -1,0 +1,152 @@
+"""The reference's plan of rows, permute and unpermute against plain loops."""
+
+import pytest
+import torch
+
+from models.fp8 import reference as ops
+from models.fp8.tensor import (
+    BlockScaledTensor,
+    ceil_div,
+    relayout,
+)
+from tests.support.numbers import COMPACT, E4M3, GEMM_READY, NAN, assert_same, bits, spread_randn
+
+
+def naive_rows(ids, experts, alignment):
+    rows = [[-1] * len(row) for row in ids]
+    offsets, counts = [0], []
+    for e in range(experts):
+        position = offsets[-1]
+        for r, row in enumerate(ids):
+            for t, expert in enumerate(row):
+                if expert == e:
+                    rows[r][t] = position
+                    position += 1
+        counts.append(position - offsets[-1])
+        offsets.append(offsets[-1] + ceil_div(counts[-1], alignment) * alignment)
+    return rows, counts, offsets
+
+
+def routing(kind, gen):
+    """Local expert ids, and how many experts there are."""
+    if kind == "random":
+        return torch.randint(-1, 5, (300, 3), generator=gen), 5
+    if kind == "empty experts":
+        return torch.randint(0, 2, (50, 2), generator=gen) * 3, 6
+    if kind == "one expert gets all":
+        return torch.full((130, 1), 2), 4
+    if kind == "exactly one block":
+        return torch.zeros(128, 1, dtype=torch.int64), 2
+    if kind == "none for us":
+        return torch.full((10, 2), -1), 3
+    if kind == "one token":
+        return torch.tensor([[-1, 3]]), 4
+    assert kind == "no rows"
+    return torch.zeros(0, 2, dtype=torch.int64), 3
+
+
+KINDS = [
+    "random", "empty experts", "one expert gets all", "exactly one block", "none for us",
+    "one token", "no rows",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alignment", [128, 16, 1])
+def test_plan_rows(kind, alignment, gen):
+    ids, experts = routing(kind, gen)
+    plan = ops.plan_rows(ids, experts, alignment)
+    rows, counts, offsets = naive_rows(ids.tolist(), experts, alignment)
+    assert plan.rows.tolist() == rows
+    assert plan.rows.shape == ids.shape
+    assert plan.counts.tolist() == counts
+    assert plan.offsets.tolist() == offsets
+    assert plan.num_rows == offsets[-1]
+    assert {plan.rows.dtype, plan.counts.dtype, plan.offsets.dtype} == {torch.int64}
+
+
+@pytest.mark.parametrize("bad", [-2, 3])
+def test_plan_rows_refuses_unknown_experts(bad):
+    with pytest.raises(ValueError, match="expert ids"):
+        ops.plan_rows(torch.tensor([[0, bad]]), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permute(kind, gen):
+    ids, experts = routing(kind, gen)
+    plan = ops.plan_rows(ids, experts)
+    x = torch.randn(ids.shape[0], 40, generator=gen)
+    q = ops.quantize(spread_randn(gen, ids.shape[0], 300), COMPACT)
+    probs = torch.rand(ids.shape, generator=gen)
+
+    expected = torch.zeros(plan.num_rows, 40)
+    data = torch.zeros(plan.num_rows, 300, dtype=torch.uint8)
+    scales = torch.zeros(plan.num_rows, 3)
+    expected_probs = torch.zeros(plan.num_rows)
+    for r in range(ids.shape[0]):
+        for t in range(ids.shape[1]):
+            to = int(plan.rows[r, t])
+            if to >= 0:
+                expected[to], data[to], scales[to] = x[r], bits(q.data)[r], q.scale_inv[r]
+                expected_probs[to] = probs[r, t]
+
+    assert torch.equal(ops.permute(x, plan), expected)
+    assert torch.equal(ops.permute(x.bfloat16(), plan), expected.bfloat16())
+    compact = BlockScaledTensor(data.view(E4M3), scales, COMPACT)
+    assert_same(ops.permute_scaled(q, plan), compact)
+    if plan.num_rows:
+        ready = ops.permute_scaled(q, plan, GEMM_READY)
+        assert_same(ready, relayout(compact, GEMM_READY))
+    assert torch.equal(ops.permute_probs(probs, plan), expected_probs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_unpermute(kind, dtype, gen):
+    ids, experts = routing(kind, gen)
+    plan = ops.plan_rows(ids, experts)
+    y = torch.randn(plan.num_rows, 24, generator=gen).to(dtype)
+    p = torch.randn(plan.num_rows, generator=gen)
+    expected = torch.zeros(ids.shape[0], 24)
+    expected_probs = torch.zeros(ids.shape)
+    for r in range(ids.shape[0]):
+        for t in range(ids.shape[1]):
+            if plan.rows[r, t] >= 0:
+                expected[r] += y[plan.rows[r, t]].float()
+                expected_probs[r, t] = p[plan.rows[r, t]]
+    assert torch.equal(ops.unpermute(y, plan), expected.to(dtype))
+    assert ops.unpermute(y, plan).dtype is dtype
+    assert torch.equal(ops.unpermute_probs(p, plan), expected_probs)
+
+
+def test_unpermute_adds_in_slot_order_and_rounds_once():
+    plan = ops.plan_rows(torch.tensor([[2, 1, 0]]), 3, alignment=1)
+    y = torch.tensor([[-1e8], [1e8], [1.0]])  # slots: 1, 1e8, -1e8
+    assert ops.unpermute(y, plan).item() == 0.0  # (1 + 1e8) - 1e8; another order gives 1
+    y = torch.tensor([[2.0**-8], [2.0**-8], [1.0]]).bfloat16()
+    assert ops.unpermute(y, plan).item() == 1 + 2.0**-7  # rounded in between: 1
+
+
+def test_nan_in_another_row_does_not_leak():
+    plan = ops.plan_rows(torch.tensor([[0], [-1]]), 1, alignment=1)
+    assert ops.unpermute(torch.tensor([[NAN]]), plan)[1].item() == 0
+    assert ops.unpermute_probs(torch.tensor([NAN]), plan)[1].item() == 0
+
+
+def test_permute_and_unpermute_are_each_others_transpose(gen):
+    """<permute(x), y> = <x, unpermute(y)>: what makes one the backward of the other."""
+    ids, experts = routing("random", gen)
+    plan = ops.plan_rows(ids, experts)
+    x = torch.randint(-4, 5, (300, 8), generator=gen).float()
+    y = torch.randint(-4, 5, (plan.num_rows, 8), generator=gen).float()
+    assert (ops.permute(x, plan) * y).sum() == (x * ops.unpermute(y, plan)).sum()
+
+
+def test_rows_of_the_wrong_length(gen):
+    plan = ops.plan_rows(torch.zeros(3, 1, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="3 rows"):
+        ops.permute(torch.zeros(4, 8), plan)
+    with pytest.raises(ValueError, match="128 rows"):
+        ops.unpermute(torch.zeros(3, 8), plan)
+    with pytest.raises(ValueError, match="COMPACT"):
+        ops.permute_scaled(ops.quantize(torch.zeros(3, 128), GEMM_READY), plan)
