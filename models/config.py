@@ -1,10 +1,13 @@
 """The keys that shape the model: sections `model` and `moe` of a config file."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct"]
+
+PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
+"""All there are, in the order in which they are compared. `models/moe/paths` has their code."""
 
 FP8_BLOCK = 128
 """Tokens are quantized in blocks of 1 x 128 and weights in blocks of 128 x 128."""
