@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.gpt import GPT, build_gpt, why_not
+from models.gpt import GPT, build_gpt
+from models.moe.runtime import why_not
 from train import parallel
 from train.checkpoint import checksums
 from train.checkpoint.files import finished, step_of

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed.fsdp import FSDPModule
 
-from models.gpt import GPT, build_gpt, why_not
+from models.gpt import GPT, build_gpt
+from models.moe.runtime import why_not
 from train import parallel
 from train.checkpoint import checksums
 from train.checkpoint.checkpointer import Checkpointer
@@ -297,16 +298,13 @@ def _step(
 def validate(model: GPT, corpus: Corpus, config: Config, ranks: Ranks) -> float:
     """Mean loss over the validation batches, the same sequences every time."""
     model.eval()
-    runtime = model.runtime
-    sent, dropped = runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
-        losses = _losses(model, batch.to(ranks.device), config)
-        total += torch.stack([losses.sum().double(), total.new_tensor(losses.numel())])
+    with model.runtime.uncounted():  # what is logged is training's
+        for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
+            losses = _losses(model, batch.to(ranks.device), config)
+            total += torch.stack([losses.sum().double(), total.new_tensor(losses.numel())])
     dist.all_reduce(total)
     model.train()
-    # What is logged is training's.
-    runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows = sent, dropped
     # Nothing else would free gathered weights, since no backward pass follows.
     for module in model.modules():
         if isinstance(module, FSDPModule):

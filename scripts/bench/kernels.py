@@ -349,9 +349,10 @@ def bench_gemms(
     run("grouped_gemm_wgrad", "ours", ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16,
         kind="FP8")  # fmt: skip
     if te:
-        w, _ = te.Fp8Linear.prepare_weights(p.w, torch.bfloat16)
-        te.Fp8Linear.forward(p.x, w, p.offsets)  # asks for the segments once
-        run("quantize both, forward", "TE", te.Fp8Linear.forward, p.x, w, p.offsets, kind="FP8")
+        linear = te.TELinear(ops)
+        w, _ = linear.prepare_weights(p.w, bf16)
+        linear.forward(p.x, w, p.offsets, bf16)  # asks for the segments once
+        run("quantize both, forward", "TE", linear.forward, p.x, w, p.offsets, bf16, kind="FP8")
 
 
 def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -377,7 +378,7 @@ def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
 
 def tune(ops: Any) -> None:
     """Settings of the FP8 grouped GEMM, TFLOP/s for each of `GEMMS`."""
-    from models.fp8.kernels.grouped_gemm import Tiling
+    from models.fp8.kernels.grouped_gemm import Tiling, grouped_gemm_tiled
 
     base = Tiling()
     small = replace(base, rows=64, warps=4, per_sm=2)
@@ -393,7 +394,7 @@ def tune(ops: Any) -> None:
         for (experts, rows, k, n), p in problems:
             args = (p.x8[COMPACT], p.w8, p.offsets, torch.bfloat16, tiling)
             try:
-                times = time_us(partial(_bind, ops.grouped_gemm, *args), ROTATED_BYTES)
+                times = time_us(partial(_bind, grouped_gemm_tiled, *args), ROTATED_BYTES)
                 speeds.append(2e-6 * experts * rows * k * n / statistics.median(times))
             except Exception as error:  # out of shared memory, for one
                 print(f"  {type(error).__name__}: {str(error)[:80]}")

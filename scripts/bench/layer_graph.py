@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.moe.experts import Runtime
+from models.moe.runtime import Runtime
 from scripts.bench import results
 from scripts.bench.layer_setup import Layer
 

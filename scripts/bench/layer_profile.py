@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from models.fp8.tensor import BLOCK, relayouts
-from models.moe.experts import Runtime
+from models.fp8.tensor import BLOCK
+from models.moe.counts import Phase
+from models.moe.runtime import Runtime
 from scripts.bench.layer_setup import Layer
 from train.profiling.moe import PARTS, timed_runtime
 from train.profiling.timer import Timer
 
 Event = dict[str, Any]
-PASSES = ("forward", "backward")
+PASSES: tuple[Phase, ...] = ("forward", "backward")
 
 
 def trace(call: Callable[[], Any], device: torch.device) -> list[Event]:
@@ -111,16 +112,15 @@ def profile_layer(layer: Layer, runtime: Runtime) -> dict[str, Any]:
     if layer.device.type == "cuda":
         _passes(layer, runtime)  # the first trace of a process also pays for the tracer's start
     plain = _passes(layer, runtime)
-    before = relayouts.forward, relayouts.backward
+    before = runtime.counts.relayouts.copy()
     timer = Timer(layer.device, named=True)
     named = _passes(layer, timed_runtime(runtime, timer), timer)
-    after = relayouts.forward, relayouts.backward
     result: dict[str, Any] = {}
     if layer.device.type == "cuda":
         found = kernels(plain, *ranges(plain, *PASSES))
         result["kernels_without_a_known_launch"] = len(kernels(plain)) - len(found)
-    for name, count_before, count_after in zip(PASSES, before, after, strict=True):
-        counted = count_after - count_before
+    for name in PASSES:
+        counted = runtime.counts.relayouts[name] - before[name]
         result[name] = {"relayouts": {"counted": counted}}
         if layer.device.type != "cuda":
             continue

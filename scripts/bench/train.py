@@ -49,7 +49,8 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from models.fp8 import operations  # noqa: E402
-from models.gpt import GPT, build_gpt, why_not  # noqa: E402
+from models.gpt import GPT, build_gpt  # noqa: E402
+from models.moe.runtime import why_not  # noqa: E402
 from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
 from train import loop, parallel  # noqa: E402
 from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
@@ -114,7 +115,7 @@ class Ours:
         )
         if "triton" in flags:
             of = "fp8_compact" if config.moe.path == "fp8_baseline" else config.moe.path
-            use_operations(self.model, operations.choose(of, device, deep_gemm=False))
+            use_operations(self.model, operations.choose(of, device, deep_gemm=False), device)
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = loop.resolve_dtype(config, device)
@@ -131,10 +132,11 @@ class Ours:
         self.model.runtime.dispatcher.close()
 
 
-def use_operations(model: GPT, chosen: Any) -> None:
+def use_operations(model: GPT, chosen: operations.Chosen, device: str) -> None:
     """Carry out the model's path with other operations than it takes by itself."""
     description = f"{chosen.description}; dispatch by {model.runtime.dispatcher.name}"
-    runtime = replace(model.runtime, ops=chosen, description=description)
+    runtime = model.runtime.with_operations(chosen.operations, device)
+    runtime = replace(runtime, description=description)
     model.config.moe_runtime = runtime
     for layer in model.moe_layers():
         layer.experts.runtime = runtime

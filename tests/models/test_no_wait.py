@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from models.moe.experts import Runtime
+from models.moe.runtime import Runtime
 from scripts.bench import layer_graph
 from scripts.bench.layer_setup import Layer, Shape
 from train import parallel

@@ -9,7 +9,6 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
 )
 
-from models.fp8.tensor import relayouts
 from models.gpt import GPT
 from train import parallel
 from train.metrics.routing import RoutingHealth
@@ -71,7 +70,6 @@ class StepMetrics:
                 for name, entry in get_moe_layer_wise_logging_tracker().items()
             },
             "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
-            "relayouts": vars(relayouts).copy(),
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
         }
 
@@ -88,7 +86,6 @@ class StepMetrics:
         for name, value in state["counts"].items():
             here = value.to(device) if isinstance(value, torch.Tensor) else value
             setattr(self.runtime.counts, name, here)
-        vars(relayouts).update(state["relayouts"])
         self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
 
     def _dispatched_mib(self) -> float:
@@ -106,5 +103,7 @@ class StepMetrics:
         return float(dropped) / self.steps
 
 
-def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+def _copied(value: torch.Tensor | dict | int) -> torch.Tensor | dict | int:
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    return value.copy() if isinstance(value, dict) else value

@@ -106,6 +106,10 @@ class Timer:
         else:
             yield
 
+    def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """`timed` of a function that is given later."""
+        return functools.partial(self.timed, name=name)
+
     def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The same function as a part."""
 
