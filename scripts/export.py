@@ -10,12 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.quiet import hush_imports
-
-hush_imports()
-
-from scripts.model_file import find_checkpoint, read_checkpoint, write  # noqa: E402
-from train.config import ConfigError  # noqa: E402
+from scripts.model_file import find_checkpoint, read_checkpoint, write
+from train.config import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

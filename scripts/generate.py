@@ -10,17 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from train.quiet import hush_imports
+import torch
 
-hush_imports()
-
-import torch  # noqa: E402
-
-from models.gpt import GPT  # noqa: E402
-from scripts.model_file import load_model  # noqa: E402
-from train import parallel  # noqa: E402
-from train.config import ConfigError  # noqa: E402
-from train.data.tokenizer import Tokenizer  # noqa: E402
+from models.gpt import GPT
+from scripts.model_file import load_model
+from train import parallel
+from train.config import ConfigError
+from train.data.tokenizer import Tokenizer
 
 
 @torch.no_grad()

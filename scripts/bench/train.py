@@ -36,31 +36,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.quiet import hush_imports
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-hush_imports()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from models.fp8 import operations  # noqa: E402
-from models.gpt import GPT, build_gpt, why_not  # noqa: E402
-from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
-from train import loop, parallel  # noqa: E402
-from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
-from train.data.batches import Batch  # noqa: E402
-from train.failure import run_process  # noqa: E402
-from train.metrics import flops  # noqa: E402
-from train.metrics.step import StepMetrics  # noqa: E402
-from train.metrics.throughput import GIB, peak_bf16_flops  # noqa: E402
-from train.optim import build_optimizer  # noqa: E402
-from train.parallel import Ranks  # noqa: E402
-from train.safety.nonfinite import LossGuard  # noqa: E402
+from models.fp8 import operations
+from models.gpt import GPT, build_gpt, why_not
+from scripts.bench.results import describe_machine, spread, write_json
+from train import loop, parallel
+from train.config import Config, ConfigError, check_world, load, world_size_from_env
+from train.data.batches import Batch
+from train.failure import run_process
+from train.metrics import flops
+from train.metrics.step import StepMetrics
+from train.metrics.throughput import GIB, peak_bf16_flops
+from train.optim import build_optimizer
+from train.parallel import Ranks
+from train.safety.nonfinite import LossGuard
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
