@@ -31,7 +31,8 @@ from torch import Tensor
 
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
-from scripts.bench import results
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import spread, write_json
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
@@ -99,7 +100,7 @@ class Bench:
             "kernel": kernel,
             "by": by,
             "shape": shape,
-            "us": results.spread(times),
+            "us": spread(times),
         }
         line = f"{kernel:26} {by:12} {shape:26} {us:9.1f} us"
         if moved_bytes:
@@ -445,7 +446,8 @@ def main() -> int:
             "rotated_mib": ROTATED_BYTES // 2**20,
             "plan": "8 slots a token, 2 of them local on average, 32 experts",
         }
-        results.write(args.out, torch.device("cuda", 0), config, bench.rows)
+        origin = describe_machine(torch.device("cuda", 0))
+        write_json(args.out, {**origin, "config": config, "rows": bench.rows})
     return 0
 
 

@@ -46,7 +46,8 @@ from torch import Tensor
 
 from models.fp8 import operations
 from models.gpt import GPT, build_gpt, why_not
-from scripts.bench.results import describe_machine, spread, write_json
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import spread, write_json
 from train import loop, parallel
 from train.config import Config, ConfigError, check_world, load, world_size_from_env
 from train.data.batches import Batch
@@ -482,7 +483,7 @@ def bench(arguments: argparse.Namespace) -> int:
         device, first.parallel.expert_parallel, first.train.seed, first.parallel.timeout_s
     )
     machine = describe_machine(ranks.device, ranks.world_size)
-    peak = peak_bf16_flops(machine["machine"]["device_name"]) if device == "cuda" else None
+    peak = peak_bf16_flops(torch.cuda.get_device_name(ranks.device)) if device == "cuda" else None
     rows = {key: Row(key[0], config, ranks.world_size, peak) for key, config in configs.items()}
     warmup, steps, repeats = arguments.warmup, arguments.steps, arguments.repeats
     report = None
