@@ -150,6 +150,7 @@ def _layer(result: Result) -> Figure:
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in PART_COLORS.values()]
     labels = [part.replace("_", " ") for part in PART_COLORS]
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.text(0.995, 0.002, machine_name(result), ha="right", fontsize=7, color="0.4")
     return figure
 
 
