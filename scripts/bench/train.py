@@ -1,7 +1,7 @@
-"""Training speed of the four paths and of stock megatron-core, in turn, in one launch.
+"""Training speed of the paths and of stock megatron-core, in turn, in one launch.
 
     torchrun --nproc-per-node 4 -m scripts.bench.train configs/qwen3_30b_a3b_8l.yaml \\
-        [--paths bf16,fp8_baseline,fp8_compact,fp8_direct] [--peers bf16,fp8] \\
+        [--paths bf16,fp8_direct] [--peers bf16,fp8] \\
         [--micro-batches 4,2] [--steps 8] [--warmup 4] [--repeats 3] [--out docs/results] \\
         [key=value ...]
 
@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from models.config import PATH_NAMES
 from models.fp8 import operations
 from models.gpt import GPT, build_gpt, why_not
 from scripts.bench.machine import describe_machine
@@ -59,7 +60,6 @@ from train.optim import build_optimizer
 from train.parallel import Ranks
 from train.safety.nonfinite import LossGuard
 
-PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
 PATH_FLAGS = ("triton", *FLAG_KEYS)
 TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
@@ -366,7 +366,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
     """`fp8_compact` or `fp8:experimental:fp8_param`, with commas between. Raises ConfigError."""
     specs = []
     for stack, option, text, known, flags in (
-        ("ours", "--paths", paths, PATHS, PATH_FLAGS),
+        ("ours", "--paths", paths, PATH_NAMES, PATH_FLAGS),
         ("megatron-core", "--peers", peers, PEERS, PEER_FLAGS),
     ):
         for item in text.split(",") if text not in ("", "none") else []:
@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all stacks")
-    parser.add_argument("--paths", default=",".join(PATHS), help="default: %(default)s")
+    parser.add_argument("--paths", default=",".join(PATH_NAMES), help="default: %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
     parser.add_argument("--micro-batches", type=_positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip
