@@ -1,7 +1,7 @@
-"""Training speed of the four paths and of stock megatron-core, in turn, in one launch.
+"""Training speed of the paths and of stock megatron-core, in turn, in one launch.
 
     torchrun --nproc-per-node 4 -m scripts.bench.train configs/qwen3_30b_a3b_8l.yaml \\
-        [--paths bf16,fp8_baseline,fp8_compact,fp8_direct] [--peers bf16,fp8] \\
+        [--paths bf16,fp8_direct] [--peers bf16,fp8] \\
         [--micro-batches 4,2] [--steps 8] [--warmup 4] [--repeats 3] [--out docs/results] \\
         [key=value ...]
 
@@ -36,34 +36,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.quiet import hush_imports
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-hush_imports()
+from models.config import PATH_NAMES
+from models.fp8 import operations
+from models.gpt import GPT, build_gpt
+from models.moe.runtime import why_not
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import spread, write_json
+from train import loop, parallel
+from train.config import Config, ConfigError, check_world, load, world_size_from_env
+from train.data.batches import Batch
+from train.failure import run_process
+from train.metrics import flops
+from train.metrics.step import StepMetrics
+from train.metrics.throughput import GIB, peak_bf16_flops
+from train.optim import build_optimizer
+from train.parallel import Ranks
+from train.safety.nonfinite import LossGuard
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from models.fp8 import operations  # noqa: E402
-from models.gpt import GPT, build_gpt  # noqa: E402
-from models.moe.runtime import why_not  # noqa: E402
-from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
-from train import loop, parallel  # noqa: E402
-from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
-from train.data.batches import Batch  # noqa: E402
-from train.failure import run_process  # noqa: E402
-from train.metrics import flops  # noqa: E402
-from train.metrics.step import StepMetrics  # noqa: E402
-from train.metrics.throughput import GIB, peak_bf16_flops  # noqa: E402
-from train.optim import build_optimizer  # noqa: E402
-from train.parallel import Ranks  # noqa: E402
-from train.safety.nonfinite import LossGuard  # noqa: E402
-
-PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
 PATH_FLAGS = ("triton", *FLAG_KEYS)
 TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
@@ -371,7 +368,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
     """`fp8_compact` or `fp8:experimental:fp8_param`, with commas between. Raises ConfigError."""
     specs = []
     for stack, option, text, known, flags in (
-        ("ours", "--paths", paths, PATHS, PATH_FLAGS),
+        ("ours", "--paths", paths, PATH_NAMES, PATH_FLAGS),
         ("megatron-core", "--peers", peers, PEERS, PEER_FLAGS),
     ):
         for item in text.split(",") if text not in ("", "none") else []:
@@ -488,7 +485,7 @@ def bench(arguments: argparse.Namespace) -> int:
         device, first.parallel.expert_parallel, first.train.seed, first.parallel.timeout_s
     )
     machine = describe_machine(ranks.device, ranks.world_size)
-    peak = peak_bf16_flops(machine["machine"]["device_name"]) if device == "cuda" else None
+    peak = peak_bf16_flops(torch.cuda.get_device_name(ranks.device)) if device == "cuda" else None
     rows = {key: Row(key[0], config, ranks.world_size, peak) for key, config in configs.items()}
     warmup, steps, repeats = arguments.warmup, arguments.steps, arguments.repeats
     report = None
@@ -541,7 +538,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all stacks")
-    parser.add_argument("--paths", default=",".join(PATHS), help="default: %(default)s")
+    parser.add_argument("--paths", default=",".join(PATH_NAMES), help="default: %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
     parser.add_argument("--micro-batches", type=_positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip

@@ -17,17 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.quiet import hush_imports
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
 
-hush_imports()
-
-import wandb_workspaces.reports.v2 as wr  # noqa: E402
-import wandb_workspaces.workspaces as ws  # noqa: E402
-
-from scripts.compare.dashboard_panels import GAP_CHART, gap_panel, make_sections  # noqa: E402
-from scripts.compare.runs import InputError, Run, choose_baseline, find_group  # noqa: E402
-from train.config import TrackingConfig  # noqa: E402
-from train.metrics.tracking import ID_FILE, resolve_mode  # noqa: E402
+from scripts.compare.dashboard_panels import GAP_CHART, gap_panel, make_sections
+from scripts.compare.runs import InputError, Run, choose_baseline, find_group
+from train.config import TrackingConfig
+from train.metrics.tracking import ID_FILE, resolve_mode
 
 CHART_NAME = "loss-gap-to-baseline"
 MEDIA = {"moe/expert_load"}

@@ -12,9 +12,11 @@ from torch.profiler import record_function
 from models.fp8 import reference
 from models.fp8.tensor import Layout, relayout
 from models.moe.paths import PATHS
+from scripts.bench import plots
 from scripts.bench.layer import main
 from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
 from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
+from train.profiling.moe import PARTS
 
 CPU = torch.device("cpu")
 RELAYOUTS = {"bf16": 0, "fp8_baseline": 5, "fp8_compact": 2, "fp8_direct": 0}
@@ -134,6 +136,13 @@ def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
     assert first.startswith("<?xml")
     assert main(["--plot", str(out), "--picture", str(picture)]) == 0
     assert picture.read_text() == first, "the same figures give the same picture"
+    assert plots.main([str(out), "--picture", str(picture)]) == 0
+    assert picture.read_text() == first, "two commands, one picture"
+
+
+def test_every_part_of_a_layer_has_a_colour():
+    assert list(plots.PART_COLORS) == [*PARTS, "other"]
+    assert len(set(plots.PART_COLORS.values())) == len(plots.PART_COLORS)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
 """The page of a comparison: one file, nothing from the network.
 
-What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `page.js`
-draws the curves from the data that is put into the page. The drawing is our own, since it is
-little, and a charting library inside every page would be much.
+What needs no script is HTML from `sections.py` and `parts.py`. `page.js` draws the curves from the
+data that is put into the page. The drawing is our own, since it is little, and a charting library
+inside every page would be much.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.compare.arms import Arm
-from scripts.compare.page import parts as parts
-from scripts.compare.page import sections as sections
+from scripts.compare.colors import COLORS, WIDE
+from scripts.compare.page import parts, sections
 from scripts.compare.page.sections import text
 from scripts.compare.reading import on_cpu, partner, reading, warnings
 from scripts.compare.runs import Run
@@ -40,7 +40,7 @@ def make_html(
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-{css}</style></head><body>
+{path_colors()}{css}</style></head><body>
 <h1>Runs compared: {title}</h1>
 <p class="sub">{sections.summary(runs)}</p>
 <p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
@@ -69,6 +69,13 @@ it.</p></noscript></section>
 {script}</script>
 </body></html>
 """
+
+
+def path_colors() -> str:
+    """CSS: each path's colour as a variable of its name, on a light and on a dark screen."""
+    light = " ".join(f"--{path}: {color.light};" for path, color in COLORS.items())
+    dark = " ".join(f"--{path}: {color.dark};" for path, color in COLORS.items())
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
 def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
                 "step": steps[index],
                 "tokens": [_number(tokens.get(step, math.nan)) for step in steps[index]],
                 "repeat": sum(other.path == run.path for other in runs[:index]),
-                "under": run.path == "fp8_baseline",
+                "under": run.path == WIDE,
             }
         )
     return {"runs": described, "charts": charts}
