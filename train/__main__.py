@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
 
         if (reason := operations.why_te_is_broken()) is not None:
             raise ConfigError(reason)
-        from train import loop
+        from train import loop, preflight
         from train.data import batches as data
 
         data.check(config)
-        loop.check(config)
+        preflight.check(config)
         with run_lock.hold(config.run_dir):
             loop.train(config, data.load(config))
     except ConfigError as error:

@@ -51,7 +51,7 @@ from torch import Tensor  # noqa: E402
 from models.fp8 import operations  # noqa: E402
 from models.gpt import GPT, build_gpt, why_not  # noqa: E402
 from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
-from train import loop, parallel  # noqa: E402
+from train import loop, parallel, preflight  # noqa: E402
 from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
 from train.data.batches import Batch  # noqa: E402
 from train.failure import run_process  # noqa: E402
@@ -117,7 +117,7 @@ class Ours:
             use_operations(self.model, operations.choose(of, device, deep_gemm=False))
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
-        dtype = loop.resolve_dtype(config, device)
+        dtype = preflight.resolve_dtype(config, device)
         parallel.shard(self.model, ranks, dtype, config.parallel.reshard_after_forward)
         self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
@@ -405,12 +405,12 @@ def load_configs(
             if config.data.document_mask:
                 raise ConfigError("data.document_mask=true is not measured; leave it out")
             if spec.stack != "ours":
-                if loop.resolve_device(config) == "cpu":
+                if preflight.resolve_device(config) == "cpu":
                     raise ConfigError(
                         f"--peers {spec.path}: stock megatron-core trains on GPUs alone; "
                         "pass --peers none"
                     )
-                if loop.resolve_dtype(config, "cuda") != torch.bfloat16:
+                if preflight.resolve_dtype(config, "cuda") != torch.bfloat16:
                     raise ConfigError(
                         "--peers: stock megatron-core is run in BF16; "
                         "leave train.dtype out or pass --peers none"
@@ -479,9 +479,9 @@ def bench(arguments: argparse.Namespace) -> int:
     specs = parse_stacks(arguments.paths, arguments.peers)
     configs = load_configs(arguments, specs, world_size_from_env())
     first = next(iter(configs.values()))
-    device = loop.resolve_device(first)
+    device = preflight.resolve_device(first)
     if first.train.deterministic:
-        loop.make_deterministic()
+        preflight.make_deterministic()
     ranks = parallel.start(
         device, first.parallel.expert_parallel, first.train.seed, first.parallel.timeout_s
     )
