@@ -56,11 +56,9 @@ from train.config import Config, ConfigError, check_world, load, world_size_from
 from train.data.batches import Batch  # noqa: E402
 from train.failure import run_process  # noqa: E402
 from train.metrics import flops  # noqa: E402
-from train.metrics.step import StepMetrics  # noqa: E402
 from train.metrics.throughput import GIB, peak_bf16_flops  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
 from train.parallel import Ranks  # noqa: E402
-from train.safety.nonfinite import LossGuard  # noqa: E402
 
 PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
@@ -122,10 +120,9 @@ class Ours:
         self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        metrics = StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))
-        guard = LossGuard(self.config, self.ranks)
-        loop._step(self.model, self.optimizer, batches, self.config, self.ranks, metrics, guard)
-        return metrics.loss
+        training = loop.Training(self.config, self.ranks, self.model, self.optimizer)
+        loop.step(training, batches)
+        return training.metrics.loss
 
     def close(self) -> None:
         self.model.runtime.dispatcher.close()

@@ -1,9 +1,11 @@
 """Which keys of a config may change when a run goes on, and one line where another one did."""
 
 import json
+import os
 from pathlib import Path
 
-from train.checkpoint.files import finished
+from train.checkpoint import checksums
+from train.checkpoint.files import finished, newest
 from train.config import Config, ConfigError, load, world_size_from_env
 
 FREE = {
@@ -45,3 +47,19 @@ def check_same_run(run_dir: Path, config: Config) -> None:
             f"{run_dir} holds another run ({'; '.join(differ)}); choose another run.name, or these "
             "keys as they were to continue it"
         )
+
+
+def already_trained(config: Config) -> bool:
+    """Whether the run has its last step behind it; rank 0 then says so."""
+    found = newest(config.run_dir / "checkpoints")
+    if found is None or found[0] < config.train.steps:
+        return False
+    # A damaged last checkpoint is found out when it is restored, and its steps are trained again.
+    if checksums.damage(found[1]):
+        return False
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{config.run_dir} has already trained {found[0]} steps; raise train.steps="
+            f"{config.train.steps} to go on, or choose another run.name"
+        )
+    return True
