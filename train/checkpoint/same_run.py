@@ -1,4 +1,4 @@
-"""Which keys of a config may change when a run goes on, and one line where another one did."""
+"""Whether a run folder and a config are of one run, and whether that run has steps left."""
 
 import json
 import os
@@ -6,23 +6,15 @@ from pathlib import Path
 
 from train.checkpoint import checksums
 from train.checkpoint.files import finished, newest
-from train.config import Config, ConfigError, load, world_size_from_env
-
-FREE = {
-    *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms", "moe.recompute"),
-    *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
-    *("train.deterministic", "train.on_nonfinite"),
-    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
-    *("train.profile", "train.profile_every", "train.trace_step"),
-    *("optim.prepare_weights", "data.workers"),
-}
-"""Sections and keys that may change when a run goes on. What `train.micro_batch` and
-`train.global_batch` come to, together with the number of ranks, may not."""
+from train.config import Config, ConfigError, is_free, load, world_size_from_env
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError if the newest readable checkpoint is of another model or training."""
+    """Raise ConfigError if the newest readable checkpoint is of another model or training.
+
+    Keys that are marked FreeOnResume may differ. What `train.micro_batch` and `train.global_batch`
+    come to, together with the number of ranks, may not.
+    """
     for path in reversed(finished(run_dir / "checkpoints")):
         try:
             before = load(path / "config.yaml")
@@ -37,7 +29,7 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         f"{section}.{key}: {there[section].get(key)} there, {value} now"
         for section, keys in now.items()
         for key, value in keys.items()
-        if not FREE & {section, f"{section}.{key}"} and there[section].get(key) != value
+        if not is_free(section, key) and there[section].get(key) != value
     ]
     batch = config.global_batch(world_size_from_env())
     if batch != about["global_batch"]:
