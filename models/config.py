@@ -1,6 +1,6 @@
 """The keys that shape the model: sections `model` and `moe` of a config file."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -11,6 +11,14 @@ PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
 
 FP8_BLOCK = 128
 """Tokens are quantized in blocks of 1 x 128 and weights in blocks of 128 x 128."""
+
+
+FREE_ON_RESUME = "may change on resume"
+
+T = TypeVar("T")
+FreeOnResume = Annotated[T, FREE_ON_RESUME]
+"""Marks a key, or a whole section, that may change when a run is resumed: its type is otherwise T.
+All other keys make it another run, which is refused."""
 
 
 class Section(BaseModel):
@@ -87,10 +95,10 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """The Mixture-of-Experts block: a top-k router and SwiGLU experts."""
 
-    path: PathName = "bf16"
+    path: FreeOnResume[PathName] = "bf16"
     """How tokens travel from the router to the experts' first GEMM. This is the one key that an
     experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct."""
-    dispatch: Literal["auto", "all_to_all", "deep_ep"] = "auto"
+    dispatch: FreeOnResume[Literal["auto", "all_to_all", "deep_ep"]] = "auto"
     """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
     all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
     capacity: float | None = Field(default=None, ge=1)
@@ -100,10 +108,10 @@ class MoEConfig(Section):
     fp8_direct on a GPU; elsewhere it is left aside, since the other paths launch one GEMM an expert
     and wait anyhow, and a CPU has nothing to wait for. all_to_all between ranks waits all the
     same."""
-    recompute: bool = False
+    recompute: FreeOnResume[bool] = False
     """Keep no activations of the experts: the backward pass dispatches the tokens and computes the
     forward pass again, but for the way home. The results are the same bits."""
-    dispatch_sms: int | None = Field(default=None, gt=0, multiple_of=2)
+    dispatch_sms: FreeOnResume[int | None] = Field(default=None, gt=0, multiple_of=2)
     """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
     half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
     beside DeepEP's, or the two wait for each other for ever."""

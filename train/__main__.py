@@ -7,7 +7,6 @@ command again; 1 anything else. torchrun itself exits with 1 whatever its ranks 
 
 import argparse
 import logging
-import os
 import sys
 import time
 
@@ -15,22 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from train.checkpoint import run_lock
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env
-from train.failure import (
-    STOP_FILE,
-    Preempted,
-    TrainingFailed,
-    run_process,
-    stop_file,
-)
-
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What gloo says when the other side of a connection has ended."""
-
-PATIENCE_S = 5.0
-"""How long a rank waits for another one to say what is the matter."""
-
-WORKER_IS_GONE = "DataLoader worker"
-"""What PyTorch's DataLoader says, wherever the main thread is at that moment."""
+from train.failure import explain, refuse_while_stopped, run_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,70 +29,36 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        # Before anything takes time: a restart by torchrun after a stop comes here again.
-        if (path := stop_file()) is not None and path.exists():
-            raise Preempted(f"{STOP_FILE}={path} is there already, so nothing was started")
-        config = load(arguments.config, arguments.overrides)
-        check_world(config, world_size_from_env())
-        # These take seconds to import, which a spelling mistake need not wait for.
-        from models.fp8 import operations
-
-        if (reason := operations.why_te_is_broken()) is not None:
-            raise ConfigError(reason)
-        from train import loop
-        from train.data import batches as data
-
-        data.check(config)
-        loop.check(config)
-        with run_lock.hold(config.run_dir):
-            loop.train(config, data.load(config))
-    except ConfigError as error:
-        # One that a data worker met arrives with its traceback before it.
-        line = str(error).strip().splitlines()[-1].removeprefix("train.config.ConfigError: ")
-        _say(f"error: {line}")
-        return 2
-    except Preempted as stop:
-        if os.environ.get("RANK", "0") == "0":  # all of them stop, and for the same reason
-            print(stop, file=sys.stderr, flush=True)
-        return stop.exit_code
-    except TrainingFailed as error:
-        _say(f"error: {error}")
-        return error.exit_code
+        train(arguments.config, arguments.overrides)
     except Exception as error:
-        if WORKER_IS_GONE in str(error):
-            reason = " ".join(str(error).split())
-            print(
-                f"error: rank {os.environ.get('RANK', '0')}: a process that prepares data died "
-                f"({reason}); where memory ran out, lower data.workers; started again, the "
-                "training goes on from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            return 1
-        # A rank that only lost its peers lets the one that failed report first: torchrun shows the
-        # first report last, and ends everybody else.
-        if any(sign in str(error) for sign in PEER_IS_GONE):
-            time.sleep(PATIENCE_S)
-            rank = os.environ.get("RANK", "0")
-            print(
-                f"error: rank {rank} lost another rank, whose end is reported by itself, torchrun "
-                "or the system; started again, the training goes on from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            return 1
-        if "NCCL" in str(error):
-            time.sleep(PATIENCE_S)
-        raise
+        ending = explain(error)
+        time.sleep(ending.patience_s)
+        if ending.exit_code is None:
+            raise
+        if ending.line is not None:
+            print(ending.line, file=sys.stderr, flush=True)
+        return ending.exit_code
     return 0
 
 
-def _say(line: str) -> None:
-    """Print what every rank may be about to say. torchrun ends them all when one has ended: the
-    others give rank 0 time, and speak only if it is a matter of their machine alone."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(PATIENCE_S)
-    print(line, file=sys.stderr, flush=True)
+def train(path: str, overrides: list[str]) -> None:
+    """Check everything that can be checked before anything starts, then train."""
+    # Before anything takes time: a restart by torchrun after a stop comes here again.
+    refuse_while_stopped()
+    config = load(path, overrides)
+    check_world(config, world_size_from_env())
+    # These take seconds to import, which a spelling mistake need not wait for.
+    from models.fp8 import operations
+
+    if (reason := operations.why_te_is_broken()) is not None:
+        raise ConfigError(reason)
+    from train import loop, preflight
+    from train.data import batches as data
+
+    data.check(config)
+    preflight.check(config)
+    with run_lock.hold(config.run_dir):
+        loop.train(config, data.load(config))
 
 
 def run() -> None:

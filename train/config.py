@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from models.config import ModelConfig, MoEConfig, Section
+from models.config import FREE_ON_RESUME, FreeOnResume, ModelConfig, MoEConfig, Section
 
 
 class ConfigError(Exception):
@@ -68,7 +68,7 @@ class OptimConfig(Section):
     """What AdamW adds to the divisor."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
-    prepare_weights: bool = False
+    prepare_weights: FreeOnResume[bool] = False
     """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
     of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks."""
 
@@ -76,39 +76,39 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: PositiveInt
+    steps: FreeOnResume[PositiveInt]
     """Optimizer steps of the whole run."""
-    micro_batch: PositiveInt
+    micro_batch: FreeOnResume[PositiveInt]
     """Sequences per rank and forward pass."""
-    global_batch: PositiveInt | None = None
+    global_batch: FreeOnResume[PositiveInt | None] = None
     """Sequences per optimizer step over all ranks; more than `micro_batch` x ranks means gradient
     accumulation. By default `micro_batch` x ranks."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Decides initial weights and the order of the data."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: FreeOnResume[Literal["auto", "cpu", "cuda"]] = "auto"
     """`auto` is cuda where there is a GPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What is computed in; the optimizer always holds fp32 weights. `auto` is bf16 on a GPU and
     fp32 on a CPU; fp32 runs on a CPU alone."""
-    deterministic: bool = False
+    deterministic: FreeOnResume[bool] = False
     """Only operations that give the same bits every time; slower on a GPU, always so on a CPU."""
-    log_every: PositiveInt = 10
+    log_every: FreeOnResume[PositiveInt] = 10
     """Steps between two lines of metrics."""
-    valid_every: NonNegativeInt = 100
+    valid_every: FreeOnResume[NonNegativeInt] = 100
     """Steps between two validations; 0 for none. The last step is always validated otherwise."""
-    valid_batches: PositiveInt = 8
+    valid_batches: FreeOnResume[PositiveInt] = 8
     """Batches of the global batch's size in one validation."""
-    warmup_steps: NonNegativeInt = 3
+    warmup_steps: FreeOnResume[NonNegativeInt] = 3
     """First steps that the throughput figures leave out."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: FreeOnResume[Literal["stop", "skip"]] = "stop"
     """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
     the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
-    profile: bool = False
+    profile: FreeOnResume[bool] = False
     """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
     GEMMs, combine, communication, optimizer."""
-    profile_every: PositiveInt = 10
+    profile_every: FreeOnResume[PositiveInt] = 10
     """Of the lines of metrics, one in so many has these times."""
-    trace_step: NonNegativeInt = 0
+    trace_step: FreeOnResume[NonNegativeInt] = 0
     """A step to record as a Chrome trace, `trace.json.gz` in the run's folder; 0 for none. Open it
     in chrome://tracing or Perfetto."""
 
@@ -144,7 +144,7 @@ class DataConfig(Section):
     """Sequences among which streamed data is shuffled."""
     document_mask: bool = False
     """Tokens attend within their own document only, and positions restart with it."""
-    workers: NonNegativeInt = 1
+    workers: FreeOnResume[NonNegativeInt] = 1
     """Processes that prepare batches ahead of the training thread; 0 prepares them in it. Streamed
     data takes one at most."""
 
@@ -180,15 +180,15 @@ class TrackingConfig(Section):
 class Config(Section):
     """A whole config file. Names in it are stable: scripts and dashboards rely on them."""
 
-    run: RunConfig
+    run: FreeOnResume[RunConfig]
     model: ModelConfig
     moe: MoEConfig
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: FreeOnResume[ParallelConfig] = ParallelConfig()
     optim: OptimConfig
     train: TrainConfig
     data: DataConfig = DataConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: FreeOnResume[CheckpointConfig] = CheckpointConfig()
+    tracking: FreeOnResume[TrackingConfig] = TrackingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -308,9 +308,18 @@ def describe_keys() -> str:
         lines.append(f"\n{section}: {' '.join((model.__doc__ or '').split())}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
+            free = f"; {FREE_ON_RESUME}" if is_free(section, key) else ""
             about = " ".join((field.description or "").split())
-            lines.append(f"  {section}.{key} ({default}) {about}".rstrip())
+            lines.append(f"  {section}.{key} ({default}{free}) {about}".rstrip())
     return "\n".join(lines)
+
+
+def is_free(section: str, key: str) -> bool:
+    """Whether `section.key` may change when a run is resumed; it is marked at the key."""
+    whole = Config.model_fields[section]
+    assert isinstance(whole.annotation, type)
+    assert issubclass(whole.annotation, BaseModel)
+    return FREE_ON_RESUME in (*whole.metadata, *whole.annotation.model_fields[key].metadata)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -6,6 +6,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from train.config import ConfigError
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again."""
@@ -18,6 +21,15 @@ STOP_FILE = "TRAIN_STOP_FILE"
 see their exit codes, such as a batch script around torchrun. Where the file appears the training
 stops as after a signal; whatever made it stop, once it has saved it writes `saved` into the file,
 which says: requeue me. While the file is there, nothing starts."""
+
+PATIENCE_S = 5.0
+"""How long a rank waits for another one to say what is the matter."""
+
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says when the other side of a connection has ended."""
+
+WORKER_IS_GONE = "DataLoader worker"
+"""What PyTorch's DataLoader says, wherever the main thread is at that moment."""
 
 
 class TrainingFailed(Exception):
@@ -32,10 +44,59 @@ class Preempted(TrainingFailed):
     exit_code = REQUEUE
 
 
+class Ending(NamedTuple):
+    """How this rank's process ends after an error."""
+
+    line: str | None
+    """To print; None where another rank prints it."""
+    exit_code: int | None
+    """None: nobody expected this error, and its traceback is wanted."""
+    patience_s: float = 0.0
+    """To wait first. torchrun ends all ranks when one has ended, and shows the first report last:
+    so this one lets another report first, and speaks only if that did not."""
+
+
+def explain(error: Exception) -> Ending:
+    """What to say of an error that ended the training, and how to end."""
+    rank = os.environ.get("RANK", "0")
+    # What every rank may be about to say: the others speak only if it is a matter of their machine.
+    after_the_first = 0.0 if rank == "0" else PATIENCE_S
+    text = str(error)
+    if isinstance(error, ConfigError):
+        # One that a data worker met arrives with its traceback before it.
+        line = text.strip().splitlines()[-1].removeprefix("train.config.ConfigError: ")
+        return Ending(f"error: {line}", 2, after_the_first)
+    if isinstance(error, Preempted):  # all of them stop, and for the same reason
+        return Ending(text if rank == "0" else None, error.exit_code)
+    if isinstance(error, TrainingFailed):
+        return Ending(f"error: {text}", error.exit_code, after_the_first)
+    if WORKER_IS_GONE in text:
+        return Ending(
+            f"error: rank {rank}: a process that prepares data died ({' '.join(text.split())}); "
+            "where memory ran out, lower data.workers; started again, the training goes on from "
+            "the newest checkpoint",
+            1,
+        )
+    if any(sign in text for sign in PEER_IS_GONE):
+        return Ending(
+            f"error: rank {rank} lost another rank, whose end is reported by itself, torchrun or "
+            "the system; started again, the training goes on from the newest checkpoint",
+            1,
+            PATIENCE_S,
+        )
+    return Ending(None, None, PATIENCE_S if "NCCL" in text else 0.0)
+
+
 def stop_file() -> Path | None:
     """The file that TRAIN_STOP_FILE names, there or not."""
     path = os.environ.get(STOP_FILE)
     return Path(path) if path else None
+
+
+def refuse_while_stopped() -> None:
+    """Raise Preempted where the file is there already."""
+    if (path := stop_file()) is not None and path.exists():
+        raise Preempted(f"{STOP_FILE}={path} is there already, so nothing was started")
 
 
 def ignore_in_worker() -> None:

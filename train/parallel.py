@@ -26,7 +26,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from models.gpt import GPT
-from train.optim import takes_grad_scale
 
 
 @dataclass(frozen=True)
@@ -152,30 +151,6 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-
-
-def clip_gradients(
-    parameters: list[nn.Parameter], max_norm: float, optimizer: torch.optim.Optimizer | None = None
-) -> Tensor:
-    """Scale all gradients so that their common norm is at most `max_norm` (0: never).
-
-    An `optimizer` that can is told the factor and applies it as it reads the gradients, which saves
-    a pass over them. Returns the norm before clipping, float32 on this device and the same on every
-    rank.
-    """
-    gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-    assert gradients, "no gradients to clip"
-    # Every element of the gradient lies on exactly one rank, those of experts too.
-    total = torch.nn.utils.get_total_norm(gradients).square()
-    dist.all_reduce(total)
-    total = total.sqrt()
-    if max_norm > 0:
-        excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
-        if optimizer is not None and takes_grad_scale(optimizer):
-            optimizer.grad_scale = excess  # type: ignore[attr-defined]  # it divides by this
-        else:
-            torch._foreach_mul_(gradients, excess.reciprocal())  # type: ignore[attr-defined]
-    return total
 
 
 def average(value: Tensor) -> Tensor:

@@ -50,16 +50,14 @@ from models.gpt import GPT, build_gpt
 from models.moe.runtime import why_not
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import spread, write_json
-from train import loop, parallel
+from train import loop, parallel, preflight
 from train.config import Config, ConfigError, check_world, load, world_size_from_env
 from train.data.batches import Batch
 from train.failure import run_process
 from train.metrics import flops
-from train.metrics.step import StepMetrics
 from train.metrics.throughput import GIB, peak_bf16_flops
 from train.optim import build_optimizer
 from train.parallel import Ranks
-from train.safety.nonfinite import LossGuard
 
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
 PATH_FLAGS = ("triton", *FLAG_KEYS)
@@ -115,15 +113,14 @@ class Ours:
             use_operations(self.model, operations.choose(of, device, deep_gemm=False), device)
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
-        dtype = loop.resolve_dtype(config, device)
+        dtype = preflight.resolve_dtype(config, device)
         parallel.shard(self.model, ranks, dtype, config.parallel.reshard_after_forward)
         self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        metrics = StepMetrics(self.model, self.config.accumulation(self.ranks.world_size))
-        guard = LossGuard(self.config, self.ranks)
-        loop._step(self.model, self.optimizer, batches, self.config, self.ranks, metrics, guard)
-        return metrics.loss
+        training = loop.Training(self.config, self.ranks, self.model, self.optimizer)
+        loop.step(training, batches)
+        return training.metrics.loss
 
     def close(self) -> None:
         self.model.runtime.dispatcher.close()
@@ -404,12 +401,12 @@ def load_configs(
             if config.data.document_mask:
                 raise ConfigError("data.document_mask=true is not measured; leave it out")
             if spec.stack != "ours":
-                if loop.resolve_device(config) == "cpu":
+                if preflight.resolve_device(config) == "cpu":
                     raise ConfigError(
                         f"--peers {spec.path}: stock megatron-core trains on GPUs alone; "
                         "pass --peers none"
                     )
-                if loop.resolve_dtype(config, "cuda") != torch.bfloat16:
+                if preflight.resolve_dtype(config, "cuda") != torch.bfloat16:
                     raise ConfigError(
                         "--peers: stock megatron-core is run in BF16; "
                         "leave train.dtype out or pass --peers none"
@@ -478,9 +475,9 @@ def bench(arguments: argparse.Namespace) -> int:
     specs = parse_stacks(arguments.paths, arguments.peers)
     configs = load_configs(arguments, specs, world_size_from_env())
     first = next(iter(configs.values()))
-    device = loop.resolve_device(first)
+    device = preflight.resolve_device(first)
     if first.train.deterministic:
-        loop.make_deterministic()
+        preflight.make_deterministic()
     ranks = parallel.start(
         device, first.parallel.expert_parallel, first.train.seed, first.parallel.timeout_s
     )

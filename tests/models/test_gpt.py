@@ -17,6 +17,7 @@ from train import loop, parallel
 from train.config import Config, load
 from train.data.batches import Batch
 from train.metrics import flops
+from train.optim import clip_gradients
 
 SMALL = [
     "model.num_heads=4",
@@ -194,7 +195,7 @@ def clipped(rank: int, config: Config) -> SimpleNamespace:
             full, parameter.device_mesh, parameter.placements
         )
     before = parameters[0].grad.to_local().clone()
-    norm = parallel.clip_gradients(parameters, 2.0)
+    norm = clip_gradients(parameters, 2.0)
     ratio = parameters[0].grad.to_local().norm() / before.norm()
     return SimpleNamespace(norm=float(norm), want=squares**0.5, ratio=float(ratio))
 
@@ -250,20 +251,20 @@ def description(rank: int, config: Config) -> str:
 
 def counted_in_validation(rank: int, config: Config) -> tuple[float, int]:
     model = build(config)
-    runtime, losses = model.runtime, loop._losses
+    runtime = model.runtime
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    training = loop.Training(config, ranks, model, torch.optim.SGD(model.parameters()))
 
-    def dropping(*args):
+    def dropping(*_: Any) -> None:
         runtime.counts.dropped_rows = runtime.counts.dropped_rows + 5
         runtime.dispatcher.bytes_sent += 5
-        return losses(*args)
 
-    loop._losses = dropping
+    model.register_forward_pre_hook(dropping)
     runtime.counts.dropped_rows, runtime.dispatcher.bytes_sent = torch.tensor(3.0), 4
     tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64)
     one = Batch(tokens, tokens, torch.arange(config.model.seq_len)[None])
     corpus: Any = SimpleNamespace(valid_batches=lambda *_: [one, one])
-    ranks: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    loop.validate(model, corpus, config, ranks)
+    loop.validate(training, corpus)
     return float(runtime.counts.dropped_rows), runtime.dispatcher.bytes_sent
 
 

@@ -7,7 +7,7 @@ import signal
 from train import __main__ as entry
 from train import loop
 
-real_step = loop._step
+real_step = loop.step
 steps = 0
 
 
@@ -22,5 +22,5 @@ def step(*args):
 
 
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    loop._step = step
+    loop.step = step
 entry.run()

@@ -9,12 +9,12 @@ def poison(step: int, rank: int, value: float):
     def plant(this_rank: int) -> None:
         from train import loop
 
-        real_step, real_losses = loop._step, loop._losses
+        real_step, real_losses = loop.step, loop.losses
         now = [-1, 0]
 
-        def counted(*args):
-            now[:] = [args[6].step, 0]
-            return real_step(*args)
+        def counted(training, *args):
+            now[:] = [training.done, 0]
+            return real_step(training, *args)
 
         def losses(*args):
             out = real_losses(*args)
@@ -22,7 +22,7 @@ def poison(step: int, rank: int, value: float):
             bad = now == [step, 2] and this_rank == rank
             return out * (value if bad else 1.0)
 
-        loop._step, loop._losses = counted, losses
+        loop.step, loop.losses = counted, losses
 
     return plant
 
@@ -33,14 +33,14 @@ def hang(rank: int) -> None:
     from train import loop
     from train.safety import watchdog
 
-    step = loop._step
+    step = loop.step
 
-    def stuck(*args):
-        while rank == 1 and args[6].step == 3:
+    def stuck(training, *args):
+        while rank == 1 and training.done == 3:
             time.sleep(0.01)
-        return step(*args)
+        return step(training, *args)
 
-    loop._step = stuck
+    loop.step = stuck
 
     # The rank that speaks begins last: the other must not end before it has spoken.
     report = watchdog.Watchdog._report

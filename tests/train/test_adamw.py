@@ -6,13 +6,14 @@ from torch import Tensor
 
 from models.fp8.reference.adamw import AdamWStep, adamw
 from models.fp8.tensor import BlockScaledWeights
+from models.gpt import build_gpt
 from models.moe.experts import prepare_weights
 from models.moe.paths import PATHS
 from tests.support.ranks import read_metrics, run_ranks, run_train
 from tests.support.tiny import argv
-from train import loop, parallel
+from train import parallel
 from train.config import load
-from train.optim import PreparingAdamW, build_optimizer
+from train.optim import PreparingAdamW, build_optimizer, clip_gradients
 
 CONFIG = "configs/demo_cpu.yaml"
 ALONE = "parallel.expert_parallel=1"
@@ -39,7 +40,7 @@ def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
     config = load(CONFIG, [f"moe.path={path}", ALONE, "run.name=a", PREPARED])
     torch.distributed.destroy_process_group()  # the next line starts one
     ranks = parallel.start("cpu", 1, 0, 60)
-    model = loop.build_gpt(config.model, config.moe, ranks.device, 0)
+    model = build_gpt(config.model, config.moe, ranks.device, 0)
     parallel.shard(model, ranks, torch.float32, False)
     optimizer = build_optimizer(model, config.optim, False)
     assert isinstance(optimizer, PreparingAdamW)
@@ -47,7 +48,7 @@ def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        norm = parallel.clip_gradients(list(model.parameters()), 1.0, optimizer)
+        norm = clip_gradients(list(model.parameters()), 1.0, optimizer)
         assert norm > 1
         optimizer.step()
         for layer in model.moe_layers():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from train.config import Config, ConfigError, check_world, describe_keys, load
+from train.config import Config, ConfigError, check_world, describe_keys, is_free, load
 
 DEMO = "configs/demo_cpu.yaml"
 
@@ -115,3 +115,29 @@ def test_every_key_is_explained():
         for key, field in info.annotation.model_fields.items():
             assert f"  {section}.{key} (" in text
             assert field.description, f"{section}.{key} has no docstring"
+
+
+FREE = {
+    *("run", "parallel", "checkpoint", "tracking"),
+    *("moe.path", "moe.dispatch", "moe.dispatch_sms", "moe.recompute"),
+    *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
+    *("train.deterministic", "train.on_nonfinite"),
+    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
+    *("train.profile", "train.profile_every", "train.trace_step"),
+    *("optim.prepare_weights", "data.workers"),
+}
+"""Sections and keys; whoever marks another one says here that no result depends on it."""
+
+
+def test_the_keys_that_may_change_on_resume():
+    for section, info in Config.model_fields.items():
+        assert info.annotation is not None
+        for key in info.annotation.model_fields:
+            name = f"{section}.{key}"
+            assert is_free(section, key) == bool(FREE & {section, name}), name
+            assert ("may change on resume" in line_about(name)) == is_free(section, key)
+
+
+def line_about(name: str) -> str:
+    (line,) = (line for line in describe_keys().splitlines() if line.startswith(f"  {name} ("))
+    return line

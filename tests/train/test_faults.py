@@ -89,9 +89,9 @@ def test_twenty_kills(tmp_path):
 
 def impatient(rank: int) -> None:
     """A rank that has lost another one waits a little before it ends; not twenty times."""
-    from train import __main__ as entry
+    from train import failure
 
-    entry.PATIENCE_S = 0
+    failure.PATIENCE_S = 0
 
 
 @pytest.fixture

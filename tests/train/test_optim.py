@@ -7,9 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.support.ranks import run_ranks
-from train import parallel
 from train.config import OptimConfig
-from train.optim import build_optimizer, learning_rate
+from train.optim import build_optimizer, clip_gradients, learning_rate
 
 
 def rates(steps: int, **keys) -> list[float]:
@@ -65,7 +64,7 @@ def clip_twice(rank: int) -> list[torch.Tensor]:
             gradient = torch.randn(8, 8) * size
             want = float(gradient.norm())
             model.weight.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
-            norm = parallel.clip_gradients([model.weight], 1.0, optimizer)
+            norm = clip_gradients([model.weight], 1.0, optimizer)
             assert float(norm) == pytest.approx(want, rel=1e-5)
             optimizer.step()
         results.append(model.weight.detach().to_local())  # type: ignore[attr-defined]

@@ -135,10 +135,10 @@ def test_no_rank_leaves_while_the_first_one_closes_wandb(tmp_path):
     ends.mkdir()
 
     def slow_upload(rank: int) -> None:
-        from train import loop
         from train.metrics.tracking import Tracker
+        from train.safety.guards import Safety
 
-        finish, stop = Tracker.finish, loop.Safety.__exit__
+        finish, stop = Tracker.finish, Safety.__exit__
 
         def slow(self, *args):
             time.sleep(2)
@@ -149,7 +149,7 @@ def test_no_rank_leaves_while_the_first_one_closes_wandb(tmp_path):
             (ends / f"rank {rank}").write_text(str(time.monotonic()))
             stop(self, *error)
 
-        Tracker.finish, loop.Safety.__exit__ = slow, leave  # type: ignore[method-assign]
+        Tracker.finish, Safety.__exit__ = slow, leave  # type: ignore[method-assign]
 
     with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log", slow_upload) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
@@ -164,14 +164,14 @@ def test_the_last_step_is_a_normal_end(tmp_path):
     def stop_in_the_last_step(rank: int) -> None:
         from train import loop
 
-        step = loop._step
+        step = loop.step
 
-        def signalled(*args):
-            if rank == 1 and args[6].step == 2:
+        def signalled(training, *args):
+            if rank == 1 and training.done == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(*args)
+            return step(training, *args)
 
-        loop._step = signalled
+        loop.step = signalled
 
     keys = argv(tmp_path, "a", "train.steps=3")
     with Training(2, keys, tmp_path / "log", stop_in_the_last_step) as training:

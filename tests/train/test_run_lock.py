@@ -70,7 +70,7 @@ def test_other_ranks_and_file_systems_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "lockf", none)
+        patch.setattr(fcntl, "flock", none)
         with run_lock.hold(tmp_path):
             pass
     monkeypatch.setenv("RANK", "1")

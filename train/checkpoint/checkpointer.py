@@ -56,7 +56,7 @@ class Checkpointer:
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.config, self.ranks = config, ranks
-        self.training = _Training(model, optimizer)
+        self.state = _ModelAndOptimizer(model, optimizer)
         self.saved: int | None = None
         """Step of the last save that was begun."""
         self._stalls: list[float] = []
@@ -83,7 +83,7 @@ class Checkpointer:
         if path is None:
             return 0, None
         try:
-            dcp.load({"training": self.training}, checkpoint_id=path, process_group=self.group)
+            dcp.load({"training": self.state}, checkpoint_id=path, process_group=self.group)
         except FAILURES as error:
             raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
         about = json.loads((path / "training.json").read_text())
@@ -114,7 +114,7 @@ class Checkpointer:
         own = {"rng": rng.state(self.ranks.device), "metrics": metrics}
         writer = Writer(final, self.config, about, self.ranks.rank, own, self._copy)
         pending = dcp.async_save(
-            {"training": self.training}, storage_writer=writer, process_group=self.group
+            {"training": self.state}, storage_writer=writer, process_group=self.group
         )
         assert isinstance(pending, Future)  # another kind has to be asked for
         self._pending = pending
@@ -194,7 +194,7 @@ class Checkpointer:
             path.rename(aside)
 
 
-class _Training(Stateful):
+class _ModelAndOptimizer(Stateful):
     """Model and optimizer as one state, under parameter names instead of numbers."""
 
     options = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -1,13 +1,12 @@
 """One training in a run folder at a time: two would write over each other's checkpoints."""
 
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from train.config import ConfigError
 
@@ -27,32 +26,24 @@ def hold(run_dir: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    path = run_dir / NAME
     try:
-        file = (run_dir / NAME).open("a+")
+        path.open("a").close()
     except OSError as error:
-        raise ConfigError(f"{run_dir / NAME}: {error.strerror}") from None
-    with file:
-        deadline = time.monotonic() + PATIENCE_S
-        while not _lock(file):
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise ConfigError(
-                    f"another training is at work in {run_dir} ({file.read().strip()}); wait for "
-                    "its end, stop it, or choose another run.name"
-                )
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    """Take the file's lock if it is free."""
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    # Without the library's way around a file system that has no locks: its mark outlives a kill.
+    lock = FileLock(path, timeout=PATIENCE_S, fallback_to_soft=False)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another training is at work in {run_dir} ({path.read_text().strip()}); wait for "
+            "its end, stop it, or choose another run.name"
+        ) from None
     except OSError:
         pass  # this file system has none
-    return True
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    try:
+        yield
+    finally:
+        lock.release()

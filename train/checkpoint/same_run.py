@@ -1,26 +1,20 @@
-"""Which keys of a config may change when a run goes on, and one line where another one did."""
+"""Whether a run folder and a config are of one run, and whether that run has steps left."""
 
 import json
+import os
 from pathlib import Path
 
-from train.checkpoint.files import finished
-from train.config import Config, ConfigError, load, world_size_from_env
-
-FREE = {
-    *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms", "moe.recompute"),
-    *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
-    *("train.deterministic", "train.on_nonfinite"),
-    *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
-    *("train.profile", "train.profile_every", "train.trace_step"),
-    *("optim.prepare_weights", "data.workers"),
-}
-"""Sections and keys that may change when a run goes on. What `train.micro_batch` and
-`train.global_batch` come to, together with the number of ranks, may not."""
+from train.checkpoint import checksums
+from train.checkpoint.files import finished, newest
+from train.config import Config, ConfigError, is_free, load, world_size_from_env
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError if the newest readable checkpoint is of another model or training."""
+    """Raise ConfigError if the newest readable checkpoint is of another model or training.
+
+    Keys that are marked FreeOnResume may differ. What `train.micro_batch` and `train.global_batch`
+    come to, together with the number of ranks, may not.
+    """
     for path in reversed(finished(run_dir / "checkpoints")):
         try:
             before = load(path / "config.yaml")
@@ -35,7 +29,7 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         f"{section}.{key}: {there[section].get(key)} there, {value} now"
         for section, keys in now.items()
         for key, value in keys.items()
-        if not FREE & {section, f"{section}.{key}"} and there[section].get(key) != value
+        if not is_free(section, key) and there[section].get(key) != value
     ]
     batch = config.global_batch(world_size_from_env())
     if batch != about["global_batch"]:
@@ -45,3 +39,19 @@ def check_same_run(run_dir: Path, config: Config) -> None:
             f"{run_dir} holds another run ({'; '.join(differ)}); choose another run.name, or these "
             "keys as they were to continue it"
         )
+
+
+def already_trained(config: Config) -> bool:
+    """Whether the run has its last step behind it; rank 0 then says so."""
+    found = newest(config.run_dir / "checkpoints")
+    if found is None or found[0] < config.train.steps:
+        return False
+    # A damaged last checkpoint is found out when it is restored, and its steps are trained again.
+    if checksums.damage(found[1]):
+        return False
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{config.run_dir} has already trained {found[0]} steps; raise train.steps="
+            f"{config.train.steps} to go on, or choose another run.name"
+        )
+    return True

@@ -14,14 +14,18 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "deep-ep", "triton")
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """What goes into `environment.json`: device, device_name, world_size, versions, commit."""
-    on_gpu = device.type == "cuda"
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device_name": device_name(device),
         "world_size": world_size,
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as CUDA reports it, or the CPU's as the system does."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def versions() -> dict[str, str]:

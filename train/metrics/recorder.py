@@ -1,14 +1,17 @@
 """Where metrics go: the terminal, the run's files and W&B. Rank 0 has one."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from train.config import Config
+from train.metrics.environment import describe_environment
 from train.metrics.metrics_file import MetricsFile
 from train.metrics.routing_picture import save_heat_map
-from train.metrics.terminal import Progress
+from train.metrics.terminal import Progress, facts
 from train.metrics.tracking import Tracker
+from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -65,3 +68,27 @@ class Recorder:
         self.file.close()
         self.routing_file.close()
         self.progress.finish(self.last, summary, self.run_dir)
+
+
+def describe(config: Config, ranks: Ranks, runs_on: str, first_step: int) -> Recorder | None:
+    """Say what runs where: in the run's folder, to W&B and on the terminal.
+
+    `runs_on` is who carries out the path on this machine. Returns rank 0's Recorder, for the steps
+    after `first_step`; the other ranks have none.
+    """
+    if not ranks.is_first:
+        return None
+    run_dir = config.run_dir
+    environment = describe_environment(ranks.device, ranks.world_size)
+    config.save(run_dir / "config.yaml")
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    recorder = Recorder(config, run_dir, environment, first_step)
+    recorder.progress.start(
+        {
+            **facts(config, ranks, environment["device_name"], runs_on),
+            "tracking": recorder.tracker.describe(),
+            "start": f"step {first_step} of {config.train.steps}"
+            + (f", from {run_dir / 'checkpoints'}" if first_step else ""),
+        }
+    )
+    return recorder

@@ -8,6 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from train.config import Config
+from train.metrics import flops
+from train.parallel import Ranks
+from train.preflight import resolve_dtype
+
 
 class Progress:
     """Rank 0's terminal. The bar is for terminals only; a log file gets the lines."""
@@ -70,3 +75,23 @@ class Progress:
             + (f"; median {speed:,.0f} tokens/s" if speed else "")
         )
         self.console.print(f"everything is in {run_dir}: metrics.jsonl, config.yaml, checkpoints/")
+
+
+def facts(config: Config, ranks: Ranks, device_name: str, runs_on: str) -> dict[str, str]:
+    """What is trained where, as the terminal shows it at the start."""
+    count = flops.count(config.model, config.moe)
+    dtype = resolve_dtype(config, ranks.device.type)
+    world_size, expert_parallel = ranks.world_size, config.parallel.expert_parallel
+    return {
+        "run": str(config.run_dir),
+        "machine": f"{world_size} x {device_name}",
+        "model": f"{count.total_params / 1e6:,.1f} M parameters, "
+        f"{count.active_params / 1e6:,.1f} M active per token",
+        "experts": f"{config.moe.num_experts}, top {config.moe.top_k}; "
+        f"{config.moe.num_experts // expert_parallel} on each of {expert_parallel} rank(s)",
+        "path": f"{config.moe.path}, computed in {str(dtype).removeprefix('torch.')}",
+        "runs on": runs_on,
+        "batch": f"{config.global_batch(world_size)} sequences of {config.model.seq_len} = "
+        f"{config.tokens_per_step(world_size):,} tokens a step "
+        f"({config.accumulation(world_size)} micro-batch(es) of {config.train.micro_batch} a rank)",
+    }

@@ -67,6 +67,11 @@ class StopRequest:
         asked = int(highest)
         return STOP_FILE if asked == BY_FILE else signal.Signals(asked).name if asked else None
 
+    def answer(self) -> None:
+        """Tell whoever asked by the stop file that all is saved."""
+        if self.file is not None:
+            self.file.write_text("saved\n")
+
     def wait_for_all(self) -> None:
         """Return when every rank has called it."""
         dist.barrier(group=self.group)

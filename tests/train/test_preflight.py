@@ -7,7 +7,7 @@ import torch
 
 from models.fp8 import operations
 from tests.support.tiny import TINY
-from train import loop
+from train import preflight
 from train.__main__ import main
 from train.config import ConfigError, load
 from train.metrics import environment
@@ -38,13 +38,13 @@ def two_gpus(monkeypatch):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"3 processes .* 2 GPU\(s\) here; start torchrun"):
-        loop.check(load(TINY[0], TINY[1:]))
+        preflight.check(load(TINY[0], TINY[1:]))
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_float32_on_a_gpu():
     with pytest.raises(ConfigError, match=r"train\.dtype=fp32 cannot run on a GPU.*dtype=bf16"):
-        loop.check(load(TINY[0], [*TINY[1:], "train.dtype=fp32"]))
+        preflight.check(load(TINY[0], [*TINY[1:], "train.dtype=fp32"]))
 
 
 @pytest.mark.usefixtures("two_gpus")

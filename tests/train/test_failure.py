@@ -1,0 +1,45 @@
+"""How an error is said: the line, the exit code, and who speaks first."""
+
+import pytest
+
+from train.config import ConfigError
+from train.failure import PATIENCE_S, Preempted, TrainingFailed, explain
+
+
+@pytest.mark.parametrize(
+    ("error", "begins", "code", "patience"),
+    [
+        (ConfigError("a line"), "error: a line", 2, (0, PATIENCE_S)),
+        (
+            ConfigError("Caught in worker\nTraceback\ntrain.config.ConfigError: a line\n"),
+            "error: a line",
+            2,
+            (0, PATIENCE_S),
+        ),
+        (TrainingFailed("a line"), "error: a line", 1, (0, PATIENCE_S)),
+        (RuntimeError("DataLoader worker\nis killed"), "error: rank {rank}: a process", 1, (0, 0)),
+        (
+            RuntimeError("[gloo] Connection closed by peer [::1]"),
+            "error: rank {rank} lost another rank",
+            1,
+            (PATIENCE_S, PATIENCE_S),
+        ),
+        (RuntimeError("NCCL error"), None, None, (PATIENCE_S, PATIENCE_S)),
+        (ValueError("a mistake of ours"), None, None, (0, 0)),
+    ],
+)
+def test_who_says_what(monkeypatch, error, begins, code, patience):
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        ending = explain(error)
+        assert (ending.line is None) == (begins is None)
+        if ending.line is not None:
+            assert ending.line.startswith(begins.format(rank=rank))
+            assert "\n" not in ending.line
+        assert (ending.exit_code, ending.patience_s) == (code, patience[rank])
+
+
+def test_a_stop_is_said_by_the_first_rank_alone(monkeypatch):
+    assert explain(Preempted("stopped")) == ("stopped", 75, 0)
+    monkeypatch.setenv("RANK", "1")
+    assert explain(Preempted("stopped")) == (None, 75, 0)

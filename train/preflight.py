@@ -1,0 +1,75 @@
+"""Whether a run can start on this machine: what cannot is one line before anything starts."""
+
+import os
+
+import torch
+
+from models.moe.runtime import why_not
+from train.checkpoint.same_run import check_same_run
+from train.config import Config, ConfigError
+
+
+def check(config: Config) -> None:
+    """Find what cannot run here before anything starts. Raises ConfigError."""
+    device = resolve_device(config)
+    if device == "cuda":
+        check_gpus()
+    if config.train.deterministic:
+        make_deterministic()
+    if device == "cuda" and resolve_dtype(config, device) is not torch.bfloat16:
+        raise ConfigError(
+            f"train.dtype={config.train.dtype} cannot run on a GPU: the experts' GEMMs there take "
+            "bfloat16; set train.dtype=bf16"
+        )
+    reason = why_not(config.model, config.moe, device, config.parallel.expert_parallel)
+    if reason:
+        raise ConfigError(reason)
+    run_dir = config.run_dir
+    check_same_run(run_dir, config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: {error.strerror}") from None
+
+
+def make_deterministic() -> None:
+    """Rule out what makes a GPU's result depend on timing. Before CUDA or TransformerEngine start.
+
+    These are sums whose order threads decide: in attention's backward pass (TransformerEngine), in
+    the embedding's (PyTorch), and in GEMMs that split their sum (cuBLAS, by workspace).
+    """
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory first would find reads of it, but costs a pass, and races with libraries
+    # that write such memory on a stream of their own.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def resolve_device(config: Config) -> str:
+    """`cpu` or `cuda`. Raises ConfigError where a GPU is asked for and there is none."""
+    if config.train.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device=cuda, but PyTorch sees no GPU; set train.device=cpu, or install a CUDA "
+            "build of PyTorch on a machine with one"
+        )
+    return config.train.device
+
+
+def check_gpus() -> None:
+    """Raise ConfigError where a machine has fewer GPUs than processes: each needs its own."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise ConfigError(
+            f"{processes} processes were started on this machine, and PyTorch sees {gpus} GPU(s) "
+            f"here; start torchrun --nproc-per-node {gpus}"
+        )
+
+
+def resolve_dtype(config: Config, device: str) -> torch.dtype:
+    """What forward and backward are computed in."""
+    if config.train.dtype == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
