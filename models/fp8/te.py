@@ -99,9 +99,12 @@ def permute_scaled(
 
     As `reference.permute_scaled`, with zeros in padding rows. The kernel is moe_permute's, called
     with plain tensors: given the tensor class, moe_permute makes a relayout before it and one
-    after it, and demands a number of rows that fits the rounding of its scales.
+    after it, and demands a number of rows that fits the rounding of its scales. Raises ValueError
+    for another layout on either side: it has no kernel for that.
     """
     _check_compact(x)
+    if layout is not Layout.COMPACT:
+        raise ValueError(f"TransformerEngine permutes to COMPACT scales, asked for {layout.name}")
     if x.rows == 0:  # nothing arrived, and a launch of no blocks is an error
         return x
     data, scale_inv = _permute(x.data.view(torch.uint8), x.scale_inv, row_map)
