@@ -14,11 +14,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from scripts.compare import __main__ as compare
-from scripts.compare import runs as compare_runs
+from scripts.compare.__main__ import main
 from scripts.compare.arms import arm_of, group_arms
-from scripts.compare.reading import reading
-from scripts.compare.runs import profiled_rows, read_run, step_parts
+from scripts.compare.reading import reading, warnings
+from scripts.compare.runs import choose_baseline, profiled_rows, read_run, read_runs, step_parts
+from scripts.compare.table import make_table
 
 STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
 
@@ -91,21 +91,21 @@ def three(tmp_path: Path) -> list[Path]:
 
 
 def table_of(folders: list[Path], baseline: str | None = None) -> dict[str, list[str]]:
-    runs = compare.read_runs(folders)
-    arm = arm_of(group_arms(runs), compare.choose_baseline(runs, baseline))
-    rows = compare.make_table(runs, arm)
+    runs = read_runs(folders)
+    arm = arm_of(group_arms(runs), choose_baseline(runs, baseline))
+    rows = make_table(runs, arm)
     return {row.label: [cell.text for cell in row.cells] for row in rows}
 
 
 def reading_of(folders: list[Path], baseline: str | None = None) -> list[str]:
-    runs = compare.read_runs(folders)
+    runs = read_runs(folders)
     arms = group_arms(runs)
-    return reading(runs, arms, arm_of(arms, compare.choose_baseline(runs, baseline)))
+    return reading(runs, arms, arm_of(arms, choose_baseline(runs, baseline)))
 
 
 def run_main(*arguments: object) -> tuple[int, str]:
     output = io.StringIO()
-    status = compare.main([str(a) for a in arguments], Console(file=output, width=120))
+    status = main([str(a) for a in arguments], Console(file=output, width=120))
     return status, output.getvalue()
 
 
@@ -167,7 +167,7 @@ def test_gap_is_taken_at_steps_that_both_have(tmp_path: Path) -> None:
 
 
 def warnings_of(folders: list[Path]) -> list[str]:
-    return compare.warnings(compare.read_runs(folders))
+    return warnings(read_runs(folders))
 
 
 def test_diverged_run_is_called_so(tmp_path: Path) -> None:
@@ -256,10 +256,10 @@ def test_gap_on_few_steps_is_not_called_a_finding(three: list[Path]) -> None:
 
 def test_without_environment_the_device_is_unknown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", "bf16", device=None)
-    assert compare_runs.read_run(folder).device is None
+    assert read_run(folder).device is None
     assert run_main(folder)[0] == 0
     cpu = write_run(tmp_path / "b", "bf16", device=None, config={"train": {"device": "cpu"}})
-    assert compare_runs.read_run(cpu).device == "cpu"
+    assert read_run(cpu).device == "cpu"
 
 
 class Page(HTMLParser):
@@ -334,7 +334,7 @@ def test_out_folder(three: list[Path], tmp_path: Path) -> None:
 def test_runs_of_one_name_keep_apart(tmp_path: Path) -> None:
     first = write_run(tmp_path / "x" / "a", "bf16")
     second = write_run(tmp_path / "y" / "a", "bf16")
-    names = [run.name for run in compare.read_runs([first, second])]
+    names = [run.name for run in read_runs([first, second])]
     assert names == [str(first), str(second)]
     assert run_main(first, second)[0] == 0
     assert (tmp_path / "compare" / "compare.html").exists()
@@ -343,7 +343,7 @@ def test_runs_of_one_name_keep_apart(tmp_path: Path) -> None:
 def test_row_being_written_is_left_out(three: list[Path]) -> None:
     with (three[0] / "metrics.jsonl").open("a") as file:
         file.write('{"progress/step": 210, "loss/tr')
-    assert len(compare_runs.read_run(three[0]).rows) == 20
+    assert len(read_run(three[0]).rows) == 20
 
 
 @pytest.mark.parametrize(
