@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from scripts.compare.__main__ import main
-from tests.compare.test_compare import write_run
 from tests.support.chromium import chromium
-from tests.support.made_up_runs import write_gpu_run
+from tests.support.made_up_runs import write_gpu_run, write_run
 
 SPEEDS = {"bf16": 41000, "fp8_baseline": 43800, "fp8_compact": 43900, "fp8_direct": 47800}
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
