@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ MODULE = re.compile(r"(?<!\S)-m ([a-z_][\w.]*\w)")
 PATH = re.compile(rf"(?<![\w/.<-])(?:{'|'.join(ROOMS)})/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 FILE = re.compile(r"(?<![\w/.*-])([\w-]+\.(?:py|sh|sbatch|yaml))\b")
+INSTALLED = {"pip", "pytest", "venv"}
+"""Modules of Python and of requirements-dev.txt."""
 MADE_UP = re.compile(r"NAME|[a-z]/file")
 """In the place of a name that the reader chooses."""
 OF_OTHERS = {"permutation.py", "storage.py", "setup.py", "config.yaml"}
@@ -24,7 +25,7 @@ OF_OTHERS = {"permutation.py", "storage.py", "setup.py", "config.yaml"}
 
 def is_module(name: str) -> bool:
     if name.split(".")[0] not in ROOMS:
-        return find_spec(name.split(".")[0]) is not None
+        return name in INSTALLED
     path = ROOT / name.replace(".", "/")
     return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
