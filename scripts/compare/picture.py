@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +14,15 @@ from scripts.compare.reading import partner
 from scripts.compare.runs import Run, common_losses
 
 DASHES = ["-", "--", ":", "-."]  # runs of one path
+
+
+class Style(TypedDict):
+    """How a run's line is drawn: what `Axes.plot` takes."""
+
+    color: str
+    lw: float
+    alpha: float
+    ls: str
 
 
 def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
@@ -39,8 +48,8 @@ def draw_gaps(axes: Axes, runs: Sequence[Run], baseline: Arm) -> None:
     axes.set_ylabel("gap, %")
 
 
-def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    styles = []
+def _styles(runs: Sequence[Run]) -> list[Style]:
+    styles: list[Style] = []
     for index, run in enumerate(runs):
         width, opacity = (4.5, 0.5) if run.path == WIDE else (1.5, 1.0)
         earlier = sum(other.path == run.path for other in runs[:index])

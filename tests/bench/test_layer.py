@@ -16,6 +16,7 @@ from scripts.bench import plots
 from scripts.bench.layer import main
 from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
 from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
+from scripts.bench.trace import Event
 from train.profiling.moe import PARTS
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_experts_are_halved_until_they_fit_and_keep_their_rows():
 
 
 def test_kernels_are_found_by_their_launch():
-    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict:
+    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> Event:
         args = {} if correlation is None else {"correlation": correlation}
         return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
 

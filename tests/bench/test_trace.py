@@ -3,14 +3,13 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from scripts.bench.trace import kind_of, main, summarize
+from scripts.bench.trace import Event, kind_of, main, summarize
 
 
-def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:
+def kernel(name: str, start: float, duration: float, category: str = "kernel") -> Event:
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from scripts.compare.arms import Arm
 from scripts.compare.colors import COLORS, WIDE
@@ -22,6 +22,39 @@ from scripts.compare.table import Row
 HERE = Path(__file__).parent
 
 Values = dict[int, float]
+"""By step."""
+
+
+class Curve(TypedDict):
+    """A run as `page.js` knows it, with its x values."""
+
+    index: int
+    name: str
+    path: str
+    step: list[int]
+    tokens: list[float | None]
+    repeat: int
+    """How many runs of the same path come before it."""
+    under: bool
+    """Drawn wide, below the others."""
+
+
+class Chart(TypedDict):
+    """What is drawn in one pair of axes: y values for each run."""
+
+    title: str
+    unit: str
+    zero: bool
+    """Whether there is a line at 0."""
+    series: list[list[float | None]]
+    dots: NotRequired[list[list[float | None]]]
+
+
+class Data(TypedDict):
+    """What the page's script draws."""
+
+    runs: list[Curve]
+    charts: list[Chart]
 
 
 def make_html(
@@ -78,10 +111,8 @@ def path_colors() -> str:
     return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
-def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
-    """What the script draws: runs with their x values, charts with a list of y values per run.
-
-    Lists of one run are equally long; null stands where a step has no value, or none that is
+def make_data(runs: Sequence[Run], baseline: Arm) -> Data:
+    """Lists of one run are equally long; None stands where a step has no value, or none that is
     finite.
     """
     steps = [[row["progress/step"] for row in run.rows] for run in runs]
@@ -106,22 +137,26 @@ def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
         ("Busiest expert over the mean", "", metric("moe/max_expert_load")),
         ("Gradient norm", "", metric("optim/grad_norm")),
     ]
-    charts = []
+    charts: list[Chart] = []
     for title, unit, values in wanted:
         if len(runs) == 1 and values is gaps:
             continue
         found = [values(run) for run in runs]
         if not any(map(math.isfinite, (v for one in found for v in one.values()))):
             continue
-        chart: dict[str, Any] = {"title": title, "unit": unit, "zero": values is gaps}
-        chart["series"] = _lists(found, steps)
+        chart: Chart = {
+            "title": title,
+            "unit": unit,
+            "zero": values is gaps,
+            "series": _lists(found, steps),
+        }
         if title == "Training loss":
             valid = [run.series("loss/valid") for run in runs]
             if any(valid):
                 chart["title"] = "Training loss (dots: validation)"
                 chart["dots"] = _lists(valid, steps)
         charts.append(chart)
-    described = []
+    described: list[Curve] = []
     for index, run in enumerate(runs):
         tokens = run.series("progress/tokens")
         described.append(
