@@ -26,7 +26,7 @@ OURS, STOCK = "#0072B2", "#8A8A94"
 PART_COLORS = {
     "quantize": "#4e79a7",
     "dispatch": "#76b7b2",
-    "wrap": "#bab0ac",
+    "wrap": "#bab0ac",  # in results from before it was no part any more: it moves nothing
     "permute": "#a0cbe8",
     "up_projection": "#59a14f",
     "relayout": "#e15759",  # the subject: the only red
