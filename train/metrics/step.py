@@ -1,6 +1,6 @@
 """What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,20 @@ from models.fp8.tensor import relayouts
 from models.gpt import GPT
 from train import parallel
 from train.metrics.routing import RoutingHealth
+
+
+class Gathered(TypedDict):
+    """What is gathered and not yet collected, on the CPU, for a checkpoint."""
+
+    steps: int
+    skipped: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    expert_load: list[torch.Tensor]
+    auxiliary: dict[str, torch.Tensor]
+    counts: dict[str, torch.Tensor | int]
+    relayouts: dict[str, int]
+    bytes_sent: int
 
 
 class StepMetrics:
@@ -58,8 +72,8 @@ class StepMetrics:
         self.steps = self.skipped = 0
         return metrics
 
-    def state(self) -> dict[str, Any]:
-        """What is gathered and not yet collected, for a checkpoint; copies, on the CPU."""
+    def state(self) -> Gathered:
+        """Copies of what is gathered and not yet collected."""
         return {
             "steps": self.steps,
             "skipped": self.skipped,
@@ -75,7 +89,7 @@ class StepMetrics:
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Gathered) -> None:
         """Go on gathering from what `state` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         device = self.loss.device
