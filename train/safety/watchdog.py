@@ -107,7 +107,8 @@ class Watchdog:
         if self._closed.is_set():
             return
         present = self._present()
-        if self.rank == min(rank for rank, where in present.items() if where.can_speak):
+        speakers = (rank for rank, where in present.items() if where.can_speak)
+        if self.rank == min(speakers, default=self.rank):
             line = summary(present, self.world_size, self.timeout_s)
             print(f"error: {line}; stacks are in {self.folder}", file=sys.stderr, flush=True)
         else:
