@@ -9,9 +9,7 @@ train/parallel.py. The parameters have the same names on every machine.
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +25,14 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from models.config import ModelConfig, MoEConfig
 from models.cpu_attention import CausalAttention, RotaryPositions
-from models.fp8 import operations
-from models.moe.dispatch import Dispatcher
-from models.moe.dispatch.all_to_all import AllToAll
-from models.moe.experts import Experts, Runtime
+from models.moe.experts import Experts
 from models.moe.layer import ExpertParallelMoE
-from models.moe.paths import PATHS
-
-
-@dataclass
-class GPTConfig(TransformerConfig):
-    """megatron-core's config, and what our MoE layer needs beside it."""
-
-    moe_runtime: Runtime | None = None
-    shared_expert_linears: MLPSubmodules | None = None
+from models.moe.runtime import GPTConfig, Runtime, build_runtime
 
 
 class GPT(GPTModel):
@@ -163,64 +149,6 @@ def build_gpt(
     return gpt
 
 
-def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str | None:
-    """Why this path or dispatch cannot run on `cpu` or `cuda` here, in one line; None if it can.
-
-    `ranks` share one set of experts.
-    """
-    if moe.dispatch == "deep_ep" and device == "cpu":
-        return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
-    if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
-        return f"model.dense_fp8=true cannot run here: {reason}"
-    if (reason := operations.why_not(moe.path, device)) is not None:
-        return f"moe.path={moe.path} cannot run here: {reason}"
-    if moe.dispatch == "deep_ep" and (reason := _why_no_deep_ep(model, moe, ranks)) is not None:
-        return f"moe.dispatch=deep_ep cannot run here: {reason}"
-    return None
-
-
-def _why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
-    from models.moe.dispatch import deep_ep
-
-    return deep_ep.unavailable(
-        ranks,
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        model.hidden_size,
-        2 if moe.path == "bf16" else 1,
-        moe.top_k,
-        moe.num_experts // ranks,
-    )
-
-
-def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
-    """Settle, once, who carries out the path on this machine."""
-    group = parallel_state.get_expert_model_parallel_group()
-    chosen = operations.choose(moe.path, device)
-    dispatcher: Dispatcher = AllToAll(group, moe.num_experts)
-    note = "dispatch by all_to_all"
-    if device == "cuda" and moe.dispatch != "all_to_all":
-        reason = _why_no_deep_ep(model, moe, group.size())
-        if reason is None:
-            from models.moe.dispatch.deep_ep import DeepEP
-
-            dispatcher = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
-            note = "dispatch by deep_ep"
-        else:
-            note += f" (not deep_ep: {reason})"
-    path = PATHS[moe.path]
-    waits = device == "cpu" or getattr(chosen, path.LINEAR).NEEDS_SEGMENTS_ON_HOST
-    if waits and moe.capacity is not None:
-        note += "; moe.capacity left aside: the experts get room for what arrives, and drop nothing"
-    return Runtime(
-        path,
-        chosen,
-        dispatcher,
-        f"{chosen.description}; {note}",
-        capacity=None if waits else moe.capacity,
-        recompute=moe.recompute,
-    )
-
-
 @torch.no_grad()
 def initialize(gpt: GPT, std: float, embedding_std: float | None, seed: int) -> None:
     """Draw each weight from a generator of its own, seeded by its name and the expert's number.
@@ -257,11 +185,11 @@ def _draw(weight: Tensor, deviation: float, key: str) -> None:
 class _Parts:
     """The classes of the dense part of a layer."""
 
-    norm: Any
-    qk_norm: Any
-    column_linear: Any
-    row_linear: Any
-    attention: Any
+    norm: type[nn.Module]
+    qk_norm: type[nn.Module]
+    column_linear: type[nn.Module]
+    row_linear: type[nn.Module]
+    attention: type[nn.Module]
 
 
 def _torch_parts() -> _Parts:

@@ -10,11 +10,14 @@ cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 
 export OMP_NUM_THREADS=$((cores > 2 ? cores / 2 : 1))
 
 folder=runs/demo-$(date +%Y%m%d-%H%M%S)
-for path in bf16 fp8_baseline fp8_compact fp8_direct; do
+paths=$(python -c 'from models.config import PATH_NAMES; print(*PATH_NAMES)')
+runs=()
+for path in $paths; do
   echo
   echo "=== moe.path=$path"
   torchrun --standalone --nproc-per-node 2 -m train configs/demo_cpu.yaml \
     train.device=cpu moe.path="$path" run.name="$path" run.dir="$folder" "$@"
+  runs+=("$folder/$path")
 done
 echo
-python -m scripts.compare "$folder"/{bf16,fp8_baseline,fp8_compact,fp8_direct} --out "$folder/compare"
+python -m scripts.compare "${runs[@]}" --out "$folder/compare"

@@ -10,17 +10,47 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from train.quiet import hush_imports
+import torch
 
-hush_imports()
+from models.gpt import GPT, build_gpt
+from models.moe.runtime import why_not
+from scripts.export import read
+from train import parallel
+from train.config import Config, ConfigError
+from train.data.tokenizer import Tokenizer, load_tokenizer
 
-import torch  # noqa: E402
 
-from models.gpt import GPT  # noqa: E402
-from scripts.model_file import load_model  # noqa: E402
-from train import parallel  # noqa: E402
-from train.config import ConfigError  # noqa: E402
-from train.data.tokenizer import Tokenizer  # noqa: E402
+def load_model(
+    path: Path, device: str, moe_path: str | None = None
+) -> tuple[GPT, Tokenizer, Config]:
+    """The model on `cpu` or `cuda`, ready to predict, in bfloat16 on a GPU; its tokenizer, config.
+
+    Experts compute by `moe_path`, by default the one the model was trained on. Starts a process
+    group of this process alone. Raises ConfigError.
+    """
+    weights, config, _ = read(path)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    # Every token is to be served, each by the experts that its router chooses.
+    moe = config.moe.model_copy(
+        update={
+            "path": moe_path or config.moe.path,
+            "capacity": None,
+            "force_balance": False,
+            "dispatch": "all_to_all",
+        }
+    )
+    reason = why_not(config.model, moe, device, 1)
+    if reason:
+        raise ConfigError(reason)
+    ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
+    model = build_gpt(config.model, moe, ranks.device, config.train.seed)
+    model.load_state_dict(weights, strict=False)
+    missing = {name for name, _ in model.named_parameters()} - weights.keys()
+    if missing:
+        raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
+    if device == "cuda":
+        model.to(torch.bfloat16)
+    return model.eval(), tokenizer, config
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 #   DRY_RUN=1                                     print what would be submitted
 #   SBATCH_OPTIONS="--nodes 2 --gpus-per-node 8"  of the training jobs; what all jobs need, such as
 #                                                 an account, sbatch takes from SBATCH_ACCOUNT
-#   MOE_PATHS="bf16 fp8_compact"                  instead of all four
+#   MOE_PATHS="bf16 fp8_compact"                  instead of all
 #   RUNS=runs/folder                              instead of one by today's name; given again, the
 #                                                 runs in it go on
 set -euo pipefail
@@ -18,7 +18,12 @@ if [ ! -f "$config" ]; then
   exit 2
 fi
 folder=${RUNS:-runs/$(basename "$config" .yaml)-$(date +%Y%m%d-%H%M%S)}
-read -ra paths <<<"${MOE_PATHS:-bf16 fp8_baseline fp8_compact fp8_direct}"
+if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+names=${MOE_PATHS:-$(python -c 'from models.config import PATH_NAMES; print(*PATH_NAMES)')} || {
+  echo "error: which paths there are, Python says with requirements.txt installed; or set MOE_PATHS" >&2
+  exit 2
+}
+read -ra paths <<<"$names"
 read -ra options <<<"${SBATCH_OPTIONS:-}"
 
 submit() { # sbatch's arguments; prints the job's number

@@ -17,7 +17,7 @@ LONG = ("test_slurm.py", "test_faults.py")
 
 LEAVE_THREADS = (
     "test_dashboard.py",
-    "test_compare_page.py",
+    "test_page.py",
     "test_sync.py",
     "test_tracking.py",
 )

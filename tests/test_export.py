@@ -25,7 +25,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def validation_loss(rank: int, model_file: Path, config_file: Path) -> float:
-    from scripts.model_file import load_model
+    from scripts.generate import load_model
     from train.data import batches as data
 
     model, _, _ = load_model(model_file, "cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from models.config import PATH_NAMES
 from tests.support.slurm_cluster import Cluster, why_not
 from tests.support.tiny import TINY, argv, checkpoints, repeated
 
@@ -46,13 +47,12 @@ def test_dry_run_of_the_comparison(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 5
-    paths = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
-    for line, path in zip(lines, paths, strict=False):
+    assert len(lines) == len(PATH_NAMES) + 1
+    for line, path in zip(lines, PATH_NAMES, strict=False):
         assert line.startswith(f"sbatch --nodes 2 --job-name=moe-{path} ")
         assert f"slurm/train.sbatch {CONFIG} train.steps=7 moe.path={path} run.name={path} " in line
-    assert "--dependency=afterany:JOB:JOB:JOB:JOB" in lines[-1]
-    assert all(f"{tmp_path}/runs/{path} " in f"{lines[-1]} " for path in paths)
+    assert f"--dependency=afterany{':JOB' * len(PATH_NAMES)} " in lines[-1]
+    assert all(f"{tmp_path}/runs/{path} " in f"{lines[-1]} " for path in PATH_NAMES)
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing"
 
 

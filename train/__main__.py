@@ -10,15 +10,11 @@ import logging
 import sys
 import time
 
-from train.quiet import hush_imports
+from torch.distributed.elastic.multiprocessing.errors import record
 
-hush_imports()
-
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
-
-from train.checkpoint import run_lock  # noqa: E402
-from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env  # noqa: E402
-from train.failure import explain, refuse_while_stopped, run_process  # noqa: E402
+from train.checkpoint import run_lock
+from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env
+from train.failure import explain, refuse_while_stopped, run_process
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -245,17 +245,15 @@ def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
 @torch.no_grad()
 def validate(training: Training, corpus: Corpus) -> float:
     """Mean loss over the validation batches, the same sequences every time."""
-    model, ranks, runtime = training.model, training.ranks, training.model.runtime
+    model, ranks = training.model, training.ranks
     model.eval()
-    sent, dropped = runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
-        found = losses(model, batch.to(ranks.device), training.config)
-        total += torch.stack([found.sum().double(), total.new_tensor(found.numel())])
+    with model.runtime.uncounted():  # what is logged is training's
+        for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
+            found = losses(model, batch.to(ranks.device), training.config)
+            total += torch.stack([found.sum().double(), total.new_tensor(found.numel())])
     dist.all_reduce(total)
     model.train()
-    # What is logged is training's.
-    runtime.dispatcher.bytes_sent, runtime.counts.dropped_rows = sent, dropped
     # Nothing else would free gathered weights, since no backward pass follows.
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -11,12 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from models.fp8.reference.adamw import AdamWStep
-from models.fp8.tensor import BlockScaledWeights
 from models.gpt import GPT
+from models.moe.experts import Prepared
 from train.config import OptimConfig
-
-Prepared = tuple[Tensor, Tensor] | tuple[BlockScaledWeights, BlockScaledWeights]
-"""A weight as the GEMMs of the forward and of the backward pass take it."""
 
 
 class PreparingAdamW(torch.optim.AdamW):
@@ -62,12 +59,13 @@ class PreparingAdamW(torch.optim.AdamW):
                 parameters, gradients, means, squares, numbers, strict=True
             ):
                 step = AdamWStep(*rates, float(number), self.grad_scale)
-                local = [_local(t) for t in (parameter, *tensors)]
+                w, grad, mean, square = (_local(t) for t in (parameter, *tensors))
                 if parameter in self._of_experts:
-                    update = runtime.linear.update_weights
-                    prepared[parameter] = update(*local, step, self._dtype, runtime.ops)
+                    prepared[parameter] = runtime.linear.update_weights(
+                        w, grad, mean, square, step, self._dtype
+                    )
                 else:
-                    runtime.ops.adamw(*local, step)
+                    runtime.ops.adamw(w, grad, mean, square, step)
         for experts in self._experts:
             if experts.up in prepared and experts.down in prepared:
                 experts.keep_prepared(prepared[experts.up], prepared[experts.down])

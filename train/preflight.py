@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from models.gpt import why_not
+from models.moe.runtime import why_not
 from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError
 

@@ -1,31 +1,74 @@
 """Linear layers of all local experts, in the three ways that paths compute them.
 
-A path names its class in `LINEAR`; `ops` has the class, these here or a faster one.
-
 P rows of all local experts lie together, those of expert e from `offsets[e]` to `offsets[e + 1]`.
-Weights are [E, N, K]. Each class has the same functions:
-
-    prepare_weights   weights as the GEMMs want them, for the forward and for the backward pass:
-                      once an optimizer step
-    update_weights    an optimizer step of the weights, and them prepared
-    forward           y [P, N] = x [P, K] @ w.T, and what to keep of x until the backward pass
-    down              SwiGLU and the down-projection: h [P, 2F] to [P, H], and what to keep; None if
-                      `down_backward` computes it again
-    down_backward     da [P, F] to dh as `backward` takes it, what `wgrad` needs of SwiGLU's result,
-                      and dprobs [P]
-    backward          dx = dy @ w, and what `wgrad` needs of dy right after
-    wgrad             dw [E, N, K] = dy.T @ x, in the dtype asked for, from what the others kept
-
-`NEEDS_SEGMENTS_ON_HOST` says that the host must know `offsets`, and so waits for the device.
+Weights are [E, N, K]. A path names its class in `LINEAR`; an object of it is made with the
+operations that it calls. On a GPU TransformerEngine's own (te.py) takes the place of `Fp8Linear`.
 """
 
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from models.fp8.operations import Operations
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
+
+
+class HasBytes(Protocol):
+    """Whatever a layer keeps for its backward pass."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Rows = TypeVar("Rows", contravariant=True)
+"""What `forward` multiplies: a Tensor, or a BlockScaledTensor as it was permuted."""
+Weights = TypeVar("Weights")
+"""One weight as the GEMMs want it."""
+Kept = TypeVar("Kept", bound=HasBytes)
+"""What wgrad needs of one of its operands."""
+
+
+class Linear(Protocol[Rows, Weights, Kept]):
+    """GEMMs of one MLP: the first by `forward`, in either pass; the second with SwiGLU between."""
+
+    ops: Operations
+    NEEDS_SEGMENTS_ON_HOST: bool
+    """The host must know `offsets`, and so waits for the device."""
+
+    def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
+        """A weight for the forward and for the backward pass: once an optimizer step."""
+
+    def update_weights(
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
+        dtype: torch.dtype,
+    ) -> tuple[Weights, Weights]:  # fmt: skip
+        """An optimizer step of a weight, and it prepared."""
+
+    def forward(
+        self, x: Rows, w: Weights, offsets: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Kept]:
+        """y [P, N] = x [P, K] @ w.T in `dtype`, and what wgrad needs of x."""
+
+    def down(
+        self, h: Tensor, probs: Tensor, w: Weights, offsets: Tensor
+    ) -> tuple[Tensor, Kept | None]:
+        """SwiGLU and the down-projection: h [P, 2F] to [P, H], and what wgrad needs of SwiGLU's
+        result; None if `up_backward` computes that again."""
+
+    def up_backward(
+        self, da: Tensor, h: Tensor, probs: Tensor, a: Kept | None, w: Weights, offsets: Tensor
+    ) -> tuple[Tensor, Tensor, Kept, Kept]:
+        """SwiGLU's backward pass and the up-projection's dgrad, with what `down` kept as `a`:
+        da [P, F] to dx [P, H], dprobs [P], and what wgrad needs of dh and of SwiGLU's result."""
+
+    def wgrad(self, dy: Kept, x: Kept, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+        """dw [E, N, K] = dy.T @ x in `dtype`, from what the others kept."""
+
+
+AnyLinear = Linear[Any, Any, Any]
+"""One whose types nobody outside needs to know."""
 
 
 class HighPrecisionLinear:
@@ -33,41 +76,38 @@ class HighPrecisionLinear:
 
     NEEDS_SEGMENTS_ON_HOST = False
 
-    @staticmethod
-    def prepare_weights(w: Tensor, dtype: torch.dtype, ops: Any) -> tuple[Tensor, Tensor]:
+    def __init__(self, ops: Operations) -> None:
+        self.ops = ops
+
+    def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         w = w.to(dtype)
         return w, w.transpose(1, 2)
 
-    @staticmethod
     def update_weights(
-        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
-        ops: Any,
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        w = ops.adamw_cast(w, grad, mean, square, step, dtype)
+        w = self.ops.adamw_cast(w, grad, mean, square, step, dtype)
         return w, w.transpose(1, 2)
 
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, offsets: Tensor, ops: Any) -> tuple[Tensor, Tensor]:
-        return ops.grouped_mm(x, w, offsets), x
-
-    @staticmethod
-    def down(
-        h: Tensor, probs: Tensor, w: Tensor, offsets: Tensor, ops: Any
+    def forward(
+        self, x: Tensor, w: Tensor, offsets: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        return ops.HighPrecisionLinear.forward(ops.swiglu(h, probs), w, offsets, ops)
+        return self.ops.grouped_mm(x, w, offsets), x  # in x's own dtype, which is this one
 
-    @staticmethod
-    def down_backward(
-        da: Tensor, h: Tensor, probs: Tensor, kept: Any, ops: Any
-    ) -> tuple[Tensor, Any, Tensor]:
-        dh, dprobs = ops.swiglu_backward(da, h, probs)
-        return dh, kept, dprobs
+    def down(self, h: Tensor, probs: Tensor, w: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
 
-    backward = forward
+    def up_backward(
+        self, da: Tensor, h: Tensor, probs: Tensor, a: Tensor | None, w: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert a is not None
+        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
+        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
+        return dx, dprobs, dh_kept, a
 
-    @staticmethod
-    def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype, ops: Any) -> Tensor:
-        return ops.grouped_mm_wgrad(dy, x, offsets, dtype)
+    def wgrad(self, dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.ops.grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
 class Fp8Linear:
@@ -79,44 +119,51 @@ class Fp8Linear:
 
     NEEDS_SEGMENTS_ON_HOST = False
 
-    @staticmethod
+    def __init__(self, ops: Operations) -> None:
+        self.ops = ops
+
     def prepare_weights(
-        w: Tensor, dtype: torch.dtype, ops: Any
+        self, w: Tensor, dtype: torch.dtype
     ) -> tuple[BlockScaledWeights, BlockScaledWeights]:
         # FP8 tensor cores want the summed dimension last, so dgrad needs the bytes transposed.
-        return ops.quantize_weights_both_ways(w, dtype)
+        return self.ops.quantize_weights_both_ways(w, dtype)
 
-    @staticmethod
     def update_weights(
-        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
-        ops: Any,
-    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
-        return ops.adamw_quantize(w, grad, mean, square, step, dtype)
-
-    @staticmethod
-    def forward(
-        x: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
-    ) -> tuple[Tensor, BlockScaledTensor]:
-        rows = ops.quantize(x, Layout.GEMM_READY)
-        columns = ops.quantize_columns(x, Layout.GEMM_READY)
-        return ops.grouped_gemm(rows, w, offsets, x.dtype), columns
-
-    @staticmethod
-    def down(h: Tensor, probs: Tensor, w: Any, offsets: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.Fp8Linear.forward(ops.swiglu(h, probs), w, offsets, ops)
-
-    down_backward = HighPrecisionLinear.down_backward
-    backward = forward
-
-    @staticmethod
-    def wgrad(
-        dy: BlockScaledTensor,
-        x: BlockScaledTensor,
-        offsets: Tensor,
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
         dtype: torch.dtype,
-        ops: Any,
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
+        return self.ops.adamw_quantize(w, grad, mean, square, step, dtype)
+
+    def forward(
+        self, x: Tensor, w: BlockScaledWeights, offsets: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, BlockScaledTensor]:
+        rows = self.ops.quantize(x, Layout.GEMM_READY)
+        columns = self.ops.quantize_columns(x, Layout.GEMM_READY)
+        return self.ops.grouped_gemm(rows, w, offsets, dtype), columns
+
+    def down(
+        self, h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor
+    ) -> tuple[Tensor, BlockScaledTensor]:
+        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
+
+    def up_backward(
+        self,
+        da: Tensor,
+        h: Tensor,
+        probs: Tensor,
+        a: BlockScaledTensor | None,
+        w: BlockScaledWeights,
+        offsets: Tensor,
+    ) -> tuple[Tensor, Tensor, BlockScaledTensor, BlockScaledTensor]:
+        assert a is not None
+        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
+        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
+        return dx, dprobs, dh_kept, a
+
+    def wgrad(
+        self, dy: BlockScaledTensor, x: BlockScaledTensor, offsets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        return ops.grouped_gemm_wgrad(dy, x, offsets, dtype)
+        return self.ops.grouped_gemm_wgrad(dy, x, offsets, dtype)
 
 
 class DirectLinear:
@@ -126,43 +173,55 @@ class DirectLinear:
     scales where this machine's GEMM reads them, `ops.GEMM_LAYOUT`. wgrad sums over tokens, along
     which nothing has a scale. It is a high-precision product: of what arrived in FP8, dequantized
     for it; of the gradient, which is there when wgrad runs; and of SwiGLU's result, which its
-    backward pass computes again, so that none of it is kept. There is no `forward`: a path calls
-    `ops.grouped_gemm` with what it permuted.
+    backward pass computes again, so that none of it is kept.
     """
 
     NEEDS_SEGMENTS_ON_HOST = False
 
-    prepare_weights = Fp8Linear.prepare_weights
-    update_weights = Fp8Linear.update_weights
+    def __init__(self, ops: Operations) -> None:
+        self.ops = ops
 
-    @staticmethod
+    def prepare_weights(
+        self, w: Tensor, dtype: torch.dtype
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:
+        return self.ops.quantize_weights_both_ways(w, dtype)
+
+    def update_weights(
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
+        dtype: torch.dtype,
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
+        return self.ops.adamw_quantize(w, grad, mean, square, step, dtype)
+
+    def forward(
+        self, x: BlockScaledTensor, w: BlockScaledWeights, offsets: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, BlockScaledTensor]:
+        return self.ops.grouped_gemm(x, w, offsets, dtype), x
+
     def down(
-        h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor, ops: Any
+        self, h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor
     ) -> tuple[Tensor, None]:
-        a = ops.swiglu_quantize(h, probs, ops.GEMM_LAYOUT)
-        return ops.grouped_gemm(a, w, offsets, h.dtype), None
+        a = self.ops.swiglu_quantize(h, probs, self.ops.GEMM_LAYOUT)
+        return self.ops.grouped_gemm(a, w, offsets, h.dtype), None
 
-    @staticmethod
-    def down_backward(
-        da: Tensor, h: Tensor, probs: Tensor, kept: None, ops: Any
-    ) -> tuple[tuple[Tensor, BlockScaledTensor], Tensor, Tensor]:
-        dh, quantized, dprobs, a = ops.swiglu_backward_quantize(da, h, probs, ops.GEMM_LAYOUT)
-        return (dh, quantized), a, dprobs
+    def up_backward(
+        self,
+        da: Tensor,
+        h: Tensor,
+        probs: Tensor,
+        a: BlockScaledTensor | Tensor | None,
+        w: BlockScaledWeights,
+        offsets: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dh, quantized, dprobs, a = self.ops.swiglu_backward_quantize(
+            da, h, probs, self.ops.GEMM_LAYOUT
+        )
+        return self.ops.grouped_gemm(quantized, w, offsets, h.dtype), dprobs, dh, a
 
-    @staticmethod
-    def backward(
-        dy: tuple[Tensor, BlockScaledTensor], w: BlockScaledWeights, offsets: Tensor, ops: Any
-    ) -> tuple[Tensor, Tensor]:
-        high_precision, quantized = dy
-        dx = ops.grouped_gemm(quantized, w, offsets, high_precision.dtype)
-        return dx, high_precision
-
-    @staticmethod
     def wgrad(
+        self,
         dy: BlockScaledTensor | Tensor,
         x: BlockScaledTensor | Tensor,
         offsets: Tensor,
         dtype: torch.dtype,
-        ops: Any,
     ) -> Tensor:
-        return ops.grouped_wgrad(dy, x, offsets, dtype)
+        return self.ops.grouped_wgrad(dy, x, offsets, dtype)

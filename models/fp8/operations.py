@@ -1,63 +1,179 @@
-"""Who carries out the operations that paths name: settled once, when the model is built.
+"""What a path and the experts' linear layers call, and who carries it out: settled once.
 
-    CPU             reference.py, plain PyTorch
-    GPU             bf16            Triton, and PyTorch's grouped GEMM
-                    fp8_baseline    TransformerEngine's quantize, permute and GEMMs
+    CPU             reference/, plain PyTorch
+    GPU             bf16            kernels/: Triton, and PyTorch's grouped GEMM
+                    fp8_baseline    TransformerEngine's quantize, permute and dequantize
                     fp8_compact     Triton's quantize and permute, which write COMPACT scales;
-                                    TransformerEngine's dequantize and GEMMs, as the baseline's
+                                    TransformerEngine's dequantize, as the baseline's
                     fp8_direct      Triton; DeepGEMM's grouped GEMM where it is installed
 
-All have the names and the meaning of `reference.py`. What `fp8_baseline` and `fp8_compact` share
-is the same code, so that they differ in layouts alone.
+`Operations` has the signatures; `reference/`, `kernels/` and the modules of `gpu/` fit it, which
+mypy checks. The meaning is that of `reference/`. What `fp8_baseline` and `fp8_compact` share is the
+same code, so that they differ in layouts alone.
 """
 
 import importlib
 import importlib.util
-from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from models.config import PathName
 from models.fp8 import reference
+from models.fp8.reference.adamw import AdamWStep
+from models.fp8.reference.plan_rows import RowMap
+from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
 
 FP8_CAPABILITY = (9, 0)
 """The first GPUs whose tensor cores take FP8 in blocks: Hopper."""
 
 INSTALL = "pip install --no-build-isolation -r requirements-gpu.txt"
 
-# Operations that fp8_baseline and fp8_compact take from TransformerEngine, above Triton's.
-FROM_TE = {
-    "fp8_baseline": ("quantize", "dequantize", "permute_scaled", "Fp8Linear"),
-    "fp8_compact": ("dequantize", "Fp8Linear"),
-}
 
+class Operations(Protocol):
+    """Every operation, one signature each; a module with these functions is one.
 
-def choose(path: PathName, device: str, deep_gemm: bool = True) -> Any:
-    """The operations of a path on `cpu` or `cuda`, and a `description` of them for the user.
-
-    Without `deep_gemm` DeepGEMM is left alone.
+    Shapes, dtypes and errors are told by the functions of `reference/`.
     """
+
+    @property
+    def GEMM_LAYOUT(self) -> Layout:
+        """Where a producer of `grouped_gemm`'s x puts its scales."""
+
+    # quantize
+    def quantize(self, x: Tensor, layout: Layout) -> BlockScaledTensor: ...
+
+    def quantize_columns(self, x: Tensor, layout: Layout) -> BlockScaledTensor: ...
+
+    def quantize_weights_both_ways(
+        self, w: Tensor, dtype: torch.dtype
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]: ...
+
+    def dequantize(self, x: BlockScaledTensor, dtype: torch.dtype) -> Tensor: ...
+
+    # plan_rows
+    def plan_rows(
+        self,
+        expert_ids: Tensor,
+        num_experts: int,
+        alignment: int = BLOCK,
+        max_rows: int | None = None,
+    ) -> RowMap: ...
+
+    # permute
+    def permute(self, x: Tensor, row_map: RowMap) -> Tensor: ...
+
+    def permute_scaled(
+        self, x: BlockScaledTensor, row_map: RowMap, layout: Layout = Layout.COMPACT
+    ) -> BlockScaledTensor: ...
+
+    def permute_probs(self, weights: Tensor, row_map: RowMap) -> Tensor: ...
+
+    def unpermute(self, y: Tensor, row_map: RowMap) -> Tensor: ...
+
+    def unpermute_probs(self, p: Tensor, row_map: RowMap) -> Tensor: ...
+
+    # grouped_gemm: FP8 operands
+    def grouped_gemm(
+        self,
+        x: BlockScaledTensor,
+        w: BlockScaledWeights,
+        offsets: Tensor,
+        out_dtype: torch.dtype,
+    ) -> Tensor: ...
+
+    def grouped_gemm_wgrad(
+        self,
+        dy_t: BlockScaledTensor,
+        x_t: BlockScaledTensor,
+        offsets: Tensor,
+        out_dtype: torch.dtype,
+    ) -> Tensor: ...
+
+    # grouped_mm: high-precision products
+    def grouped_mm(self, x: Tensor, w: Tensor, offsets: Tensor) -> Tensor: ...
+
+    def grouped_mm_wgrad(
+        self, dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype
+    ) -> Tensor: ...
+
+    def grouped_wgrad(
+        self,
+        dy: BlockScaledTensor | Tensor,
+        x: BlockScaledTensor | Tensor,
+        offsets: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+    # swiglu
+    def swiglu(self, h: Tensor, probs: Tensor) -> Tensor: ...
+
+    def swiglu_quantize(self, h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor: ...
+
+    def swiglu_backward(self, da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def swiglu_backward_quantize(
+        self, da: Tensor, h: Tensor, probs: Tensor, layout: Layout
+    ) -> tuple[Tensor, BlockScaledTensor, Tensor, Tensor]: ...
+
+    # adamw
+    def adamw(
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep
+    ) -> None: ...
+
+    def adamw_cast(
+        self,
+        w: Tensor,
+        grad: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        step: AdamWStep,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+    def adamw_quantize(
+        self,
+        w: Tensor,
+        grad: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        step: AdamWStep,
+        dtype: torch.dtype,
+    ) -> tuple[BlockScaledWeights, BlockScaledWeights]: ...
+
+
+class Chosen(NamedTuple):
+    """Operations, and who carries them out, for the user."""
+
+    operations: Operations
+    description: str
+
+
+def choose(path: PathName, device: str, deep_gemm: bool = True) -> Chosen:
+    """The operations of a path on `cpu` or `cuda`. Without `deep_gemm` DeepGEMM is ignored."""
     if device == "cpu":
-        return _namespace(reference, "operations by reference (PyTorch)")
-    triton = importlib.import_module("models.fp8.kernels")
-    operations = _namespace(triton, "operations by Triton")
-    if path in FROM_TE:
-        te = importlib.import_module("models.fp8.te")
-        for name in FROM_TE[path]:
-            setattr(operations, name, getattr(te, name))
-        operations.description += f", {', '.join(FROM_TE[path])} by TransformerEngine"
+        return Chosen(reference, "operations by reference (PyTorch)")
+    from models.fp8 import kernels
+
+    triton = "operations by Triton"
+    if path == "fp8_baseline":
+        from models.fp8.gpu import fp8_baseline
+
+        names = "quantize, dequantize, permute_scaled, Fp8Linear"
+        return Chosen(fp8_baseline, f"{triton}, {names} by TransformerEngine")
+    if path == "fp8_compact":
+        from models.fp8.gpu import fp8_compact
+
+        return Chosen(fp8_compact, f"{triton}, dequantize, Fp8Linear by TransformerEngine")
     if path == "fp8_direct" and deep_gemm:
         try:
-            faster = importlib.import_module("models.fp8.deep_gemm")
+            from models.fp8.gpu import fp8_direct_deep_gemm
         except Exception as error:
             state = "not installed" if _is_missing(error, "deep_gemm") else f"broken: {error}"
-            operations.description += f" (DeepGEMM, which is faster, is {state})"
-        else:
-            operations.grouped_gemm = faster.grouped_gemm
-            operations.GEMM_LAYOUT = faster.GEMM_LAYOUT
-            operations.description += ", grouped_gemm by DeepGEMM"
-    return operations
+            return Chosen(kernels, f"{triton} (DeepGEMM, which is faster, is {state})")
+        return Chosen(fp8_direct_deep_gemm, f"{triton}, grouped_gemm by DeepGEMM")
+    return Chosen(kernels, triton)
 
 
 def why_not(path: PathName, device: str) -> str | None:
@@ -105,8 +221,3 @@ def why_no_fp8(device: str) -> str | None:
 
 def _is_missing(error: Exception, package: str) -> bool:
     return isinstance(error, ModuleNotFoundError) and package.startswith(str(error.name))
-
-
-def _namespace(module: Any, description: str) -> SimpleNamespace:
-    names = {name: getattr(module, name) for name in module.__all__}
-    return SimpleNamespace(**names, description=description)

@@ -1,4 +1,4 @@
-"""TransformerEngine 2.20's own kernels and calls under the names of `reference.py`.
+"""TransformerEngine 2.20's own kernels and calls under the names of `reference/`.
 
 What stock TransformerEngine makes of the five steps, for `fp8_baseline`. It keeps scales GEMM_READY
 in every tensor it makes, and the places where it, or whoever calls it, transposes them are these
@@ -15,14 +15,12 @@ in every tensor it makes, and the places where it, or whoever calls it, transpos
 kernels run without those passes: the operations below say which layout they take, and a path makes
 each pass itself, through `relayout`, where it is counted.
 
-Import it on a machine with TransformerEngine only. `Fp8Linear` stands in for the class of that name
-in `models/fp8/linear.py`: quantizing all experts at once, as its steps would have it, is not
+Import it on a machine with TransformerEngine only. `TELinear` takes the place of `Fp8Linear`
+(linear.py): quantizing all experts at once, as its steps would have it, is not
 what TransformerEngine does, since each expert's GEMM wants GEMM_READY scales of its own.
 """
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,10 +36,10 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
-from models.fp8 import linear
+from models.fp8.operations import Operations
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.reference.plan_rows import RowMap
-from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, BlockScaledWeights, Layout, ceil_div
+from models.fp8.tensor import E4M3, BlockScaledTensor, Layout
 
 
 def _quantizer(rowwise: bool, columnwise: bool, dims: int = 1) -> Float8BlockQuantizer:
@@ -59,9 +57,7 @@ def _quantizer(rowwise: bool, columnwise: bool, dims: int = 1) -> Float8BlockQua
 
 
 _ROWS = _quantizer(rowwise=True, columnwise=False)
-_COLUMNS = _quantizer(rowwise=False, columnwise=True)
 _ROWS_AND_COLUMNS = _quantizer(rowwise=True, columnwise=True)
-_WEIGHT = _quantizer(rowwise=True, columnwise=False, dims=2)
 _WEIGHT_BOTH_WAYS = _quantizer(rowwise=True, columnwise=True, dims=2)
 
 
@@ -74,30 +70,6 @@ def quantize(x: Tensor, layout: Layout) -> BlockScaledTensor:
     _check_gemm_ready(layout)
     quantized = tex.quantize(x, _ROWS)
     return _block_scaled(quantized._rowwise_data, quantized._rowwise_scale_inv)
-
-
-def quantize_columns(x: Tensor, layout: Layout) -> BlockScaledTensor:
-    """`x [M, K]` in blocks of 128 x 1, transposed: `[K, M]`. As `reference.quantize_columns`."""
-    _check_gemm_ready(layout)
-    quantized = tex.quantize(x, _COLUMNS)
-    return _block_scaled(quantized._columnwise_data, quantized._columnwise_scale_inv)
-
-
-def quantize_weights(w: Tensor) -> BlockScaledWeights:
-    """`w [E, N, K]` in blocks of 128 x 128, one kernel for all experts.
-
-    The same bits as `reference.quantize_weights`. Raises ValueError unless N is a multiple of 128:
-    a block would span two experts.
-    """
-    experts, n, k = w.shape
-    if n % BLOCK:
-        raise ValueError(f"N must be a multiple of {BLOCK}, got {n}")
-    quantized = tex.quantize(w.flatten(0, 1), _WEIGHT)
-    # Its rows of scales are rounded up to four.
-    scales = quantized._rowwise_scale_inv[:, : ceil_div(k, BLOCK)].contiguous()
-    return BlockScaledWeights(
-        quantized._rowwise_data.view(E4M3).view(w.shape), scales.view(experts, n // BLOCK, -1)
-    )
 
 
 def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
@@ -120,17 +92,23 @@ def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     return storage.dequantize(dtype=dtype)
 
 
-def permute_scaled(x: BlockScaledTensor, row_map: RowMap) -> BlockScaledTensor:
+def permute_scaled(
+    x: BlockScaledTensor, row_map: RowMap, layout: Layout = Layout.COMPACT
+) -> BlockScaledTensor:
     """Data and scales `[R, ...]` to `[P, ...]`, COMPACT in and out, in one kernel.
 
     As `reference.permute_scaled`, with zeros in padding rows. The kernel is moe_permute's, called
     with plain tensors: given the tensor class, moe_permute makes a relayout before it and one
-    after it, and demands a number of rows that fits the rounding of its scales.
+    after it, and demands a number of rows that fits the rounding of its scales. Raises ValueError
+    for another layout on either side: it has no kernel for that.
     """
     _check_compact(x)
+    if layout is not Layout.COMPACT:
+        raise ValueError(f"TransformerEngine permutes to COMPACT scales, asked for {layout.name}")
     if x.rows == 0:  # nothing arrived, and a launch of no blocks is an error
         return x
     data, scale_inv = _permute(x.data.view(torch.uint8), x.scale_inv, row_map)
+    assert scale_inv is not None
     return BlockScaledTensor(data.view(E4M3), scale_inv, Layout.COMPACT)
 
 
@@ -174,21 +152,22 @@ class Columns:
         return sum(t._columnwise_data.nbytes + t._columnwise_scale_inv.nbytes for t in self.experts)
 
 
-class Fp8Linear:
+class TELinear:
     """The calls that TransformerEngine's GroupedLinear makes, with its block-scaling recipe.
 
     One quantize kernel an expert, which reads x once and writes rows and columns, and one GEMM an
-    expert, on four streams. (A single grouped GEMM needs cuBLAS 13.6 on Hopper.) The functions are
-    those described in `models/fp8/linear.py`; `ops` is not used. Rows of an expert must be a
-    multiple of 8, and of 128 where a block of scales must not span two experts.
+    expert, on four streams. (A single grouped GEMM needs cuBLAS 13.6 on Hopper.) A `Linear`, see
+    `models/fp8/linear.py`. Rows of an expert must be a multiple of 8, and of 128 where a block of
+    scales must not span two experts.
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
 
-    @staticmethod
-    def prepare_weights(
-        w: Tensor, dtype: torch.dtype, ops: ModuleType | None = None
-    ) -> tuple[Weights, Weights]:
+    def __init__(self, ops: Operations) -> None:
+        """`ops` for SwiGLU and AdamW."""
+        self.ops = ops
+
+    def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         experts, n, _ = w.shape
         # One kernel an expert writes its bytes both ways.
         quantized = tex.split_quantize(
@@ -196,40 +175,38 @@ class Fp8Linear:
         )
         return Weights(quantized), Weights(quantized, transposed=True)
 
-    @staticmethod
     def update_weights(
-        w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep, dtype: torch.dtype,
-        ops: Any,
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
+        dtype: torch.dtype,
     ) -> tuple[Weights, Weights]:  # fmt: skip
-        w = ops.adamw_cast(w, grad, mean, square, step, dtype)
-        return Fp8Linear.prepare_weights(w, dtype)
+        w = self.ops.adamw_cast(w, grad, mean, square, step, dtype)
+        return self.prepare_weights(w, dtype)
 
-    @staticmethod
     def forward(
-        x: Tensor, w: Weights, offsets: Tensor, ops: ModuleType | None = None
+        self, x: Tensor, w: Weights, offsets: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Columns]:
         splits = _splits(offsets)
         quantized = tex.split_quantize(x, splits, [_ROWS_AND_COLUMNS] * len(splits))
         n, k = w.experts[0].size()
-        out = x.new_empty(len(x), k if w.transposed else n)
+        out = x.new_empty(len(x), k if w.transposed else n, dtype=dtype)
         layout = "NN" if w.transposed else "TN"
         _grouped_gemm(layout, w.experts, quantized, [out], splits, single_output=True)
         for part in quantized:
             part.update_usage(rowwise_usage=False, columnwise_usage=True)
         return out, Columns(quantized)
 
-    down = linear.Fp8Linear.down
-    down_backward = linear.Fp8Linear.down_backward
-    backward = forward
+    def down(self, h: Tensor, probs: Tensor, w: Weights, offsets: Tensor) -> tuple[Tensor, Columns]:
+        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
 
-    @staticmethod
-    def wgrad(
-        dy: Columns,
-        x: Columns,
-        offsets: Tensor,
-        dtype: torch.dtype,
-        ops: ModuleType | None = None,
-    ) -> Tensor:
+    def up_backward(
+        self, da: Tensor, h: Tensor, probs: Tensor, a: Columns | None, w: Weights, offsets: Tensor
+    ) -> tuple[Tensor, Tensor, Columns, Columns]:
+        assert a is not None
+        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
+        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
+        return dx, dprobs, dh_kept, a
+
+    def wgrad(self, dy: Columns, x: Columns, offsets: Tensor, dtype: torch.dtype) -> Tensor:
         shape = len(dy.experts), dy.experts[0].size(1), x.experts[0].size(1)
         out = torch.empty(shape, dtype=dtype, device=offsets.device)
         _grouped_gemm("NT", x.experts, dy.experts, list(out), _splits(offsets))
@@ -238,8 +215,8 @@ class Fp8Linear:
 
 def _grouped_gemm(
     layout: str,
-    a: list[Any],
-    b: list[Any],
+    a: list[Float8BlockwiseQTensorStorage],
+    b: list[Float8BlockwiseQTensorStorage],
     out: list[Tensor],
     splits: list[int],
     single_output: bool = False,
@@ -291,7 +268,7 @@ def _kernel_map(row_map: RowMap) -> Tensor:
     return _KERNEL_MAPS[row_map]
 
 
-def _permute(x: Tensor, scales: Tensor | None, row_map: RowMap) -> tuple[Tensor, Any]:
+def _permute(x: Tensor, scales: Tensor | None, row_map: RowMap) -> tuple[Tensor, Tensor | None]:
     received, slots = row_map.rows.shape
     table = _kernel_map(row_map)
     data, permuted_scales, _ = permutation.permute_with_mask_map(

@@ -8,12 +8,12 @@ which one an operation wants is the subject of this repository:
     GEMM_READY  [ceil(K / 128), M rounded up to 4]   block after block: cuBLAS
 
 Going from one to the other is a pass over memory that computes nothing. `relayout` is the only
-function that makes such a pass, and it counts, so a path's claim is checked by every run.
+function that makes such a pass. Paths call it through their trip, which counts, so a path's claim
+is checked by every run.
 """
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ SCALE_ALIGN = 4
 """cuBLAS reads GEMM_READY scales 16 bytes at a time: a row holds a multiple of four."""
 
 E4M3 = torch.float8_e4m3fn
-
-Phase = Literal["forward", "backward"]
 
 
 class Layout(Enum):
@@ -141,44 +139,16 @@ class BlockScaledWeights:
         return self.data.float() * _spread(_spread(self.scale_inv, 1, n), 2, k)
 
 
-class RelayoutCounter:
-    """How often scales were re-arranged, forward and backward apart.
-
-    Plain integers, because autograd runs backward in a thread of its own on a GPU, where
-    thread-local or context variables would start from nothing.
-    """
-
-    def __init__(self) -> None:
-        self.forward = 0
-        self.backward = 0
-
-    def add(self, phase: Phase) -> None:
-        """Counts one pass. For `relayout`, and for wrappers of libraries that make it inside."""
-        if phase == "forward":
-            self.forward += 1
-        elif phase == "backward":
-            self.backward += 1
-        else:
-            raise ValueError(f"phase must be 'forward' or 'backward', got {phase!r}")
-
-    def reset(self) -> None:
-        self.forward = self.backward = 0
-
-
-relayouts = RelayoutCounter()
-"""The counter of this process: what `relayout` adds to."""
-
-
-def relayout(x: BlockScaledTensor, layout: Layout, phase: Phase = "forward") -> BlockScaledTensor:
+def relayout(x: BlockScaledTensor, layout: Layout) -> BlockScaledTensor:
     """The same tensor with its scales in the other layout; data is shared, scales are copied.
 
     Transposes, makes contiguous, pads with zeros (to GEMM_READY) or drops the padding (to
-    COMPACT), and adds one to `relayouts`. Raises ValueError if the scales already are in that
-    layout: a path that asks for this has a step too many, and a count of it would mean nothing.
+    COMPACT). A path calls it as `trip.relayout`, which counts. Raises ValueError if the scales
+    already are in that layout: a path that asks for this has a step too many, and a count of it
+    would mean nothing.
     """
     if layout is x.layout:
         raise ValueError(f"scales are {layout.name} already: this relayout is one too many")
-    relayouts.add(phase)
     scale_inv = store_scales(x.row_scales, x.cols, layout)
     return BlockScaledTensor(x.data, scale_inv, layout)
 

@@ -1,16 +1,25 @@
 """What the MoE layers of this process count, so that claims are checked in every run."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
-from models.fp8.tensor import relayouts
+Phase = Literal["forward", "backward"]
 
 
 @dataclass
 class Counts:
-    """Sums over layers and micro-batches since the last `reset`."""
+    """Sums over layers and micro-batches since the last `reset`.
 
+    Plain integers where the host counts, because autograd runs backward in a thread of its own on a
+    GPU, where thread-local or context variables would start from nothing.
+    """
+
+    relayouts: dict[Phase, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    """Passes whose only work was to re-arrange scales."""
     forward_passes: int = 0
     """Forward passes of one MoE layer; one that is computed again counts again."""
     backward_passes: int = 0
@@ -25,14 +34,22 @@ class Counts:
         """Per MoE layer and pass: relayouts of scales, and MiB of activations kept for backward."""
         metrics = {}
         if self.forward_passes:
-            metrics["moe/scale_relayouts"] = relayouts.forward / self.forward_passes
+            metrics["moe/scale_relayouts"] = self.relayouts["forward"] / self.forward_passes
         if self.backward_passes:
-            metrics["moe/scale_relayouts_backward"] = relayouts.backward / self.backward_passes
+            per_pass = self.relayouts["backward"] / self.backward_passes
+            metrics["moe/scale_relayouts_backward"] = per_pass
         if self.kept_passes:
             metrics["moe/kept_mib"] = self.kept_bytes / self.kept_passes / 2**20
         return metrics
 
     def reset(self) -> None:
-        self.forward_passes = self.backward_passes = self.kept_bytes = self.kept_passes = 0
-        self.dropped_rows = 0
-        relayouts.reset()
+        vars(self).update(vars(Counts()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the `with` is not counted."""
+        before = {**vars(self), "relayouts": self.relayouts.copy()}
+        try:
+            yield
+        finally:
+            vars(self).update(before)

@@ -1,58 +1,39 @@
 """The experts of this rank: their weights, and the SwiGLU MLP between dispatch and combine."""
 
-import math
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.distributed.tensor import DTensor
 
-from models.moe.counts import Counts
-from models.moe.dispatch import Dispatcher
+from models.fp8.linear import HasBytes
 from models.moe.dispatch.trip import Trip
+from models.moe.runtime import GPTConfig, Runtime
 
-
-@dataclass(frozen=True)
-class Runtime:
-    """What was settled when the model was built: the path, and who carries it out."""
-
-    path: ModuleType  # one of models/moe/paths
-    ops: Any  # the operations, from models/fp8/operations.py
-    dispatcher: Dispatcher
-    description: str = ""  # of both, for the user
-    capacity: float | None = None  # see `MoEConfig.capacity`; None where it does not apply
-    recompute: bool = False  # see `MoEConfig.recompute`
-    counts: Counts = field(default_factory=Counts)
-
-    @property
-    def linear(self) -> Any:
-        """The class that computes the experts' GEMMs."""
-        return getattr(self.ops, self.path.LINEAR)
-
-    def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
-        """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
-        what rounding up each expert's rows may take. None where P is what arrives."""
-        if self.capacity is None:
-            return None
-        step = self.path.ROW_ALIGNMENT
-        return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
+Prepared = tuple[Any, Any]
+"""A weight as the runtime's linear layer wants it, for the forward and for the backward pass."""
 
 
 class Experts(nn.Module):
     """E local experts. A module of its own so that FSDP gathers exactly these weights around it."""
 
-    def __init__(self, local_experts: int, config: Any, pg_collection: Any = None) -> None:
-        """As megatron-core's MoELayer calls it; `config` is a `models.gpt.GPTConfig`."""
+    def __init__(
+        self,
+        local_experts: int,
+        config: GPTConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """As megatron-core's MoELayer calls it."""
         super().__init__()
-        self.runtime: Runtime = config.moe_runtime
+        self.runtime = config.moe_runtime
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
         device = "cpu" if config.use_cpu_initialization else "cuda"
         # The gate's rows first, then those of the up-projection: one GEMM makes both.
         self.up = nn.Parameter(torch.empty(local_experts, 2 * ffn, hidden, device=device))
         self.down = nn.Parameter(torch.empty(local_experts, hidden, ffn, device=device))
-        self._prepared: tuple[Any, Any] | None = None
+        self._prepared: tuple[Prepared, Prepared] | None = None
 
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Tokens [T, H], their experts int64 [T, top_k], weights float32 [T, top_k] to [T, H].
@@ -69,18 +50,50 @@ class Experts(nn.Module):
         return ExpertMLP.apply(tokens, weights, up, down, expert_ids, self.runtime, prepared)
 
     def forget_prepared(self) -> None:
-        """The parameters have changed: quantize them anew when they are needed next."""
+        """The parameters have changed: quantize them again when they are needed next."""
         self._prepared = None
 
-    def keep_prepared(self, up: Any, down: Any) -> None:
+    def keep_prepared(self, up: Prepared, down: Prepared) -> None:
         """The parameters have changed, and whoever changed them has prepared them too."""
         self._prepared = (up, down)
 
 
-def prepare_weights(up: Tensor, down: Tensor, dtype: torch.dtype, runtime: Runtime) -> Any:
+def prepare_weights(
+    up: Tensor, down: Tensor, dtype: torch.dtype, runtime: Runtime
+) -> tuple[Prepared, Prepared]:
     """Both weights as the path's GEMMs want them, each for the forward and the backward pass."""
     with torch.no_grad():
-        return tuple(runtime.linear.prepare_weights(w, dtype, runtime.ops) for w in (up, down))
+        prepare = runtime.linear.prepare_weights
+        return prepare(up, dtype), prepare(down, dtype)
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward pass."""
+
+    trip: Trip
+    h: Tensor
+    """What the up-projection made, [P, 2F]."""
+    x: HasBytes
+    """For the up-projection's wgrad."""
+    a: HasBytes | None
+    """For the down-projection's wgrad, unless backward computes it again."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of activations."""
+        return sum(t.nbytes for t in (self.h, self.x, self.a) if t is not None)
+
+
+class _Context(FunctionCtx):
+    """What ExpertMLP's forward pass leaves for its backward pass."""
+
+    runtime: Runtime
+    prepared: tuple[Prepared, Prepared]
+    local_experts: int
+    dtype: torch.dtype  # of the weights' gradients
+    saved: Saved | None  # None where it is computed again, from `saved_tensors`
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
 
 
 class ExpertMLP(torch.autograd.Function):
@@ -94,53 +107,51 @@ class ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         tokens: Tensor,
         weights: Tensor,
         up: Tensor,
         down: Tensor,
         expert_ids: Tensor,
         runtime: Runtime,
-        prepared: Any,
+        prepared: tuple[Prepared, Prepared],
     ) -> Tensor:
         local_experts = len(up)
-        y, kept = _compute(tokens, weights, expert_ids, local_experts, runtime, prepared)
-        trip = kept[0]
+        y, saved = _compute(tokens, weights, expert_ids, local_experts, runtime, prepared)
         counts = runtime.counts
         if runtime.capacity is not None:
-            counts.dropped_rows = counts.dropped_rows + trip.dropped_rows()
+            counts.dropped_rows = counts.dropped_rows + saved.trip.dropped_rows()
         ctx.runtime, ctx.prepared = runtime, prepared
         ctx.local_experts, ctx.dtype = local_experts, up.dtype
-        ctx.kept = None if runtime.recompute else kept
+        ctx.saved = None if runtime.recompute else saved
+        inputs = (tokens, weights, expert_ids)
         if runtime.recompute:
-            ctx.save_for_backward(tokens, weights, expert_ids)
+            ctx.save_for_backward(*inputs)
         if any(ctx.needs_input_grad):
             counts.kept_passes += 1
-            tensors = (tokens, weights, expert_ids) if runtime.recompute else kept[1:]
-            counts.kept_bytes += sum(t.nbytes for t in tensors if t is not None)
-        return trip.bring_home(y)
+            kept = sum(t.nbytes for t in inputs) if runtime.recompute else saved.nbytes
+            counts.kept_bytes += kept
+        return saved.trip.combine(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         runtime = ctx.runtime
         path, ops, linear = runtime.path, runtime.ops, runtime.linear
         (_, up), (_, down) = ctx.prepared
         # Taken off ctx, so that memory is free after this layer and not after the whole backward.
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:
-            inputs: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
-            _, kept = _compute(*inputs, ctx.local_experts, runtime, ctx.prepared)
-        trip, h, x_kept, a_kept = kept
-        del kept
+        saved, ctx.saved = ctx.saved, None
+        if saved is None:
+            _, saved = _compute(*ctx.saved_tensors, ctx.local_experts, runtime, ctx.prepared)
+        trip, h, x_kept, a_kept = saved
+        del saved
         trip.phase = "backward"
         offsets = trip.rows.offsets
 
-        da, dy_kept = path.to_experts(grad, down, trip, ops)
-        dh, a_kept, dprobs = linear.down_backward(da, h, trip.probs, a_kept, ops)
-        dx, dh_kept = linear.backward(dh, up, offsets, ops)
-        d_tokens, d_weights = trip.bring_home_with(dx, dprobs)
-        d_down = linear.wgrad(dy_kept, a_kept, offsets, ctx.dtype, ops)
-        d_up = linear.wgrad(dh_kept, x_kept, offsets, ctx.dtype, ops)
+        da, dy_kept = path.to_experts(grad, down, trip, ops, linear)
+        dx, dprobs, dh_kept, a_kept = linear.up_backward(da, h, trip.probs, a_kept, up, offsets)
+        d_tokens, d_weights = trip.combine_with_probs(dx, dprobs)
+        d_down = linear.wgrad(dy_kept, a_kept, offsets, ctx.dtype)
+        d_up = linear.wgrad(dh_kept, x_kept, offsets, ctx.dtype)
         runtime.counts.backward_passes += 1
         return d_tokens, d_weights, d_up, d_down, None, None, None
 
@@ -151,22 +162,29 @@ def _compute(
     expert_ids: Tensor,
     local_experts: int,
     runtime: Runtime,
-    prepared: Any,
-) -> tuple[Tensor, tuple[Trip, Tensor, Any, Any]]:
-    """Forward but for the way home: rows [P, H], and what the backward pass needs, the trip first.
+    prepared: tuple[Prepared, Prepared],
+) -> tuple[Tensor, Saved]:
+    """Forward but for combine: rows [P, H], and what the backward pass needs.
 
     The backward pass calls it too where activations are computed again.
     """
-    path, ops = runtime.path, runtime.ops
+    path, ops, linear = runtime.path, runtime.ops, runtime.linear
     (up, _), (down, _) = prepared
     max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], local_experts)
     trip = Trip(
-        runtime.dispatcher, ops, expert_ids, weights, local_experts, path.ROW_ALIGNMENT, max_rows
+        runtime.dispatcher,
+        ops,
+        runtime.counts,
+        expert_ids,
+        weights,
+        local_experts,
+        path.ROW_ALIGNMENT,
+        max_rows,
     )
-    h, x_kept = path.to_experts(tokens, up, trip, ops)
-    y, a_kept = runtime.linear.down(h, trip.probs, down, trip.rows.offsets, ops)
+    h, x_kept = path.to_experts(tokens, up, trip, ops, linear)
+    y, a_kept = linear.down(h, trip.probs, down, trip.rows.offsets)
     runtime.counts.forward_passes += 1
-    return y, (trip, h, x_kept, a_kept)
+    return y, Saved(trip, h, x_kept, a_kept)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from models.moe.experts import Experts
+from models.moe.runtime import GPTConfig
 
 
 class Router(TopKRouter):
@@ -40,11 +41,11 @@ class Router(TopKRouter):
 class ExpertParallelMoE(MoELayer):
     """megatron-core's MoELayer whose experts, dispatch included, are `models/moe/experts.py`.
 
-    `config` is a `models.gpt.GPTConfig`. `expert_load` int64 [num_experts] counts the tokens that
+    `expert_load` int64 [num_experts] counts the tokens that
     this rank's router sent to each expert since it was last set to zero.
     """
 
-    def __init__(self, config, layer_number=None, pg_collection=None) -> None:
+    def __init__(self, config: GPTConfig, layer_number=None, pg_collection=None) -> None:
         super().__init__(
             config=config,
             submodules=MoESubmodules(

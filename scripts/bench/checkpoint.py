@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from scripts.bench.results import describe_machine, spread, write_json
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import spread, write_json
 
 RESULT = Path("docs/results/checkpoint_demo.json")
 WARMUP = 2

@@ -19,10 +19,10 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout, relayout
-from scripts.bench import results
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import Row, spread, write_json
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 GEMMS = [(64, 1024, 2048, 2048), (32, 2048, 2048, 1536), (16, 4096, 7168, 4096)]
@@ -45,9 +46,14 @@ BUSY_CYCLES = 20_000_000
 """About 10 ms, in which the host queues the calls."""
 COMPACT, GEMM_READY = Layout.COMPACT, Layout.GEMM_READY
 
+Call = Callable[[], Any]
+"""What is timed; nobody looks at its result."""
+Make = Callable[[], Call]
+"""Makes a call with buffers of its own."""
 
-def time_us(make: Callable[[], Callable[[], Any]], input_bytes: int) -> list[float]:
-    """Microseconds of each call; `make` makes a call with buffers of its own."""
+
+def time_us(make: Make, input_bytes: int) -> list[float]:
+    """Microseconds of each of `CALLS` calls."""
     copies = max(2, min(-(-ROTATED_BYTES // max(input_bytes, 1)), CALLS))
     calls = [make() for _ in range(copies)]
     for call in calls[:2]:
@@ -68,7 +74,7 @@ class Bench:
 
     def __init__(self, only: str) -> None:
         self.only = only
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.copy_gb_s = 0.0
         self.dense: dict[str, float] = {}
 
@@ -77,7 +83,7 @@ class Bench:
         kernel: str,
         by: str,
         shape: str,
-        make: Callable[[], Callable[[], Any]],
+        make: Make,
         input_bytes: int,
         moved_bytes: int = 0,
         operations: float = 0,
@@ -95,12 +101,7 @@ class Bench:
             self.rows.append({"kernel": kernel, "by": by, "shape": shape, "error": text})
             return
         us = statistics.median(times)
-        row: dict[str, Any] = {
-            "kernel": kernel,
-            "by": by,
-            "shape": shape,
-            "us": results.spread(times),
-        }
+        row: Row = {"kernel": kernel, "by": by, "shape": shape, "us": spread(times)}
         line = f"{kernel:26} {by:12} {shape:26} {us:9.1f} us"
         if moved_bytes:
             row["gb_per_s"] = moved_bytes / us / 1e3
@@ -120,7 +121,9 @@ class Bench:
         self.rows.append(row)
 
 
-def bench_memory_bound(bench: Bench, ops: Any, te: Any, rows: int, cols: int) -> None:
+def bench_memory_bound(
+    bench: Bench, ops: ModuleType, te: ModuleType | None, rows: int, cols: int
+) -> None:
     shape = f"{rows} x {cols}"
     values = rows * cols
     scales = values // BLOCK * 4
@@ -128,14 +131,9 @@ def bench_memory_bound(bench: Bench, ops: Any, te: Any, rows: int, cols: int) ->
     def x() -> Tensor:
         return torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
 
-    def call(f: Callable[..., Any], *makers: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
+    def call(f: Callable[..., Any], *makers: Call) -> Make:
         """A maker of calls of f, each with arguments of its own."""
-
-        def make() -> Callable[[], Any]:
-            args = [maker() for maker in makers]
-            return lambda: f(*args)
-
-        return make
+        return lambda: partial(f, *(maker() for maker in makers))
 
     def copy(source: Tensor) -> Tensor:
         return torch.empty_like(source).copy_(source)
@@ -220,15 +218,15 @@ def bench_memory_bound(bench: Bench, ops: Any, te: Any, rows: int, cols: int) ->
     )  # fmt: skip
 
 
-def bench_weights(bench: Bench, ops: Any, experts: int, n: int, k: int) -> None:
+def bench_weights(bench: Bench, ops: ModuleType, experts: int, n: int, k: int) -> None:
     values = experts * n * k
     bench.run(
         "quantize_weights", "ours", f"{experts} x {n} x {k}",
-        lambda: _bind(ops.quantize_weights, _weights(experts, n, k)), 2 * values, 3 * values,
+        lambda: partial(ops.quantize_weights, _weights(experts, n, k)), 2 * values, 3 * values,
     )  # fmt: skip
 
 
-def bench_optimizer(bench: Bench, ops: Any, experts: int, n: int, k: int) -> None:
+def bench_optimizer(bench: Bench, ops: ModuleType, experts: int, n: int, k: int) -> None:
     """One optimizer step of one weight, and what is read of it afterwards."""
     shape = f"{experts} x {n} x {k}"
     values = experts * n * k
@@ -237,16 +235,16 @@ def bench_optimizer(bench: Bench, ops: Any, experts: int, n: int, k: int) -> Non
     def tensors() -> list[Tensor]:
         return [torch.rand(experts, n, k, device="cuda") for _ in range(4)]
 
-    def run(kernel: str, by: str, make: Callable[[], Callable[[], Any]], moved: int) -> None:
+    def run(kernel: str, by: str, make: Make, moved: int) -> None:
         bench.run(kernel, by, shape, make, 16 * values, moved * values)
 
-    def optimizer(kind: Any, **keys: Any) -> Callable[[], Any]:
+    def optimizer(kind: Callable[..., torch.optim.Optimizer], **keys: bool) -> Call:
         parameter = torch.nn.Parameter(torch.rand(experts, n, k, device="cuda"))
         parameter.grad = torch.rand_like(parameter)
         return kind([parameter], lr=1e-3, **keys).step
 
     to = torch.bfloat16
-    run("copy", "PyTorch", lambda: _bind(torch.clone, tensors()[0]), 8)
+    run("copy", "PyTorch", lambda: partial(torch.clone, tensors()[0]), 8)
     run("adamw", "PyTorch", partial(optimizer, torch.optim.AdamW, fused=True), 28)
     try:
         from transformer_engine.pytorch.optimizers import FusedAdam
@@ -254,36 +252,48 @@ def bench_optimizer(bench: Bench, ops: Any, experts: int, n: int, k: int) -> Non
         pass
     else:
         run("adamw", "TE", partial(optimizer, FusedAdam), 28)
-    run("adamw", "ours", lambda: _bind(ops.adamw, *tensors(), step), 28)
-    run("adamw_cast", "ours", lambda: _bind(ops.adamw_cast, *tensors(), step, to), 30)
-    run("adamw_quantize", "ours", lambda: _bind(ops.adamw_quantize, *tensors(), step, to), 30)
+    run("adamw", "ours", lambda: partial(ops.adamw, *tensors(), step), 28)
+    run("adamw_cast", "ours", lambda: partial(ops.adamw_cast, *tensors(), step, to), 30)
+    run("adamw_quantize", "ours", lambda: partial(ops.adamw_quantize, *tensors(), step, to), 30)
     run(
         "quantize_weights_both_ways", "ours",
-        lambda: _bind(ops.quantize_weights_both_ways, tensors()[0], to), 6,
+        lambda: partial(ops.quantize_weights_both_ways, tensors()[0], to), 6,
     )  # fmt: skip
-    norms: dict[str, Callable[..., Any]] = {
+    norms: dict[str, Callable[[list[Tensor]], Tensor]] = {
         "get_total_norm": torch.nn.utils.get_total_norm,
         "vector_norm": lambda gradients: torch.linalg.vector_norm(gradients[0]),
     }
     for kernel, norm in norms.items():
-        run(kernel, "PyTorch", lambda norm=norm: _bind(norm, tensors()[:1]), 4)  # type: ignore[misc]
-
-
-def _bind(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    return lambda: f(*args)
+        run(kernel, "PyTorch", lambda norm=norm: partial(norm, tensors()[:1]), 4)  # type: ignore[misc]
 
 
 def _weights(experts: int, n: int, k: int) -> Tensor:
     return torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16)
 
 
-def gemm_problem(ops: Any, experts: int, rows: int, k: int, n: int) -> SimpleNamespace:
-    """Operands of one up-projection, forward and backward, all experts with as many rows."""
+@dataclass(frozen=True)
+class GemmProblem:
+    """Operands of one up-projection of E experts, forward and backward; `8` is FP8."""
+
+    x: Tensor  # [P, K]
+    dy: Tensor  # [P, N]
+    w: Tensor  # [E, N, K]
+    offsets: Tensor  # int64 [E + 1]
+    x8: dict[Layout, BlockScaledTensor]
+    dy8: BlockScaledTensor
+    w8: BlockScaledWeights
+    w8_t: BlockScaledWeights
+    x8_t: BlockScaledTensor  # [K, P]
+    dy8_t: BlockScaledTensor  # [N, P]
+
+
+def gemm_problem(ops: ModuleType, experts: int, rows: int, k: int, n: int) -> GemmProblem:
+    """All experts have as many rows."""
     total = experts * rows
     x = torch.randn(total, k, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(total, n, device="cuda", dtype=torch.bfloat16)
     w = _weights(experts, n, k)
-    return SimpleNamespace(
+    return GemmProblem(
         x=x,
         dy=dy,
         w=w,
@@ -298,60 +308,57 @@ def gemm_problem(ops: Any, experts: int, rows: int, k: int, n: int) -> SimpleNam
 
 
 def bench_gemms(
-    bench: Bench, ops: Any, te: Any, deep_gemm: Any, experts: int, rows: int, k: int, n: int
-) -> None:
+    bench: Bench, ops: ModuleType, te: ModuleType | None, deep_gemm: ModuleType | None,
+    experts: int, rows: int, k: int, n: int,
+) -> None:  # fmt: skip
     shape = f"{experts} x {rows}, {k} to {n}"
     p = gemm_problem(ops, experts, rows, k, n)
     bf16 = torch.bfloat16
     operations = 2.0 * experts * rows * k * n
     bench.dense.clear()
 
-    def run(kernel: str, by: str, f: Callable[..., Any], *args: Any, kind: str) -> None:
+    def run(kernel: str, by: str, call: Call, kind: str) -> None:
         # The operands together are much larger than L2 already.
-        bench.run(kernel, by, shape, lambda: _bind(f, *args), ROTATED_BYTES, 0, operations, kind)
+        bench.run(kernel, by, shape, lambda: call, ROTATED_BYTES, 0, operations, kind)
 
-    dense_x8 = p.x8[GEMM_READY]
-    run("dense FP8 1x128, 128x128", "cuBLAS", dense_fp8, dense_x8, p.w8, kind="FP8")
-    run("dense bf16", "cuBLAS", torch.matmul, p.x, p.w[0].t(), kind="bf16")
-    run("dense bf16 wgrad", "cuBLAS", torch.matmul, p.dy.t(), p.x, kind="bf16 wgrad")
+    run("dense FP8 1x128, 128x128", "cuBLAS", partial(dense_fp8, p.x8[GEMM_READY], p.w8), "FP8")
+    run("dense bf16", "cuBLAS", partial(torch.matmul, p.x, p.w[0].t()), "bf16")
+    run("dense bf16 wgrad", "cuBLAS", partial(torch.matmul, p.dy.t(), p.x), "bf16 wgrad")
     for layout in Layout:
-        run(
-            f"grouped_gemm {layout.name}", "ours", ops.grouped_gemm, p.x8[layout], p.w8,
-            p.offsets, bf16, kind="FP8",
-        )  # fmt: skip
-    run("grouped_gemm dgrad", "ours", ops.grouped_gemm, p.dy8, p.w8_t, p.offsets, bf16, kind="FP8")
+        call = partial(ops.grouped_gemm, p.x8[layout], p.w8, p.offsets, bf16)
+        run(f"grouped_gemm {layout.name}", "ours", call, "FP8")
+    dgrad = partial(ops.grouped_gemm, p.dy8, p.w8_t, p.offsets, bf16)
+    run("grouped_gemm dgrad", "ours", dgrad, "FP8")
     if deep_gemm:
         experts_of_rows = torch.arange(experts, device="cuda", dtype=torch.int32)
         experts_of_rows = experts_of_rows.repeat_interleave(rows)
         aligned = deep_gemm.get_mn_major_tma_aligned_tensor(p.x8[COMPACT].scale_inv)
         for name, scales in (("COMPACT", p.x8[COMPACT].scale_inv), ("its own", aligned)):
             x8 = (p.x8[COMPACT].data, scales)
-            run(
-                f"grouped_gemm {name}", "DeepGEMM", deep_gemm_forward, deep_gemm, x8, p.w8,
-                experts_of_rows, kind="FP8",
-            )  # fmt: skip
+            call = partial(deep_gemm_forward, deep_gemm, x8, p.w8, experts_of_rows)
+            run(f"grouped_gemm {name}", "DeepGEMM", call, "FP8")
         got = deep_gemm_forward(deep_gemm, x8, p.w8, experts_of_rows)
         want = ops.grouped_gemm(p.x8[COMPACT], p.w8, p.offsets, bf16)
         error = float((got - want).float().norm() / want.float().norm())
         print(f"DeepGEMM and ours differ by {error:.1e}, relative, Frobenius")
         assert error < 0.01, "DeepGEMM computed something else"
-    run("grouped_mm", "PyTorch", ops.grouped_mm, p.x, p.w, p.offsets, kind="bf16")
+    run("grouped_mm", "PyTorch", partial(ops.grouped_mm, p.x, p.w, p.offsets), "bf16")
     wgrad = "bf16 wgrad"
     for dtype in (bf16, torch.float32):
-        run(f"grouped_mm_wgrad to {dtype}", "ours", ops.grouped_mm_wgrad, p.dy, p.x, p.offsets,
-            dtype, kind=wgrad)  # fmt: skip
-    run("grouped_mm_wgrad", "PyTorch", _pytorch_wgrad, p.dy, p.x, p.offsets, kind=wgrad)
-    compact = p.x8[COMPACT]
-    run(
-        "grouped_wgrad x FP8", "ours", ops.grouped_wgrad, p.dy, compact, p.offsets, bf16, kind=wgrad
-    )
-    run("grouped_wgrad dy FP8", "ours", ops.grouped_wgrad, p.dy8, p.x, p.offsets, bf16, kind=wgrad)
-    run("grouped_gemm_wgrad", "ours", ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16,
-        kind="FP8")  # fmt: skip
+        call = partial(ops.grouped_mm_wgrad, p.dy, p.x, p.offsets, dtype)
+        run(f"grouped_mm_wgrad to {dtype}", "ours", call, wgrad)
+    run("grouped_mm_wgrad", "PyTorch", partial(_pytorch_wgrad, p.dy, p.x, p.offsets), wgrad)
+    for name, dy, x in (("x FP8", p.dy, p.x8[COMPACT]), ("dy FP8", p.dy8, p.x)):
+        call = partial(ops.grouped_wgrad, dy, x, p.offsets, bf16)
+        run(f"grouped_wgrad {name}", "ours", call, wgrad)
+    fp8_wgrad = partial(ops.grouped_gemm_wgrad, p.dy8_t, p.x8_t, p.offsets, bf16)
+    run("grouped_gemm_wgrad", "ours", fp8_wgrad, "FP8")
     if te:
-        w, _ = te.Fp8Linear.prepare_weights(p.w, torch.bfloat16)
-        te.Fp8Linear.forward(p.x, w, p.offsets)  # asks for the segments once
-        run("quantize both, forward", "TE", te.Fp8Linear.forward, p.x, w, p.offsets, kind="FP8")
+        linear = te.TELinear(ops)
+        w, _ = linear.prepare_weights(p.w, bf16)
+        forward = partial(linear.forward, p.x, w, p.offsets, bf16)
+        forward()  # asks for the segments once
+        run("quantize both, forward", "TE", forward, "FP8")
 
 
 def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -359,7 +366,7 @@ def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def deep_gemm_forward(
-    deep_gemm: Any, x: tuple[Tensor, Tensor], w: BlockScaledWeights, experts_of_rows: Tensor
+    deep_gemm: ModuleType, x: tuple[Tensor, Tensor], w: BlockScaledWeights, experts_of_rows: Tensor
 ) -> Tensor:
     """DeepGEMM's forward GEMM of rows that lie together by expert; `experts_of_rows` int32 [P]."""
     y = torch.empty(len(x[0]), w.data.shape[1], device="cuda", dtype=torch.bfloat16)
@@ -375,9 +382,9 @@ def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
     )  # fmt: skip
 
 
-def tune(ops: Any) -> None:
+def tune(ops: ModuleType) -> None:
     """Settings of the FP8 grouped GEMM, TFLOP/s for each of `GEMMS`."""
-    from models.fp8.kernels.grouped_gemm import Tiling
+    from models.fp8.kernels.grouped_gemm import Tiling, grouped_gemm_tiled
 
     base = Tiling()
     small = replace(base, rows=64, warps=4, per_sm=2)
@@ -393,12 +400,32 @@ def tune(ops: Any) -> None:
         for (experts, rows, k, n), p in problems:
             args = (p.x8[COMPACT], p.w8, p.offsets, torch.bfloat16, tiling)
             try:
-                times = time_us(partial(_bind, ops.grouped_gemm, *args), ROTATED_BYTES)
+                times = time_us(partial(partial, grouped_gemm_tiled, *args), ROTATED_BYTES)
                 speeds.append(2e-6 * experts * rows * k * n / statistics.median(times))
             except Exception as error:  # out of shared memory, for one
                 print(f"  {type(error).__name__}: {str(error)[:80]}")
                 speeds.append(0.0)
         print("  ".join(f"{speed:6.0f}" for speed in speeds), " TFLOP/s ", tiling, flush=True)
+
+
+def find_te() -> ModuleType | None:
+    """Our operations by TransformerEngine, where it can be loaded."""
+    try:
+        from models.fp8 import te
+    except Exception as error:
+        print(f"without TransformerEngine: {type(error).__name__}: {error}")
+        return None
+    return te
+
+
+def find_deep_gemm() -> ModuleType | None:
+    """DeepGEMM itself, where it can be loaded."""
+    try:
+        import deep_gemm
+    except Exception as error:
+        print(f"without DeepGEMM: {type(error).__name__}: {error}")
+        return None
+    return deep_gemm
 
 
 def main() -> int:
@@ -420,18 +447,7 @@ def main() -> int:
     if args.tune:
         tune(ops)
         return 0
-    te: Any = None
-    try:
-        from models.fp8 import te  # type: ignore[no-redef]
-    except Exception as error:
-        print(f"without TransformerEngine: {type(error).__name__}: {error}")
-
-    deep_gemm: Any = None
-    try:
-        import deep_gemm  # type: ignore[no-redef]
-    except Exception as error:
-        print(f"without DeepGEMM: {type(error).__name__}: {error}")
-
+    te, deep_gemm = find_te(), find_deep_gemm()
     bench = Bench(args.only)
     for rows, cols in SIZES:
         bench_memory_bound(bench, ops, te, rows, cols)
@@ -445,7 +461,8 @@ def main() -> int:
             "rotated_mib": ROTATED_BYTES // 2**20,
             "plan": "8 slots a token, 2 of them local on average, 32 experts",
         }
-        results.write(args.out, torch.device("cuda", 0), config, bench.rows)
+        origin = describe_machine(torch.device("cuda", 0))
+        write_json(args.out, {**origin, "config": config, "rows": bench.rows})
     return 0
 
 

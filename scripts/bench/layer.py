@@ -14,9 +14,7 @@ copy.
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
-the relayouts counted are those that a profile shows (scripts/bench/layer_profile.py). On one GPU
-also the time of forward and backward as a CUDA graph, for paths that can be one
-(scripts/bench/layer_graph.py).
+the relayouts counted are those that a profile shows (scripts/bench/layer_profile.py).
 """
 
 import argparse
@@ -24,22 +22,20 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from models.config import PathName
+from models.config import PATH_NAMES, PathName
 from models.moe.experts import Runtime
-from scripts.bench import layer_graph, results
-from scripts.bench.layer_graph import can_capture
 from scripts.bench.layer_profile import PASSES, profile_layer
 from scripts.bench.layer_setup import SHAPES, Layer, Shape, fit
+from scripts.bench.machine import describe_machine
+from scripts.bench.results import Row, spread, write_json
 from train import parallel
 from train.profiling.moe import timed_runtime
 from train.profiling.timer import Lap, Timer
 
-PATHS: tuple[PathName, ...] = get_args(PathName)
 DEFAULT_SHAPES = ["qwen3_30b_a3b", "deepseek_v2_lite", "mixtral_8x7b", "deepseek_v3"]
 CALLS = 3
 """Timed calls of a path in each round."""
@@ -72,22 +68,22 @@ class Measurements:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         times = [
             [lap.milliseconds()["total"] for lap in laps] for laps in zip(*self.laps, strict=True)
         ]
         both = [sum(pair) for pair in zip(*times, strict=True)]
-        row: dict[str, Any] = {
-            "forward_ms": results.spread(times[0]),
-            "backward_ms": results.spread(times[1]),
-            "tflops_per_gpu": results.spread([self.layer.flops / ms / 1e9 for ms in both]),
+        row: Row = {
+            "forward_ms": spread(times[0]),
+            "backward_ms": spread(times[1]),
+            "tflops_per_gpu": spread([self.layer.flops / ms / 1e9 for ms in both]),
         }
         if self.peaks:
-            row["peak_allocated_gib"] = results.spread([peak / 2**30 for peak in self.peaks])
+            row["peak_allocated_gib"] = spread([peak / 2**30 for peak in self.peaks])
         for name, laps in zip(PASSES, zip(*self.parts, strict=True), strict=True):
             calls = [lap.milliseconds() for lap in laps]
             row[f"{name}_parts_ms"] = {
-                part: results.spread([call[part] for call in calls]) for part in calls[0]
+                part: spread([call[part] for call in calls]) for part in calls[0]
             }
         return row
 
@@ -104,7 +100,7 @@ def _call(layer: Layer, runtime: Runtime, timer: Timer) -> tuple[Lap, Lap]:
 
 def bench(
     name: str, paths: list[PathName], tokens: int, repeats: int, dispatch: str, device: torch.device
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of one shape, a path each."""
     ranks = dist.get_world_size()
     whole: Shape = SHAPES[name]
@@ -133,8 +129,6 @@ def bench(
             **measurements.row(),
             "profile": profile_layer(layer, measurements.runtime),
         }
-        if device.type == "cuda" and ranks == 1 and can_capture(measurements.runtime):
-            row["graph"] = layer_graph.measure(layer, measurements.runtime, repeats * CALLS)
         rows.append(row)
         measurements.runtime.dispatcher.close()
     return rows
@@ -149,7 +143,7 @@ def _free_memory(device: torch.device) -> int | None:
     return int(free)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row for the terminal."""
     times = "  ".join(f"{name} {row[f'{name}_ms']['median']:8.2f} ms" for name in PASSES)
     peak = row.get("peak_allocated_gib")
@@ -162,13 +156,7 @@ def line(row: dict[str, Any]) -> str:
         agree = all(c["relayouts"]["agree"] for c in counts)
         text += f"  kernels {'+'.join(str(c['kernels']) for c in counts)}"
         text += "  profile agrees" if agree else "  PROFILE DISAGREES"
-    if graph := row.get("graph"):
-        text += f"  as a graph: {graph.get('error') or _eager_and_graph(graph)}"
     return text
-
-
-def _eager_and_graph(graph: dict[str, Any]) -> str:
-    return f"{graph['eager_ms']['median']:.2f} to {graph['graph_ms']['median']:.2f} ms"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
     parser.add_argument("--tokens", type=int, default=16384, help="of each GPU (default 16384)")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
     parser.add_argument("--dispatch", choices=("all_to_all", "deep_ep"), default="all_to_all")
@@ -188,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
     args = parser.parse_args(argv)
     if args.plot:
-        from scripts.bench.plot_moe_layer import plot
+        from scripts.bench.plots import plot
 
         plot(args.plot, args.picture)
         print(args.picture)
@@ -207,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         "routing": "even",
         "dtype": "bfloat16" if on_gpu else "float32",
     }
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in args.shapes:
         try:
             found = bench(name, args.paths, args.tokens, args.repeats, args.dispatch, ranks.device)
@@ -226,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.is_first:
             print(*map(line, found), sep="\n", flush=True)
             if args.out:  # after every shape, so that a crash keeps what was measured
-                results.write(args.out, ranks.device, config, rows, world_size)
+                origin = describe_machine(ranks.device, world_size)
+                write_json(args.out, {**origin, "config": config, "rows": rows})
     dist.barrier()
     parallel.stop()
     return 1 if any("error" in row for row in rows) else 0

@@ -4,27 +4,61 @@ A trace is the list of events of a Chrome trace. Its host side tells which opera
 running when a kernel was launched; a kernel and its launch have the same correlation number.
 """
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from models.fp8.tensor import BLOCK, relayouts
-from models.moe.experts import Runtime
+from models.fp8.tensor import BLOCK
+from models.moe.counts import Phase
+from models.moe.runtime import Runtime
 from scripts.bench.layer_setup import Layer
+from scripts.bench.trace import Event, read
 from train.profiling.moe import PARTS, timed_runtime
 from train.profiling.timer import Timer
 
-Event = dict[str, Any]
-PASSES = ("forward", "backward")
+PASSES: tuple[Phase, ...] = ("forward", "backward")
 
 
-def trace(call: Callable[[], Any], device: torch.device) -> list[Event]:
+class Relayouts(TypedDict):
+    """How often one pass re-arranged scales, counted in several ways."""
+
+    counted: int
+    """By the path's own counter."""
+    kernels_in_ranges: NotRequired[int]
+    """Kernels launched inside `relayout`."""
+    transposing_copies: NotRequired[int]
+    """Operators that copied scales into the other order, found without looking at the two above."""
+    kernels_of_copies: NotRequired[int]
+    """Kernels that those operators launched."""
+    kernel_names: NotRequired[dict[str, int]]
+    kernel_us: NotRequired[float]
+    agree: NotRequired[bool]
+    """Whether all four counts are equal."""
+
+
+class PassProfile(TypedDict):
+    """Kernels of one pass; of a CPU, which launches none, relayouts alone."""
+
+    relayouts: Relayouts
+    kernels: NotRequired[int]
+    kernels_by_part: NotRequired[dict[str, int]]
+
+
+class Profile(TypedDict):
+    """Kernels of a layer's forward and backward pass."""
+
+    kernels_without_a_known_launch: NotRequired[int]
+    """0 where the trace is whole; the counts are then complete."""
+    forward: PassProfile
+    backward: PassProfile
+
+
+def trace(call: Callable[[], None], device: torch.device) -> list[Event]:
     """Events of one call. Inputs' types, shapes and strides are in them."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -37,7 +71,7 @@ def trace(call: Callable[[], Any], device: torch.device) -> list[Event]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        return [event for event in json.loads(path.read_text())["traceEvents"] if "dur" in event]
+        return [event for event in read(path) if "dur" in event]
 
 
 def ranges(events: list[Event], *names: str) -> list[Event]:
@@ -92,18 +126,11 @@ def transposing_copies(events: list[Event], blocks: int, within: Event) -> list[
     return found
 
 
-def profile_layer(layer: Layer, runtime: Runtime) -> dict[str, Any]:
+def profile_layer(layer: Layer, runtime: Runtime) -> Profile:
     """Kernels launched in either pass, in each part of it, and in re-arranging scales.
 
-    The layer must have run before, so that everything is compiled.
-
-    `kernels_without_a_known_launch` is 0 where the trace is whole; the counts are then complete.
-
-    `relayouts` of each pass says the same thing three times: `counted`, what the path's counter
-    says; `kernels_in_ranges`, the kernels that were launched inside `relayout`; and
-    `transposing_copies`, the operators that copied scales into the other order, found without
-    looking at either, in a pass through the layer without timers, and `kernels_of_copies`, what
-    those launched. `agree` is true if all are equal.
+    The layer must have run before, so that everything is compiled. Copies that transpose scales are
+    looked for in a pass through the layer without timers.
 
     On a CPU there are no kernels, and reference operations transpose scales when they write them:
     only `counted` is reported.
@@ -111,43 +138,51 @@ def profile_layer(layer: Layer, runtime: Runtime) -> dict[str, Any]:
     if layer.device.type == "cuda":
         _passes(layer, runtime)  # the first trace of a process also pays for the tracer's start
     plain = _passes(layer, runtime)
-    before = relayouts.forward, relayouts.backward
+    before = runtime.counts.relayouts.copy()
     timer = Timer(layer.device, named=True)
     named = _passes(layer, timed_runtime(runtime, timer), timer)
-    after = relayouts.forward, relayouts.backward
-    result: dict[str, Any] = {}
-    if layer.device.type == "cuda":
-        found = kernels(plain, *ranges(plain, *PASSES))
-        result["kernels_without_a_known_launch"] = len(kernels(plain)) - len(found)
-    for name, count_before, count_after in zip(PASSES, before, after, strict=True):
-        counted = count_after - count_before
-        result[name] = {"relayouts": {"counted": counted}}
-        if layer.device.type != "cuda":
-            continue
-        (plain_pass,), (named_pass,) = ranges(plain, name), ranges(named, name)
-        inside = [r for r in ranges(named, *PARTS) if _contains(named_pass, r)]
-        turning = [r for r in inside if r["name"] == "relayout"]
-        copies = transposing_copies(plain, layer.shape.hidden // BLOCK, plain_pass)
-        copy_kernels = kernels(plain, *copies) if copies else []
-        in_ranges = kernels(named, *turning) if turning else []
-        result[name] |= {
-            "kernels": len(kernels(plain, plain_pass)),
-            "kernels_by_part": {
-                part: len(kernels(named, *of_part))
-                for part in PARTS
-                if (of_part := [r for r in _outermost(inside) if r["name"] == part])
-            },
-            "relayouts": {
-                "counted": counted,
-                "kernels_in_ranges": len(in_ranges),
-                "transposing_copies": len(copies),
-                "kernels_of_copies": len(copy_kernels),
-                "kernel_names": dict(Counter(e["name"] for e in copy_kernels)),
-                "kernel_us": sum(e["dur"] for e in copy_kernels),
-                "agree": counted == len(in_ranges) == len(copies) == len(copy_kernels),
-            },
+    counted = {name: runtime.counts.relayouts[name] - before[name] for name in PASSES}
+    if layer.device.type != "cuda":
+        return {
+            "forward": {"relayouts": {"counted": counted["forward"]}},
+            "backward": {"relayouts": {"counted": counted["backward"]}},
         }
-    return result
+    blocks = layer.shape.hidden // BLOCK
+    launched = kernels(plain, *ranges(plain, *PASSES))
+    return {
+        "kernels_without_a_known_launch": len(kernels(plain)) - len(launched),
+        "forward": _pass_profile("forward", plain, named, blocks, counted["forward"]),
+        "backward": _pass_profile("backward", plain, named, blocks, counted["backward"]),
+    }
+
+
+def _pass_profile(
+    name: str, plain: list[Event], named: list[Event], blocks: int, counted: int
+) -> PassProfile:
+    """One pass, from a trace without timers and from one in which each part is a named range."""
+    (plain_pass,), (named_pass,) = ranges(plain, name), ranges(named, name)
+    inside = [r for r in ranges(named, *PARTS) if _contains(named_pass, r)]
+    turning = [r for r in inside if r["name"] == "relayout"]
+    copies = transposing_copies(plain, blocks, plain_pass)
+    copy_kernels = kernels(plain, *copies) if copies else []
+    in_ranges = kernels(named, *turning) if turning else []
+    return {
+        "relayouts": {
+            "counted": counted,
+            "kernels_in_ranges": len(in_ranges),
+            "transposing_copies": len(copies),
+            "kernels_of_copies": len(copy_kernels),
+            "kernel_names": dict(Counter(e["name"] for e in copy_kernels)),
+            "kernel_us": sum(e["dur"] for e in copy_kernels),
+            "agree": counted == len(in_ranges) == len(copies) == len(copy_kernels),
+        },
+        "kernels": len(kernels(plain, plain_pass)),
+        "kernels_by_part": {
+            part: len(kernels(named, *of_part))
+            for part in PARTS
+            if (of_part := [r for r in _outermost(inside) if r["name"] == part])
+        },
+    }
 
 
 def _passes(layer: Layer, runtime: Runtime, timer: Timer | None = None) -> list[Event]:

@@ -5,15 +5,14 @@ expert gets the same number of rows.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from models.config import ModelConfig, MoEConfig, PathName
-from models.gpt import build_runtime, why_not
-from models.moe.experts import Experts, Runtime
+from models.moe.experts import Experts
+from models.moe.runtime import GPTConfig, Runtime, build_runtime, why_not
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,11 @@ class Layer:
         self.device = device
         self._dispatch = dispatch
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        config = SimpleNamespace(
-            moe_runtime=None,
+        config = GPTConfig(  # `forward` is given the runtime
+            num_layers=1,
+            num_attention_heads=1,
             hidden_size=shape.hidden,
+            num_moe_experts=shape.experts,
             moe_ffn_hidden_size=shape.ffn,
             use_cpu_initialization=device.type == "cpu",
         )

@@ -1,8 +1,10 @@
-"""The picture of a training benchmark: TFLOP/s per GPU, ours against stock, with their spread.
+"""The picture of a results file, of training steps or of one MoE layer.
 
     python -m scripts.bench.plots docs/results/train_NAME.json [--picture FILE.svg]
+    python -m scripts.bench.plots docs/results/moe_layer.json
 
-A bar is the median over the repeats, its whisker goes from the slowest to the fastest.
+Training steps: TFLOP/s per GPU, ours against stock. A bar is the median over the repeats, its
+whisker goes from the slowest to the fastest. One layer: where its time goes, by path.
 """
 
 import argparse
@@ -11,58 +13,85 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from scripts.bench.results import Result, Row
 from scripts.bench.tables import best_stock, failure, machine_name, training_name
 
 OURS, STOCK = "#0072B2", "#8A8A94"
+PART_COLORS = {
+    "quantize": "#4e79a7",
+    "dispatch": "#76b7b2",
+    "wrap": "#bab0ac",
+    "permute": "#a0cbe8",
+    "up_projection": "#59a14f",
+    "relayout": "#e15759",  # the subject: the only red
+    "swiglu": "#edc948",
+    "down_projection": "#8cd17d",
+    "combine": "#499894",
+    "dgrad": "#b6992d",
+    "wgrad": "#9c755f",
+    "quantize_weights": "#b07aa1",
+    "other": "#d7d7d7",
+}
+"""Parts of a layer as `train/profiling/moe.py` names them, in the order of a bar's pieces."""
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def plot(source: Path, picture: Path) -> None:
-    """Draw the results file: a panel per micro-batch, a bar per row.
+    """Draw the results file `source` into `picture`. Raises ValueError where nothing is to draw."""
+    result: Result = json.loads(source.read_text(encoding="utf-8"))
+    is_training = any("step_ms" in row for row in result["rows"])
+    if is_training:
+        figure = _training(result)
+    elif any("forward_parts_ms" in row for row in result["rows"]):
+        figure = _layer(result)
+    else:
+        raise ValueError(f"{source} has no measurements of training steps or of a layer")
+    about: dict[str, str | None] = {"Date": None}
+    if is_training:
+        about["Description"] = _mark(source)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    fonts = "none" if is_training else "path"  # none: text stays text
+    # The same figures give the same file.
+    with mpl.rc_context({"svg.hashsalt": source.stem, "svg.fonttype": fonts}):
+        figure.savefig(picture, dpi=150, metadata=about if picture.suffix == ".svg" else None)
 
-    Raises ValueError if it has nothing to draw.
-    """
-    result = json.loads(source.read_text(encoding="utf-8"))
+
+# Training steps: scripts/bench/train.py
+
+
+def _training(result: Result) -> Figure:
+    """A panel for each micro-batch, a bar for each row."""
     rows = result["rows"]
     measured = [row for row in rows if "step_ms" in row]
-    if not measured:
-        raise ValueError(f"{source} has no measurements")
     sizes = list(dict.fromkeys(row["micro_batch"] for row in measured))
     panels = [[row for row in rows if row["micro_batch"] == size] for size in sizes]
     heights = [len(panel) for panel in panels]
-    # Text stays text, and the same figures give the same file.
-    with mpl.rc_context({"svg.hashsalt": source.stem, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 1.1 + 0.34 * sum(heights) + 0.4 * len(panels)))
-        figure.set_layout_engine("constrained")
-        figure.set_facecolor("white")  # on a dark page too
-        all_axes = figure.subplots(
-            len(panels), 1, sharex=True, squeeze=False, height_ratios=heights
-        )[:, 0]
-        for axes, panel, size in zip(all_axes, panels, sizes, strict=True):
-            _draw(axes, panel)
-            axes.set_title(f"micro-batch {size}", fontsize=9, loc="left")
-            if stock := best_stock(rows, size):
-                axes.axvline(
-                    stock["tflops_per_gpu"]["median"], color="#333333", lw=1, ls=":", zorder=0
-                )
-        most = max(row["tflops_per_gpu"]["max"] for row in measured)
-        all_axes[-1].set_xlim(0, most * 1.12)
-        dotted = any(row["stack"] != "ours" for row in measured)
-        all_axes[-1].set_xlabel(
-            f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
-        )
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        about = {"Date": None, "Description": _mark(source)} if picture.suffix == ".svg" else None
-        figure.savefig(picture, dpi=150, metadata=about)
+    figure = Figure(figsize=(8, 1.1 + 0.34 * sum(heights) + 0.4 * len(panels)))
+    figure.set_layout_engine("constrained")
+    figure.set_facecolor("white")  # on a dark page too
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for axes, panel, size in zip(all_axes[:, 0], panels, sizes, strict=True):
+        _bars(axes, panel)
+        axes.set_title(f"micro-batch {size}", fontsize=9, loc="left")
+        if stock := best_stock(rows, size):
+            axes.axvline(stock["tflops_per_gpu"]["median"], color="#333333", lw=1, ls=":", zorder=0)
+    most = max(row["tflops_per_gpu"]["max"] for row in measured)
+    dotted = any(row["stack"] != "ours" for row in measured)
+    last = all_axes[-1, 0]
+    last.set_xlim(0, most * 1.12)
+    last.set_xlabel(
+        f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
+    )
+    return figure
 
 
-def _draw(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         if "step_ms" not in row:
             axes.text(0, place, f" {failure(row)}", va="center", fontsize=8.5, color="#9b2c1f")
@@ -83,7 +112,7 @@ def _draw(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def alt_text(result: dict[str, Any]) -> str:
+def alt_text(result: Result) -> str:
     """The picture in words: the fastest of ours, and of stock at the same micro-batch."""
     rows = result["rows"]
     ours = [row for row in rows if row["stack"] == "ours" and "step_ms" in row]
@@ -106,19 +135,62 @@ def _mark(source: Path) -> str:
     return f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
 
 
+# One MoE layer: scripts/bench/layer.py
+
+
+def _layer(result: Result) -> Figure:
+    """A panel for each shape, a bar for each path; its pieces are the medians of the parts."""
+    rows = [row for row in result["rows"] if "error" not in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(9, 0.9 + 1.5 * len(shapes)), layout="constrained")
+    all_axes = figure.subplots(len(shapes), 1, squeeze=False)
+    for axes, shape in zip(all_axes[:, 0], shapes, strict=True):
+        _stacked_bars(axes, [row for row in rows if row["shape"] == shape])
+    all_axes[-1, 0].set_xlabel("milliseconds, forward and backward")
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in PART_COLORS.values()]
+    labels = [part.replace("_", " ") for part in PART_COLORS]
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.text(0.995, 0.002, machine_name(result), ha="right", fontsize=7, color="0.4")
+    return figure
+
+
+def _stacked_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    first = rows[0]
+    axes.set_title(
+        f"{first['shape']}: hidden {first['hidden']}, experts {first['experts']} x {first['ffn']}, "
+        f"top {first['top_k']}, {first['rows_per_expert']} rows an expert",
+        fontsize=9, loc="left",
+    )  # fmt: skip
+    paths = [row["path"] for row in rows]
+    left = [0.0] * len(rows)
+    for part, color in PART_COLORS.items():
+        widths = [_both_passes(row, part) for row in rows]
+        axes.barh(paths, widths, left=left, color=color)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _both_passes(row: Row, part: str) -> float:
+    """Milliseconds of a part in forward and backward; 0 if the path has no such part."""
+    passes = (row["forward_parts_ms"], row["backward_parts_ms"])
+    return sum(times[part]["median"] for times in passes if part in times)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench.plots")
-    parser.add_argument("results", type=Path, help="docs/results/train_NAME.json")
-    parser.add_argument("--picture", type=Path, help="default: docs/images/train_NAME.svg")
+    parser.add_argument("results", type=Path, help="docs/results/train_NAME.json, moe_layer.json")
+    parser.add_argument("--picture", type=Path, help="default: docs/images/NAME.svg")
     options = parser.parse_args(arguments)
     picture = options.picture or IMAGES / f"{options.results.stem}.svg"
     try:
         plot(options.results, picture)
     except KeyError as error:
-        print(f"plot_train: {options.results} lacks {error}", file=sys.stderr)
+        print(f"plots: {options.results} lacks {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        print(f"plot_train: {error}", file=sys.stderr)
+        print(f"plots: {error}", file=sys.stderr)
         return 2
     print(picture)
     return 0

@@ -12,9 +12,9 @@ What a table looks like follows from the file, by the script that wrote it:
 
     train_*.json     scripts.bench.train      a row per stack, path, variant and micro-batch
     kernels.json     scripts.bench.kernels    a row per kernel and shape
-    moe_layer.json   scripts.bench.layer  a row per shape and path of one MoE layer
+    moe_layer.json   scripts.bench.layer      a row per shape and path of one MoE layer
     compare.json     scripts.compare          a column per run; what holds on any machine
-    step_kernels.json  scripts.bench.trace   a column per traced step, a row per kind of kernel
+    step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
 
 Rows can be chosen by their keys. A key given twice takes either value:
 
@@ -35,9 +35,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from scripts.bench.plots import alt_text, is_picture_of, plot
+from scripts.bench.results import Result
 from scripts.bench.tables import InputError, make_table
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +51,10 @@ BLOCK = re.compile(
 MARKS = re.compile(r"^<!-- (?:end of )?(?:table|picture)\b", re.MULTILINE)
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> Result | None:
     """A results file; None where there is none yet. Raises InputError."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -140,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             old = path.read_text(encoding="utf-8")
             new = renderer.update(old)
         except OSError as error:
-            print(f"readme_tables: {path}: {error.strerror}", file=sys.stderr)
+            print(f"readme: {path}: {error.strerror}", file=sys.stderr)
             return 2
         except InputError as error:
-            print(f"readme_tables: {path.name}: {error}", file=sys.stderr)
+            print(f"readme: {path.name}: {error}", file=sys.stderr)
             return 2
         if options.check:
             for what in [*([path] if new != old else []), *renderer.stale]:

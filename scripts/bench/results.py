@@ -1,52 +1,45 @@
-"""What the benchmarks' JSON files in `docs/results/` have in common."""
+"""What the JSON files in `docs/results/` have in common, without an import that takes time."""
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-import torch
-
-from train.metrics.environment import describe_environment
-from train.metrics.throughput import GIB
+Row = dict[str, Any]
+"""One of a file's `rows`. Which keys it has, the benchmark that wrote it says."""
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+class Spread(TypedDict):
+    """One figure over its repeats."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Origin(TypedDict):
+    """What figures depend on, beside the config."""
+
+    machine: dict[str, str | float] | str
+    versions: NotRequired[dict[str, str]]
+    commit: str | None
+
+
+class Result(Origin):
+    """A file's content."""
+
+    config: NotRequired[dict[str, Any]]
+    bench: NotRequired[dict[str, int]]  # of training steps
+    rows: list[Row]
+
+
+def spread(values: Sequence[float]) -> Spread:
     """`median`, `min` and `max` of one figure over its repeats. Raises StatisticsError if empty."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def describe_machine(device: torch.device, world_size: int = 1) -> dict[str, Any]:
-    """`machine`, `versions` and `commit` of a results file."""
-    environment = describe_environment(device, world_size)
-    machine = {
-        "device": environment["device"],
-        "device_name": environment["device_name"],
-        "devices": world_size,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "memory_gib": round(properties.total_memory / GIB, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": properties.L2_cache_size / 2**20,
-        }
-    return {
-        "machine": machine,
-        "versions": environment["versions"],
-        "commit": environment["commit"],
-    }
-
-
-def write(
-    path: Path, device: torch.device, config: dict[str, Any], rows: list[Any], world_size: int = 1
-) -> None:
-    """One JSON file of a benchmark's rows, with what they depend on."""
-    write_json(path, {**describe_machine(device, world_size), "config": config, "rows": rows})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` at once, so that a crash leaves the old file or the new. NaN is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""The peer of `bench_train.py`: stock megatron-core, with nothing of ours in it.
+"""The peer of `scripts/bench/train.py`: stock megatron-core, with nothing of ours in it.
 
 Its own layers from TransformerEngine, its flex dispatcher over DeepEP, its fused permutation,
 router and cross-entropy, its DistributedDataParallel with the distributed optimizer, and its
@@ -16,7 +16,7 @@ Needs GPUs and TransformerEngine; the process groups come from `train/parallel.p
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -210,7 +210,9 @@ class StockMegatron:
                     flat.untyped_storage().resize_(0)
         free_large_tensors(self.device)
 
-    def _forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, batches: Iterator[Batch], model: DistributedDataParallel
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         batch = next(batches).to(self.device)
         return model(batch.tokens, None, None, labels=batch.labels), _mean
 

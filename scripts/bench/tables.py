@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-Line = dict[str, Any]
-"""One of a file's `rows`."""
+from scripts.bench.results import Result, Row, Spread
 
 ABSENT = "–"  # noqa: RUF001
 
@@ -25,7 +23,7 @@ class InputError(Exception):
     """Bad input; its text is the one line to print."""
 
 
-def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
+def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
     """A Markdown table and a line about where it comes from.
 
     `wanted` has the values that a row's keys may have; empty for all rows. Raises InputError.
@@ -43,7 +41,7 @@ def make_table(path: Path, result: Line, wanted: dict[str, list[str]]) -> str:
 # Training steps: scripts/bench/train.py
 
 
-def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     head = ["", "dispatch", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
     body = []
     for row in shown:
@@ -73,7 +71,7 @@ def _training(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return lines
 
 
-def best_stock(rows: Sequence[Line], micro_batch: int) -> Line | None:
+def best_stock(rows: Sequence[Row], micro_batch: int) -> Row | None:
     """The fastest row at this micro-batch that is not ours."""
     peers = [
         row
@@ -83,7 +81,7 @@ def best_stock(rows: Sequence[Line], micro_batch: int) -> Line | None:
     return max(peers, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
 
 
-def training_name(row: Line, quote: str = "") -> str:
+def training_name(row: Row, quote: str = "") -> str:
     """Stack, path and variant."""
     parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
     if operations := row.get("operations"):
@@ -91,7 +89,7 @@ def training_name(row: Line, quote: str = "") -> str:
     return ", ".join([*parts, *row.get("flags", [])])
 
 
-def failure(row: Line) -> str:
+def failure(row: Row) -> str:
     """The row's error in few words; they must not end a cell of the table."""
     error = str(row["error"])
     if "out of memory" in error.lower() or "OutOfMemory" in error:
@@ -99,7 +97,7 @@ def failure(row: Line) -> str:
     return error[:60].replace("|", "/")
 
 
-def _ratio(ours: Line, theirs: Line) -> str:
+def _ratio(ours: Spread, theirs: Spread) -> str:
     """Of the medians, and how small and how large it gets between any two of the repeats."""
     low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
     return f"{ours['median'] / theirs['median']:.3f} [{low:.3f} to {high:.3f}]"
@@ -108,15 +106,15 @@ def _ratio(ours: Line, theirs: Line) -> str:
 # One MoE layer: scripts/bench/layer.py
 
 
-def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+def _layer(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     head = ["shape", "path", "forward ms", "backward ms", "TFLOP/s/GPU", "peak GiB", "relayouts"]
+    head += ["kernels", "speed / `fp8_baseline`"]
     body = []
     for row in shown:
         if "error" in row:
-            body.append([row["shape"], failure(row), *[ABSENT] * 8])
+            body.append([row["shape"], failure(row), *[ABSENT] * 7])
             continue
         speed = row["tflops_per_gpu"]
-        graph = row.get("graph", {})
         same = (
             other["tflops_per_gpu"]
             for other in rows
@@ -134,20 +132,16 @@ def _layer(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
             _largest(row.get("peak_allocated_gib")),
             " + ".join(str(one["relayouts"]["counted"]) for one in passes),
             ABSENT if None in kernels else " + ".join(map(str, kernels)),
-            " / ".join(f"{graph[key]['median']:,.2f}" for key in ("graph_ms", "eager_ms"))
-            if "graph_ms" in graph
-            else ABSENT,
             f"{speed['median'] / base['median']:.3f}" if base else ABSENT,
         ]
         body.append(cells)
-    head += ["kernels", "as a graph / one by one, ms", "speed / `fp8_baseline`"]
     return _table(head, body, left=2)
 
 
 # Kernels: scripts/bench/kernels.py
 
 
-def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+def _kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     head = ["kernel", "by", "shape", "µs", "GB/s", "of copy", "TFLOP/s", "of dense"]
     forms = {"gb_per_s": "{:,.0f}", "share_of_copy": "{:.0%}"}
     forms |= {"tflops": "{:,.0f}", "share_of_dense": "{:.0%}"}
@@ -162,7 +156,7 @@ def _kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
 # Kernels of one traced step: scripts/bench/trace.py
 
 
-def _step_kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     body = [
         [kind, *(f"{row['ms'][kind]:,.1f}" for row in shown)]
         for kind in shown[0]["ms"]
@@ -174,7 +168,7 @@ def _step_kernels(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
 # Runs laid side by side: scripts/compare/__main__.py
 
 
-def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
+def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     body = [
         [label, *(row.get(label, ABSENT) for row in shown)]
         for label in COMPARED
@@ -185,7 +179,7 @@ def _comparison(shown: Sequence[Line], rows: Sequence[Line]) -> list[str]:
     return _table(["", *(f"`{name}`" for name in names)], body)
 
 
-KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {
+KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "stack": _training,
     "kernel": _kernels,
     "shape": _layer,
@@ -195,14 +189,14 @@ KINDS: dict[str, Callable[[Sequence[Line], Sequence[Line]], list[str]]] = {
 """By a key that only rows of that kind have; of several, the first. (Kernels have shapes too.)"""
 
 
-def _spread(figure: dict[str, float], form: str) -> str:
+def _spread(figure: Spread, form: str) -> str:
     """The median, and from where to where the measurements went."""
     low, high = form.format(figure["min"]), form.format(figure["max"])
     middle = form.format(figure["median"])
     return middle if low == high else f"{middle} [{low} to {high}]"
 
 
-def _largest(figure: dict[str, float] | None) -> str:
+def _largest(figure: Spread | None) -> str:
     return ABSENT if figure is None else f"{figure['max']:.1f}"
 
 
@@ -218,7 +212,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _origin(path: Path, result: Line) -> str:
+def _origin(path: Path, result: Result) -> str:
     versions = result.get("versions") or {}
     names = ("torch", "transformer-engine", "megatron-core", "triton")
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
@@ -231,7 +225,7 @@ def _origin(path: Path, result: Line) -> str:
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
 
 
-def machine_name(result: Line) -> str:
+def machine_name(result: Result) -> str:
     machine = result["machine"]
     if not isinstance(machine, dict):
         return str(machine)

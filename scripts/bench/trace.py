@@ -18,9 +18,25 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from scripts.bench.results import write_json
+
+
+class Event(TypedDict, total=False):
+    """One event of a Chrome trace, as far as it is read here."""
+
+    ph: str
+    """`X` for one that lasts."""
+    cat: str
+    """Category: `kernel`, `cpu_op`, `cuda_runtime`, `user_annotation`, ..."""
+    name: str
+    ts: float
+    """When it began, microseconds."""
+    dur: float
+    """How long it took, microseconds."""
+    args: dict[str, Any]
+
 
 KINDS = {
     "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer|adamw",
@@ -43,7 +59,7 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, part in KINDS.items() if re.search(part, kernel)), "other")
 
 
-def summarize(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summarize(events: Sequence[Event]) -> dict[str, float]:
     """Milliseconds by kind, and `idle` and `span`. Raises ValueError without a kernel."""
     kernels = [
         event
@@ -64,7 +80,7 @@ def summarize(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {**total, "idle": (span - busy) / 1e3, "span": span / 1e3}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Event]:
     """The events of a trace. Raises OSError or ValueError."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:

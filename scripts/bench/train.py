@@ -1,7 +1,7 @@
-"""Training speed of the four paths and of stock megatron-core, in turn, in one launch.
+"""Training speed of the paths and of stock megatron-core, in turn, in one launch.
 
     torchrun --nproc-per-node 4 -m scripts.bench.train configs/qwen3_30b_a3b_8l.yaml \\
-        [--paths bf16,fp8_baseline,fp8_compact,fp8_direct] [--peers bf16,fp8] \\
+        [--paths bf16,fp8_direct] [--peers bf16,fp8] \\
         [--micro-batches 4,2] [--steps 8] [--warmup 4] [--repeats 3] [--out docs/results] \\
         [key=value ...]
 
@@ -34,33 +34,32 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-from train.quiet import hush_imports
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-hush_imports()
+from models.config import PATH_NAMES, PathName
+from models.fp8 import operations
+from models.gpt import GPT, build_gpt
+from models.moe.runtime import why_not
+from scripts.bench import results
+from scripts.bench.machine import describe_machine
+from train import loop, parallel, preflight
+from train.config import Config, ConfigError, check_world, load, world_size_from_env
+from train.data.batches import Batch
+from train.failure import run_process
+from train.metrics import flops
+from train.metrics.throughput import GIB, peak_bf16_flops
+from train.optim import build_optimizer
+from train.parallel import Ranks
+from train.profiling.timer import Timer
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from models.fp8 import operations  # noqa: E402
-from models.gpt import GPT, build_gpt, why_not  # noqa: E402
-from scripts.bench.results import describe_machine, spread, write_json  # noqa: E402
-from train import loop, parallel, preflight  # noqa: E402
-from train.config import Config, ConfigError, check_world, load, world_size_from_env  # noqa: E402
-from train.data.batches import Batch  # noqa: E402
-from train.failure import run_process  # noqa: E402
-from train.metrics import flops  # noqa: E402
-from train.metrics.throughput import GIB, peak_bf16_flops  # noqa: E402
-from train.optim import build_optimizer  # noqa: E402
-from train.parallel import Ranks  # noqa: E402
-
-PATHS = ("bf16", "fp8_baseline", "fp8_compact", "fp8_direct")
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
 PATH_FLAGS = ("triton", *FLAG_KEYS)
 TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
@@ -112,7 +111,7 @@ class Ours:
         )
         if "triton" in flags:
             of = "fp8_compact" if config.moe.path == "fp8_baseline" else config.moe.path
-            use_operations(self.model, operations.choose(of, device, deep_gemm=False))
+            use_operations(self.model, of, device)
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = preflight.resolve_dtype(config, device)
@@ -128,10 +127,12 @@ class Ours:
         self.model.runtime.dispatcher.close()
 
 
-def use_operations(model: GPT, chosen: Any) -> None:
-    """Carry out the model's path with other operations than it takes by itself."""
+def use_operations(model: GPT, path: PathName, device: str) -> None:
+    """Carry out the model's path with the operations of `path`, without DeepGEMM."""
+    chosen = operations.choose(path, device, deep_gemm=False)
     description = f"{chosen.description}; dispatch by {model.runtime.dispatcher.name}"
-    runtime = replace(model.runtime, ops=chosen, description=description)
+    runtime = model.runtime.with_operations(chosen.operations, device)
+    runtime = replace(runtime, description=description)
     model.config.moe_runtime = runtime
     for layer in model.moe_layers():
         layer.experts.runtime = runtime
@@ -197,15 +198,16 @@ def measure(
     dist.barrier()
     _wait(ranks)
 
-    marks = [_mark(on_gpu)]
+    timer, laps = Timer(ranks.device), []
     begin = time.perf_counter()
     for _ in range(steps):
+        timer.start()
         loss = stack.step(queue)
-        marks.append(_mark(on_gpu))
+        laps.append(timer.stop())
     _wait(ranks)
     seconds = (time.perf_counter() - begin) / steps
 
-    singles = [_between(a, b) for a, b in itertools.pairwise(marks)]
+    singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
     peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
     largest = torch.tensor([seconds, peak, *singles], dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -220,20 +222,6 @@ def _wait(ranks: Ranks) -> None:
         torch.cuda.synchronize(ranks.device)
 
 
-def _mark(on_gpu: bool) -> Any:
-    """This moment: of the GPU's queue, or of the clock."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(a: Any, b: Any) -> float:
-    """Seconds between two marks."""
-    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
-
-
 @dataclass(frozen=True)
 class Failure:
     """Why a stack has no figures, in one line, and whether the run can go on without it."""
@@ -242,7 +230,10 @@ class Failure:
     fatal: bool
 
 
-def attempt(work: Callable[[], Any]) -> tuple[Any, Failure | None]:
+T = TypeVar("T")
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
     """Do `work` on all ranks; its result, or the failure of the first rank that has one."""
     result, failure = None, None
     try:
@@ -317,10 +308,10 @@ class Row:
     windows: list[Window] = field(default_factory=list)
     error: str | None = None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> results.Row:
         """The row of the results file. Units are in the names."""
         flags = list(self.spec.flags)
-        row: dict[str, Any] = {
+        row: results.Row = {
             "stack": self.spec.stack,
             "path": self.spec.path,
             "micro_batch": self.config.train.micro_batch,
@@ -341,15 +332,16 @@ class Row:
         speeds = [tokens / w.step_seconds for w in self.windows]
         count = flops.count(self.config.model, self.config.moe).flops_per_token
         row["repeats"] = len(self.windows)
-        row["step_ms"] = spread([w.step_seconds * 1e3 for w in self.windows])
-        row["single_step_ms"] = spread([s * 1e3 for w in self.windows for s in w.single_seconds])
-        row["tokens_per_sec_per_gpu"] = spread(speeds)
-        row["tflops_per_gpu"] = spread([s * count / 1e12 for s in speeds])
+        row["step_ms"] = results.spread([w.step_seconds * 1e3 for w in self.windows])
+        singles = [seconds * 1e3 for w in self.windows for seconds in w.single_seconds]
+        row["single_step_ms"] = results.spread(singles)
+        row["tokens_per_sec_per_gpu"] = results.spread(speeds)
+        row["tflops_per_gpu"] = results.spread([s * count / 1e12 for s in speeds])
         if self.peak_flops:
-            row["mfu"] = spread([s * count / self.peak_flops for s in speeds])
+            row["mfu"] = results.spread([s * count / self.peak_flops for s in speeds])
         peaks = [w.peak_gib for w in self.windows if w.peak_gib is not None]
         if peaks:
-            row["peak_allocated_gib"] = spread(peaks)
+            row["peak_allocated_gib"] = results.spread(peaks)
         # Of the last repeat; null says that it was not a number.
         loss = self.windows[-1].final_loss
         row["final_loss"] = loss if math.isfinite(loss) else None
@@ -366,7 +358,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
     """`fp8_compact` or `fp8:experimental:fp8_param`, with commas between. Raises ConfigError."""
     specs = []
     for stack, option, text, known, flags in (
-        ("ours", "--paths", paths, PATHS, PATH_FLAGS),
+        ("ours", "--paths", paths, PATH_NAMES, PATH_FLAGS),
         ("megatron-core", "--peers", peers, PEERS, PEER_FLAGS),
     ):
         for item in text.split(",") if text not in ("", "none") else []:
@@ -419,7 +411,7 @@ def load_configs(
 class Report:
     """Rank 0: progress, the results file, and the table."""
 
-    def __init__(self, path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    def __init__(self, path: Path, head: results.Result, rows: Sequence[Row]) -> None:
         self.path, self.head, self.rows = path, head, rows
         # Into a log file the table goes whole, whatever width a terminal would have.
         self.console = Console(width=None if sys.stdout.isatty() else 150)
@@ -441,7 +433,7 @@ class Report:
     def write(self) -> None:
         """All rows that have been tried so far."""
         tried = [row.figures() for row in self.rows if row.windows or row.error]
-        write_json(self.path, {**self.head, "rows": tried})
+        results.write_json(self.path, {**self.head, "rows": tried})
 
     def table(self) -> None:
         table = Table(title=str(self.path))
@@ -483,12 +475,12 @@ def bench(arguments: argparse.Namespace) -> int:
         device, first.parallel.expert_parallel, first.train.seed, first.parallel.timeout_s
     )
     machine = describe_machine(ranks.device, ranks.world_size)
-    peak = peak_bf16_flops(machine["machine"]["device_name"]) if device == "cuda" else None
+    peak = peak_bf16_flops(torch.cuda.get_device_name(ranks.device)) if device == "cuda" else None
     rows = {key: Row(key[0], config, ranks.world_size, peak) for key, config in configs.items()}
     warmup, steps, repeats = arguments.warmup, arguments.steps, arguments.repeats
     report = None
     if ranks.is_first:
-        head = {
+        head: results.Result = {
             **machine,
             "config": first.model_dump(mode="json"),
             "bench": {
@@ -497,6 +489,7 @@ def bench(arguments: argparse.Namespace) -> int:
                 "repeats": repeats,
                 "flops_per_token": flops.count(first.model, first.moe).flops_per_token,
             },
+            "rows": [],
         }
         path = arguments.out / f"train_{Path(arguments.config).stem}.json"
         report = Report(path, head, list(rows.values()))
@@ -536,7 +529,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all stacks")
-    parser.add_argument("--paths", default=",".join(PATHS), help="default: %(default)s")
+    parser.add_argument("--paths", default=",".join(PATH_NAMES), help="default: %(default)s")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
     parser.add_argument("--micro-batches", type=_positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip

@@ -17,17 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.quiet import hush_imports
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+from wandb_workspaces.reports.v2.interface import BlockTypes
 
-hush_imports()
-
-import wandb_workspaces.reports.v2 as wr  # noqa: E402
-import wandb_workspaces.workspaces as ws  # noqa: E402
-
-from scripts.compare.dashboard_panels import GAP_CHART, gap_panel, make_sections  # noqa: E402
-from scripts.compare.runs import InputError, Run, choose_baseline, find_group  # noqa: E402
-from train.config import TrackingConfig  # noqa: E402
-from train.metrics.tracking import ID_FILE, resolve_mode  # noqa: E402
+from scripts.compare.dashboard_panels import GAP_CHART, Panel, gap_panel, make_sections
+from scripts.compare.runs import InputError, Run, choose_baseline, find_group
+from train.config import TrackingConfig
+from train.metrics.tracking import ID_FILE, resolve_mode
 
 CHART_NAME = "loss-gap-to-baseline"
 MEDIA = {"moe/expert_load"}
@@ -74,10 +71,10 @@ def describe_group(
     )
 
 
-def make_workspace(group: Group) -> Any:
+def make_workspace(group: Group) -> ws.Workspace:
     """The workspace: a section per question, of the group's runs."""
     sections = [
-        ws.Section(name=name, panels=panels, is_open=True)
+        ws.Section(name=name, panels=[*panels], is_open=True)
         for name, panels in _sections(group).items()
     ]
     compare = ws.Section(name="What differs", panels=[wr.RunComparer(diff_only="split")])
@@ -96,9 +93,9 @@ def make_workspace(group: Group) -> Any:
     )
 
 
-def make_report(group: Group) -> Any:
+def make_report(group: Group) -> wr.Report:
     """The report: the same panels, with what a newcomer has to know to read them."""
-    blocks: list[Any] = [
+    blocks: list[BlockTypes] = [
         wr.P(
             "One config key, moe.path, decides how tokens get from the router to the experts' "
             "first GEMM. Model, data, seed and optimizer are the same in all runs of this group; "
@@ -119,7 +116,7 @@ def make_report(group: Group) -> Any:
     )
 
 
-def _sections(group: Group) -> dict[str, list[Any]]:
+def _sections(group: Group) -> dict[str, list[Panel]]:
     sections = make_sections(group.logged)
     chart = f"{group.entity}/{CHART_NAME}" if group.entity else CHART_NAME
     if "Loss by tokens" in sections:
@@ -127,7 +124,7 @@ def _sections(group: Group) -> dict[str, list[Any]]:
     return sections
 
 
-def _grid(group: Group, panels: Sequence[Any]) -> Any:
+def _grid(group: Group, panels: Sequence[Panel]) -> wr.PanelGrid:
     """Two panels side by side, of the 24 columns that a report has."""
     wide = len(panels) == 1
     for index, panel in enumerate(panels):
@@ -139,7 +136,7 @@ def _grid(group: Group, panels: Sequence[Any]) -> Any:
         name=group.name,
         filters=[ws.Metric("Group") == group.name],
     )
-    return wr.PanelGrid(runsets=[runs], panels=list(panels))
+    return wr.PanelGrid(runsets=[runs], panels=[*panels])
 
 
 def make_specification(group: Group) -> dict[str, Any]:

@@ -13,8 +13,8 @@ TOKENS, STEP = "progress/tokens", "progress/step"
 STEP_PARTS = [f"time/{part}_ms" for part in (*PARTS, "other")]
 """What a profiled step (`train.profile: true`) is divided into."""
 
-
-Draw = Callable[[str, Any], Any]
+Panel = wr.LinePlot | wr.BarPlot | wr.MediaBrowser | wr.CustomChart | wr.RunComparer
+Draw = Callable[[str, list[str]], Panel]
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Show:
 
 
 def _curves(x: str) -> Draw:
-    def draw(title: str, metrics: Any) -> Any:
+    def draw(title: str, metrics: list[str]) -> Panel:
         axis = "tokens" if x == TOKENS else "step"
-        return wr.LinePlot(title=title, x=x, y=metrics, title_x=axis, smoothing_type="none")
+        return wr.LinePlot(title=title, x=x, y=[*metrics], title_x=axis, smoothing_type="none")
 
     return draw
 
 
-def _bars(title: str, metrics: Any) -> Any:
-    return wr.BarPlot(title=title, metrics=metrics, orientation="h")
+def _bars(title: str, metrics: list[str]) -> Panel:
+    return wr.BarPlot(title=title, metrics=[*metrics], orientation="h")
 
 
-def _pictures(title: str, metrics: Any) -> Any:
+def _pictures(title: str, metrics: list[str]) -> Panel:
     return wr.MediaBrowser(title=title, media_keys=metrics, num_columns=2)
 
 
@@ -85,9 +85,9 @@ SECTIONS: dict[str, list[Show]] = {
 }
 
 
-def make_sections(logged: Collection[str] | None = None) -> dict[str, list[Any]]:
+def make_sections(logged: Collection[str] | None = None) -> dict[str, list[Panel]]:
     """Panels by section; with `logged`, only of metrics that are in it."""
-    made: dict[str, list[Any]] = {}
+    made: dict[str, list[Panel]] = {}
     for name, shows in SECTIONS.items():
         for show in shows:
             metrics = [m for m in show.metrics if logged is None or m in logged]
@@ -96,7 +96,7 @@ def make_sections(logged: Collection[str] | None = None) -> dict[str, list[Any]]
     return made
 
 
-def gap_panel(chart: str, baseline: str) -> Any:
+def gap_panel(chart: str, baseline: str) -> Panel:
     """The gap to the baseline run: drawn by the chart preset `chart`, whose spec is `GAP_CHART`."""
     return wr.CustomChart(
         query={"history": {"keys": [TOKENS, "loss/train"]}},

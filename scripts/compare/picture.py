@@ -2,26 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from scripts.compare.arms import Arm
+from scripts.compare.colors import COLORS, WIDE
 from scripts.compare.reading import partner
 from scripts.compare.runs import Run, common_losses
 
-# Colour, line width, opacity. The colours are Okabe and Ito's, told apart by the colour-blind too;
-# the widest line lies under a run that it equals, so that both can be seen.
-STYLES: dict[str, tuple[str, float, float]] = {
-    "bf16": ("#767676", 1.5, 1.0),
-    "fp8_baseline": ("#D55E00", 4.5, 0.5),
-    "fp8_compact": ("#0072B2", 1.5, 1.0),
-    "fp8_direct": ("#009E73", 1.5, 1.0),
-}
-
 DASHES = ["-", "--", ":", "-."]  # runs of one path
+
+
+class Style(TypedDict):
+    """How a run's line is drawn: what `Axes.plot` takes."""
+
+    color: str
+    lw: float
+    alpha: float
+    ls: str
 
 
 def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
@@ -47,13 +48,13 @@ def draw_gaps(axes: Axes, runs: Sequence[Run], baseline: Arm) -> None:
     axes.set_ylabel("gap, %")
 
 
-def _styles(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    styles = []
+def _styles(runs: Sequence[Run]) -> list[Style]:
+    styles: list[Style] = []
     for index, run in enumerate(runs):
-        color, width, opacity = STYLES[run.path]
+        width, opacity = (4.5, 0.5) if run.path == WIDE else (1.5, 1.0)
         earlier = sum(other.path == run.path for other in runs[:index])
         dash = DASHES[earlier % len(DASHES)]
-        styles.append({"color": color, "lw": width, "alpha": opacity, "ls": dash})
+        styles.append({"color": COLORS[run.path].paper, "lw": width, "alpha": opacity, "ls": dash})
     return styles
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from train.config import Config, ConfigError, load
 
@@ -17,6 +17,8 @@ mostly the luck of its batch."""
 EQUAL_BY_DESIGN = ("moe.path", "run.", "tracking.")
 """Config keys in which fairly compared runs may differ."""
 
+
+T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
 ROUTING_FILE = "routing.jsonl"
@@ -151,7 +153,7 @@ def choose_baseline(runs: Sequence[Run], name: str | None) -> Run:
     raise InputError(f"--baseline {name} is none of the runs: {', '.join(r.name for r in runs)}")
 
 
-def tail(values: Sequence[Any]) -> Sequence[Any]:
+def tail(values: Sequence[T]) -> Sequence[T]:
     """The last tenth, and at least one."""
     return values[-max(1, math.ceil(len(values) * TAIL)) :]
 
@@ -280,5 +282,5 @@ def expert_load(run: Run) -> tuple[int, list[list[float]]] | None:
     return None
 
 
-def flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def flatten(sections: dict[str, dict[str, T]]) -> dict[str, T]:
     return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}

@@ -12,9 +12,12 @@ from torch.profiler import record_function
 from models.fp8 import reference
 from models.fp8.tensor import Layout, relayout
 from models.moe.paths import PATHS
+from scripts.bench import plots
 from scripts.bench.layer import main
 from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
 from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
+from scripts.bench.trace import Event
+from train.profiling.moe import PARTS
 
 CPU = torch.device("cpu")
 RELAYOUTS = {"bf16": 0, "fp8_baseline": 5, "fp8_compact": 2, "fp8_direct": 0}
@@ -48,7 +51,7 @@ def test_experts_are_halved_until_they_fit_and_keep_their_rows():
 
 
 def test_kernels_are_found_by_their_launch():
-    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict:
+    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> Event:
         args = {} if correlation is None else {"correlation": correlation}
         return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
 
@@ -134,6 +137,13 @@ def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
     assert first.startswith("<?xml")
     assert main(["--plot", str(out), "--picture", str(picture)]) == 0
     assert picture.read_text() == first, "the same figures give the same picture"
+    assert plots.main([str(out), "--picture", str(picture)]) == 0
+    assert picture.read_text() == first, "two commands, one picture"
+
+
+def test_every_part_of_a_layer_has_a_colour():
+    assert list(plots.PART_COLORS) == [*PARTS, "other"]
+    assert len(set(plots.PART_COLORS.values())) == len(plots.PART_COLORS)
 
 
 @pytest.mark.gpu

@@ -3,15 +3,13 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from scripts.bench import trace as step_kernels
-from scripts.bench.trace import kind_of, summarize
+from scripts.bench.trace import Event, kind_of, main, summarize
 
 
-def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, Any]:
+def kernel(name: str, start: float, duration: float, category: str = "kernel") -> Event:
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
 
 
@@ -54,12 +52,12 @@ def test_a_file_is_written_and_bad_traces_are_one_line(tmp_path: Path, capsys):
     trace = tmp_path / "t.json.gz"
     trace.write_bytes(gzip.compress(json.dumps({"traceEvents": EVENTS}).encode()))
     out = tmp_path / "step.json"
-    assert step_kernels.main([f"bf16={trace}", "--out", str(out), "--commit", "abc"]) == 0
+    assert main([f"bf16={trace}", "--out", str(out), "--commit", "abc"]) == 0
     content = json.loads(out.read_text())
     assert content["commit"] == "abc"
     assert content["rows"] == [{"traced": "bf16", "ms": summarize(EVENTS)}]
     capsys.readouterr()
     (tmp_path / "empty.json").write_text('{"traceEvents": []}')
     for bad in ("bf16=nowhere.json", f"bf16={tmp_path / 'empty.json'}", "nothing"):
-        assert step_kernels.main([bad]) == 2
+        assert main([bad]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

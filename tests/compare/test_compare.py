@@ -4,69 +4,20 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from rich.console import Console
 
-from scripts.compare import __main__ as compare
-from scripts.compare import runs as compare_runs
+from scripts.compare.__main__ import main
 from scripts.compare.arms import arm_of, group_arms
-from scripts.compare.reading import reading
-from scripts.compare.runs import profiled_rows, read_run, step_parts
-
-STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
-
-
-def write_run(
-    folder: Path,
-    path: str,
-    losses: Sequence[float | None] | None = None,
-    metrics: Mapping[str, float] | None = None,
-    device: str | None = "cuda",
-    device_name: str = "NVIDIA H100 80GB HBM3",
-    config: dict[str, dict[str, Any]] | None = None,
-) -> Path:
-    """A run's folder as training leaves it; `metrics` are logged at every step."""
-    tree: dict[str, dict[str, Any]] = {
-        "run": {"name": folder.name},
-        "model": {
-            "num_layers": 1,
-            "hidden_size": 128,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "vocab_size": 257,
-            "seq_len": 16,
-        },
-        "moe": {"path": path, "num_experts": 4, "top_k": 2, "ffn_hidden_size": 128},
-        "optim": {"lr": 1e-3},
-        "train": {"steps": 200, "micro_batch": 1},
-    }
-    for section, keys in (config or {}).items():
-        tree.setdefault(section, {}).update(keys)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    losses = losses if losses is not None else [5 - step / 100 for step in STEPS]
-    rows = []
-    for step, loss in zip(STEPS, losses, strict=False):
-        row = {"progress/step": step, "progress/tokens": step * 32, "loss/train": loss}
-        rows.append(row | dict(metrics or {}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if device is not None:
-        environment = {
-            "device": device,
-            "device_name": device_name,
-            "world_size": 2,
-            "versions": {"torch": "2.11"},
-            "commit": "abc123",
-        }
-        (folder / "environment.json").write_text(json.dumps(environment))
-    return folder
+from scripts.compare.reading import reading, warnings
+from scripts.compare.runs import choose_baseline, profiled_rows, read_run, read_runs, step_parts
+from scripts.compare.table import make_table
+from tests.support.made_up_runs import STEPS, write_run
 
 
 @pytest.fixture
@@ -91,21 +42,21 @@ def three(tmp_path: Path) -> list[Path]:
 
 
 def table_of(folders: list[Path], baseline: str | None = None) -> dict[str, list[str]]:
-    runs = compare.read_runs(folders)
-    arm = arm_of(group_arms(runs), compare.choose_baseline(runs, baseline))
-    rows = compare.make_table(runs, arm)
+    runs = read_runs(folders)
+    arm = arm_of(group_arms(runs), choose_baseline(runs, baseline))
+    rows = make_table(runs, arm)
     return {row.label: [cell.text for cell in row.cells] for row in rows}
 
 
 def reading_of(folders: list[Path], baseline: str | None = None) -> list[str]:
-    runs = compare.read_runs(folders)
+    runs = read_runs(folders)
     arms = group_arms(runs)
-    return reading(runs, arms, arm_of(arms, compare.choose_baseline(runs, baseline)))
+    return reading(runs, arms, arm_of(arms, choose_baseline(runs, baseline)))
 
 
 def run_main(*arguments: object) -> tuple[int, str]:
     output = io.StringIO()
-    status = compare.main([str(a) for a in arguments], Console(file=output, width=120))
+    status = main([str(a) for a in arguments], Console(file=output, width=120))
     return status, output.getvalue()
 
 
@@ -167,7 +118,7 @@ def test_gap_is_taken_at_steps_that_both_have(tmp_path: Path) -> None:
 
 
 def warnings_of(folders: list[Path]) -> list[str]:
-    return compare.warnings(compare.read_runs(folders))
+    return warnings(read_runs(folders))
 
 
 def test_diverged_run_is_called_so(tmp_path: Path) -> None:
@@ -256,10 +207,10 @@ def test_gap_on_few_steps_is_not_called_a_finding(three: list[Path]) -> None:
 
 def test_without_environment_the_device_is_unknown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", "bf16", device=None)
-    assert compare_runs.read_run(folder).device is None
+    assert read_run(folder).device is None
     assert run_main(folder)[0] == 0
     cpu = write_run(tmp_path / "b", "bf16", device=None, config={"train": {"device": "cpu"}})
-    assert compare_runs.read_run(cpu).device == "cpu"
+    assert read_run(cpu).device == "cpu"
 
 
 class Page(HTMLParser):
@@ -334,7 +285,7 @@ def test_out_folder(three: list[Path], tmp_path: Path) -> None:
 def test_runs_of_one_name_keep_apart(tmp_path: Path) -> None:
     first = write_run(tmp_path / "x" / "a", "bf16")
     second = write_run(tmp_path / "y" / "a", "bf16")
-    names = [run.name for run in compare.read_runs([first, second])]
+    names = [run.name for run in read_runs([first, second])]
     assert names == [str(first), str(second)]
     assert run_main(first, second)[0] == 0
     assert (tmp_path / "compare" / "compare.html").exists()
@@ -343,7 +294,7 @@ def test_runs_of_one_name_keep_apart(tmp_path: Path) -> None:
 def test_row_being_written_is_left_out(three: list[Path]) -> None:
     with (three[0] / "metrics.jsonl").open("a") as file:
         file.write('{"progress/step": 210, "loss/tr')
-    assert len(compare_runs.read_run(three[0]).rows) == 20
+    assert len(read_run(three[0]).rows) == 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import vl_convert
 
 from scripts.compare import dashboard
 from scripts.compare.dashboard_panels import GAP_CHART, STEP_PARTS
-from tests.compare.test_compare import write_run
+from tests.support.made_up_runs import write_run
 from tests.support.ranks import run_train
 from tests.train.test_tracking import read_offline_run
 

@@ -60,8 +60,8 @@ def test_refusals(deep_gemm):
 
 def test_fp8_direct_takes_it_and_says_so(deep_gemm):
     chosen = operations.choose("fp8_direct", "cuda")
-    assert chosen.grouped_gemm is deep_gemm.grouped_gemm
-    assert chosen.GEMM_LAYOUT is Layout.GEMM_READY
+    assert chosen.operations.grouped_gemm is deep_gemm.grouped_gemm
+    assert chosen.operations.GEMM_LAYOUT is Layout.GEMM_READY
     assert "grouped_gemm by DeepGEMM" in chosen.description
     assert "DeepGEMM" not in operations.choose("fp8_direct", "cuda", deep_gemm=False).description
     assert "DeepGEMM" not in operations.choose("fp8_compact", "cuda").description

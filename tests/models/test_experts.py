@@ -11,8 +11,9 @@ from torch import Tensor
 from models.config import PathName
 from models.fp8 import operations
 from models.moe.dispatch.all_to_all import AllToAll
-from models.moe.experts import ExpertMLP, Runtime, prepare_weights
+from models.moe.experts import ExpertMLP, prepare_weights
 from models.moe.paths import PATHS
+from models.moe.runtime import Runtime, build_linear
 from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K, HIDDEN, FFN = 4, 2, 256, 128
@@ -79,7 +80,8 @@ def run_path(rank: int, path: PathName, tokens: list[int], route: Routing, seed:
     local = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     leaves = [t.clone().requires_grad_() for t in (x, weights, up[local], down[local])]
     dispatcher = AllToAll(dist.distributed_c10d._get_default_group(), EXPERTS)
-    runtime = Runtime(PATHS[path], operations.choose(path, "cpu"), dispatcher)
+    ops, _ = operations.choose(path, "cpu")
+    runtime = Runtime(PATHS[path], ops, build_linear(PATHS[path], ops, "cpu"), dispatcher)
     prepared = prepare_weights(leaves[2], leaves[3], x.dtype, runtime)
     out = ExpertMLP.apply(*leaves, ids, runtime, prepared)
     out.backward(grad)

@@ -1,32 +1,37 @@
 """Block-scaled tensors: what they refuse, and the counted relayout."""
 
 import dataclasses
+import sys
+import threading
+from typing import Any
 
 import pytest
 import torch
 
 from models.fp8 import reference as ops
+from models.fp8 import tensor
 from models.fp8.tensor import (
     BLOCK,
     BlockScaledTensor,
     BlockScaledWeights,
     Layout,
-    RelayoutCounter,
     ceil_div,
     relayout,
-    relayouts,
     scale_shape,
 )
+from models.moe.counts import Counts
+from models.moe.dispatch.trip import Trip
 
 E4M3 = torch.float8_e4m3fn
 COMPACT, GEMM_READY = Layout.COMPACT, Layout.GEMM_READY
 
 
-@pytest.fixture(autouse=True)
-def _fresh_counter():
-    relayouts.reset()
-    yield
-    relayouts.reset()
+@pytest.fixture
+def trip():
+    """A trip of nothing, to call what a path calls."""
+    nobody: Any = None
+    nothing = torch.empty(0, 1)
+    return Trip(nobody, ops, Counts(), nothing.long(), nothing, 1, BLOCK)
 
 
 def make(rows, cols, layout, gen):
@@ -150,41 +155,55 @@ def test_square_scales_are_not_guessed(gen):
     assert not torch.equal(mislabelled.float32().nan_to_num(), compact.float32().nan_to_num())
 
 
-def test_counts_are_exact_and_apart(gen):
+def test_counts_are_exact_and_apart(trip, gen):
     x = make(4, 128, COMPACT, gen)
-    y = relayout(x, GEMM_READY)
-    relayout(y, COMPACT)
-    relayout(x, GEMM_READY, phase="backward")
-    assert (relayouts.forward, relayouts.backward) == (2, 1)
-    relayouts.reset()
-    assert (relayouts.forward, relayouts.backward) == (0, 0)
+    y = trip.relayout(x, GEMM_READY)
+    assert same(y, relayout(x, GEMM_READY))
+    trip.relayout(y, COMPACT)
+    trip.phase = "backward"
+    trip.relayout(x, GEMM_READY)
+    assert trip.counts.relayouts == {"forward": 2, "backward": 1}
+    with trip.counts.paused():
+        trip.relayout(x, GEMM_READY)
+    assert trip.counts.relayouts == {"forward": 2, "backward": 1}
+    trip.counts.reset()
+    assert trip.counts.relayouts == {"forward": 0, "backward": 0}
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_a_redundant_relayout_is_an_error_and_not_counted(layout, gen):
+def test_a_redundant_relayout_is_an_error_and_not_counted(layout, trip, gen):
     with pytest.raises(ValueError, match="already"):
-        relayout(make(4, 128, layout, gen), layout)
-    assert (relayouts.forward, relayouts.backward) == (0, 0)
+        trip.relayout(make(4, 128, layout, gen), layout)
+    assert trip.counts.relayouts == {"forward": 0, "backward": 0}
 
 
-def test_counter_refuses_an_unknown_phase():
-    counter = RelayoutCounter()
-    with pytest.raises(ValueError, match="phase"):
-        counter.add("sideways")  # type: ignore[arg-type]
+def test_counter_refuses_an_unknown_phase(trip, gen):
+    trip.phase = "sideways"
+    with pytest.raises(KeyError, match="sideways"):
+        trip.relayout(make(4, 128, COMPACT, gen), GEMM_READY)
 
 
-def test_counts_from_the_thread_that_runs_backward(gen):
+def test_counts_from_the_thread_that_runs_backward(trip, gen):
     """Autograd's GPU threads are not the main thread: the count must not be thread-local."""
-    import threading
-
     x = make(4, 128, COMPACT, gen)
-    thread = threading.Thread(target=relayout, args=(x, GEMM_READY, "backward"))
+    trip.phase = "backward"
+    thread = threading.Thread(target=trip.relayout, args=(x, GEMM_READY))
     thread.start()
     thread.join()
-    assert relayouts.backward == 1
+    assert trip.counts.relayouts["backward"] == 1
 
 
-def test_no_other_operation_counts(gen):
+def test_no_operation_makes_a_relayout(gen, monkeypatch):
+    """Only a path does, through its trip, where it is counted."""
+
+    def uncounted(*_):
+        raise AssertionError("a relayout that no trip counts")
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("models.")]
+    for module in modules:
+        if getattr(module, "relayout", None) is tensor.relayout and module is not tensor:
+            monkeypatch.setattr(module, "relayout", uncounted)
+    monkeypatch.setattr(tensor, "relayout", uncounted)
     x = torch.randn(128, 256, generator=gen)
     w = ops.quantize_weights(torch.randn(1, 128, 256, generator=gen))
     offsets = torch.tensor([0, 128])
@@ -195,4 +214,3 @@ def test_no_other_operation_counts(gen):
     compact = ops.quantize(x, COMPACT)
     ops.permute_scaled(compact, row_map)
     ops.dequantize(compact, torch.bfloat16)
-    assert (relayouts.forward, relayouts.backward) == (0, 0)

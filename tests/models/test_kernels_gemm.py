@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from models.fp8 import kernels as ops
 from models.fp8 import reference
-from models.fp8.kernels.grouped_gemm import Tiling
+from models.fp8.kernels.grouped_gemm import Tiling, grouped_gemm_tiled
+from models.fp8.linear import DirectLinear, Fp8Linear, HighPrecisionLinear
 from models.fp8.tensor import BLOCK, Layout
 from tests.models.test_kernels_numbers import DEVICES, generator, set_up
 
@@ -120,7 +121,7 @@ def test_tilings_agree(device, tiling):
     x = reference.quantize(rows_of(real, 512, device), Layout.COMPACT)
     w = reference.quantize_weights(weights(5, 384, 512, device))
     expected = ops.grouped_gemm(x, w, offsets, torch.float32)
-    got = ops.grouped_gemm(x, w, offsets, torch.float32, tiling)
+    got = grouped_gemm_tiled(x, w, offsets, torch.float32, tiling)
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -238,8 +239,8 @@ def test_grouped_mm(device, kind):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["HighPrecisionLinear", "Fp8Linear", "DirectLinear"])
-def test_linear_layers_go_as_with_the_reference(device, name):
+@pytest.mark.parametrize("layer", [HighPrecisionLinear, Fp8Linear, DirectLinear])
+def test_linear_layers_go_as_with_the_reference(device, layer):
     """The classes that paths use, forward and backward, by the kernels and by the reference.
 
     SwiGLU and the down-projection, and back through both, from weights in float32.
@@ -252,16 +253,13 @@ def test_linear_layers_go_as_with_the_reference(device, name):
     w_down = weights(5, hidden, ffn, device, torch.float32)
     w_up = weights(5, 2 * ffn, hidden, device, torch.float32)
 
-    def by(module):
-        linear = getattr(module, name)
-        forward, _ = linear.prepare_weights(w_down, h.dtype, module)
-        _, backward = linear.prepare_weights(w_up, h.dtype, module)
-        y, kept = linear.down(h, probs, forward, offsets, module)
-        dh, a_kept, dprobs = linear.down_backward(da, h, probs, kept, module)
-        dx, dh_kept = linear.backward(dh, backward, offsets, module)
-        if a_kept is None:
-            return y, dx, dprobs
-        return y, dx, dprobs, linear.wgrad(dh_kept, a_kept, offsets, torch.bfloat16, module)
+    def by(operations):
+        linear = layer(operations)
+        forward, _ = linear.prepare_weights(w_down, h.dtype)
+        _, backward = linear.prepare_weights(w_up, h.dtype)
+        y, kept = linear.down(h, probs, forward, offsets)
+        dx, dprobs, dh_kept, a_kept = linear.up_backward(da, h, probs, kept, backward, offsets)
+        return y, dx, dprobs, linear.wgrad(dh_kept, a_kept, offsets, torch.bfloat16)
 
     for got, expected in zip(by(ops), by(reference), strict=True):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)

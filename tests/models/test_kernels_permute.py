@@ -8,11 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from models.fp8.kernels.row_experts import row_experts
-
-from models.fp8 import kernels as kernels
-from models.fp8 import reference
-from models.fp8.kernels.plan_rows import inverse, most_rows, plan_rows
+from models.fp8 import kernels, reference
+from models.fp8.kernels.plan_rows import inverse, most_rows, plan_rows, row_experts
 from models.fp8.tensor import BlockScaledTensor, Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 
@@ -100,6 +97,9 @@ def test_plan_with_too_little_room_stays_in_bounds(device):
     assert torch.equal(plan.rows, torch.where(exact.rows < size, exact.rows, -1))
     assert torch.equal(plan.offsets, exact.offsets.clamp(max=size))
     assert torch.equal(plan.source, exact.source[:size])
+    want = reference.plan_rows(ids, experts, max_rows=size)
+    for name in ("rows", "counts", "offsets", "num_rows"):
+        assert torch.equal(*(torch.as_tensor(getattr(one, name)) for one in (plan, want)))
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 4, 2**40])

@@ -48,22 +48,18 @@ def awkward_rows(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("shape", [(70, 256), (1, 128), (33, 1152), (0, 256), (3, 0)])
-def test_quantize(device, dtype, layout, power_of_two, shape):
+def test_quantize(device, dtype, layout, shape):
     x = blocks_of_all_sizes(*shape).to(dtype).to(device)
-    assert_same_bits(
-        kernels.quantize(x, layout, power_of_two), reference.quantize(x, layout, power_of_two)
-    )
+    assert_same_bits(kernels.quantize(x, layout), reference.quantize(x, layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize("power_of_two", [True, False])
-def test_quantize_special_values(device, dtype, layout, power_of_two):
+def test_quantize_special_values(device, dtype, layout):
     x = awkward_rows(dtype).to(device)
-    got = kernels.quantize(x, layout, power_of_two)
-    assert_same_bits(got, reference.quantize(x, layout, power_of_two))
+    got = kernels.quantize(x, layout)
+    assert_same_bits(got, reference.quantize(x, layout))
     data = got.data.view(torch.uint8)
     assert (data[5] == 0x7F).all()
     assert data[2, :3].tolist() == [0x7E, 0x38, 0xFE]
@@ -74,25 +70,13 @@ def test_quantize_every_power_of_two_amax(device):
     x = (448 * torch.exp2(torch.arange(-126, 119).double())).float()[:, None]
     x = torch.cat([x, torch.nextafter(x, torch.tensor(INF)), torch.nextafter(x, -x)])
     x = torch.nn.functional.pad(x, (0, 127)).to(device)
-    for power_of_two in (True, False):
-        assert_same_bits(
-            kernels.quantize(x, Layout.COMPACT, power_of_two),
-            reference.quantize(x, Layout.COMPACT, power_of_two),
-        )
+    assert_same_bits(kernels.quantize(x, Layout.COMPACT), reference.quantize(x, Layout.COMPACT))
 
 
 def test_negative_nan(device):
     x = torch.full((1, 128), -1, dtype=torch.int32, device=device).view(torch.float32)
     got = kernels.quantize(x, Layout.COMPACT)
     assert (got.data.view(torch.uint8) == 0x7F).all()
-
-
-def test_epsilon(device):
-    x = blocks_of_all_sizes(20, 128).to(device)
-    assert_same_bits(
-        kernels.quantize(x, Layout.COMPACT, epsilon=0.1),
-        reference.quantize(x, Layout.COMPACT, epsilon=0.1),
-    )
 
 
 def test_quantize_a_view(device):
@@ -111,18 +95,15 @@ def test_quantize_columns(device, dtype, layout, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("shape", [(3, 128, 256), (1, 384, 128), (0, 128, 128)])
-def test_quantize_weights(device, dtype, power_of_two, shape):
+def test_quantize_weights(device, dtype, shape):
     w = torch.randn(*shape, generator=generator())
     if w.numel():
         w[0, :128, :128] = 0
         w[-1, -1, -1] = NAN
         w[-1, 0, -1] = INF
     w = w.to(dtype).to(device)
-    assert_same_bits(
-        kernels.quantize_weights(w, power_of_two), reference.quantize_weights(w, power_of_two)
-    )
+    assert_same_bits(kernels.quantize_weights(w), reference.quantize_weights(w))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,10 +123,9 @@ def test_quantize_weights_both_ways(device, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 70])
-def test_dequantize(device, dtype, power_of_two, rows):
-    x = reference.quantize(blocks_of_all_sizes(rows, 384), Layout.COMPACT, power_of_two)
+def test_dequantize(device, dtype, rows):
+    x = reference.quantize(blocks_of_all_sizes(rows, 384), Layout.COMPACT)
     x = BlockScaledTensor(x.data.to(device), x.scale_inv.to(device), x.layout)
     assert_same_bits(kernels.dequantize(x, dtype), reference.dequantize(x, dtype))
 

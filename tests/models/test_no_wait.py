@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
-from models.moe.experts import Runtime
-from scripts.bench import layer_graph
+from models.moe.runtime import Runtime
 from scripts.bench.layer_setup import Layer, Shape
 from train import parallel
 
@@ -37,16 +37,37 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def call(layer: Layer, runtime: Runtime) -> list[Tensor]:
+    """The layer's output and its gradients."""
+    output = layer.forward(runtime)
+    return [output.detach(), *layer.backward(output)]
+
+
+def capture(layer: Layer, runtime: Runtime) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """The CUDA graph of `call`, and the tensors that each replay fills."""
+    # Calls before it, which compile kernels, run on a stream of their own, as capturing asks.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call(layer, runtime)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        filled = call(layer, runtime)
+    return graph, filled
+
+
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
 def test_no_wait_and_the_same_result(layer, path):
     runtime = layer.runtime(path)
-    want = layer_graph.call(layer, runtime)
+    want = call(layer, runtime)
     roomy = replace(runtime, capacity=1.25)
-    layer_graph.call(layer, roomy)  # Triton may compile once more, which does wait
+    call(layer, roomy)  # Triton may compile once more, which does wait
     torch.cuda.synchronize()
     runtime.counts.reset()
     with waiting_is_an_error():
-        got = layer_graph.call(layer, roomy)
+        got = call(layer, roomy)
     assert int(runtime.counts.dropped_rows) == 0
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -56,14 +77,14 @@ def test_no_wait_and_the_same_result(layer, path):
 def test_a_captured_layer_replays_the_same_bits(layer, path):
     """Also for other tokens and another routing than those it was captured with."""
     roomy = replace(layer.runtime(path), capacity=1.5)
-    graph, filled = layer_graph.capture(layer, roomy)
+    graph, filled = capture(layer, roomy)
     for _ in range(2):
         with torch.no_grad():
             layer.x.copy_(torch.randn_like(layer.x))
             layer.ids.copy_(layer.ids[torch.randperm(TOKENS, device="cuda")])
         graph.replay()
         got = [t.clone() for t in filled]
-        for a, b in zip(got, layer_graph.call(layer, roomy), strict=True):
+        for a, b in zip(got, call(layer, roomy), strict=True):
             assert torch.equal(a, b)
 
 
@@ -77,7 +98,7 @@ def test_what_finds_no_room_is_dropped_and_counted(layer, path):
     runtime = layer.runtime(path)
     runtime.counts.reset()
     tight = HalfTheRoom(**{**vars(runtime), "capacity": 1.0})
-    output, d_tokens, *_ = layer_graph.call(layer, tight)
+    output, d_tokens, *_ = call(layer, tight)
     # 256 rows of each of 8 experts, and room for those of the first four.
     assert int(runtime.counts.dropped_rows) == TOKENS * TOP_K // 2
     lost = (layer.ids >= 4).all(1)

@@ -5,6 +5,7 @@ import torch
 
 from models.fp8 import reference as ops
 from models.fp8.tensor import (
+    BLOCK,
     BlockScaledTensor,
     ceil_div,
     relayout,
@@ -63,6 +64,23 @@ def test_plan_rows(kind, alignment, gen):
     assert plan.offsets.tolist() == offsets
     assert plan.num_rows == offsets[-1]
     assert {plan.rows.dtype, plan.counts.dtype, plan.offsets.dtype} == {torch.int64}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("room", [-256, -128, 0, 256])
+def test_plan_rows_with_a_bound(kind, room, gen):
+    """More room is padding behind; with less, copies beyond it are dropped, and nothing else."""
+    ids, experts = routing(kind, gen)
+    rows, counts, offsets = naive_rows(ids.tolist(), experts, BLOCK)
+    size = max(offsets[-1] + room, 0)
+    plan = ops.plan_rows(ids, experts, max_rows=size)
+    assert plan.num_rows == size
+    assert plan.rows.tolist() == [[r if r < size else -1 for r in row] for row in rows]
+    assert plan.counts.tolist() == counts  # of what was asked for
+    assert plan.offsets.tolist() == [min(offset, size) for offset in offsets]
+    x = torch.randn(ids.shape[0], 8, generator=gen)
+    fits = (plan.rows >= 0).sum(1, keepdim=True)
+    assert torch.equal(ops.unpermute(ops.permute(x.round(), plan), plan), x.round() * fits)
 
 
 @pytest.mark.parametrize("bad", [-2, 3])

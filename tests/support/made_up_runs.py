@@ -1,10 +1,14 @@
-"""Run folders as GPUs would leave them, with made-up figures, for tests of the comparison."""
+"""Run folders as training leaves them, with made-up figures, for tests of the comparison."""
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tests.compare.test_compare import STEPS, write_run
+import yaml
+
+STEPS = list(range(10, 210, 10))  # 20 logged steps, so that the last tenth is two
 
 PARTS = {  # milliseconds of a step, for bf16 and the FP8 paths
     "quantize": (0, 3), "dispatch": (22, 12), "permute": (6, 5), "relayout": (0, 1.4),
@@ -12,6 +16,52 @@ PARTS = {  # milliseconds of a step, for bf16 and the FP8 paths
     "dgrad": (62, 44), "wgrad": (61, 58), "attention": (70, 70), "optimizer": (18, 18),
     "gradient_sync": (25, 25),
 }  # fmt: skip
+
+
+def write_run(
+    folder: Path,
+    path: str,
+    losses: Sequence[float | None] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    device: str | None = "cuda",
+    device_name: str = "NVIDIA H100 80GB HBM3",
+    config: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """A run's folder as training leaves it; `metrics` are logged at every step."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": folder.name},
+        "model": {
+            "num_layers": 1,
+            "hidden_size": 128,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "vocab_size": 257,
+            "seq_len": 16,
+        },
+        "moe": {"path": path, "num_experts": 4, "top_k": 2, "ffn_hidden_size": 128},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 200, "micro_batch": 1},
+    }
+    for section, keys in (config or {}).items():
+        tree.setdefault(section, {}).update(keys)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    losses = losses if losses is not None else [5 - step / 100 for step in STEPS]
+    rows = []
+    for step, loss in zip(STEPS, losses, strict=False):
+        row = {"progress/step": step, "progress/tokens": step * 32, "loss/train": loss}
+        rows.append(row | dict(metrics or {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if device is not None:
+        environment = {
+            "device": device,
+            "device_name": device_name,
+            "world_size": 2,
+            "versions": {"torch": "2.11"},
+            "commit": "abc123",
+        }
+        (folder / "environment.json").write_text(json.dumps(environment))
+    return folder
 
 
 def write_gpu_run(

@@ -45,9 +45,9 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
         # One step an interval: both are the time of this one.
         assert row["time/profiled_step_ms"] <= row["time/step_ms"]
         assert row["time/profiled_step_ms"] > 0.5 * row["time/step_ms"]
-        expected = NAMES - {"time/relayout_ms", "time/quantize_ms", "time/wrap_ms"}
+        expected = NAMES - {"time/relayout_ms", "time/quantize_ms"}
         if path != "bf16":
-            expected |= {"time/quantize_ms", "time/wrap_ms"}
+            expected |= {"time/quantize_ms"}
         assert (times["time/relayout_ms"] > 0) == (path in ("fp8_baseline", "fp8_compact"))
         for name in expected:
             assert times[name] > 0, name
@@ -57,7 +57,7 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
     with gzip.open(tmp_path / "profiled" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    steps = set(STEPS) - ({"quantize", "wrap"} if path == "bf16" else set())
+    steps = set(STEPS) - ({"quantize"} if path == "bf16" else set())
     assert set(named) >= steps | {"attention", "router", "combine", "wgrad", "optimizer"}
     # Two layers, forward and backward, in each micro-batch.
     micro_batches = 4 // (2 * ranks)

@@ -72,18 +72,17 @@ FORWARD = {
     "fp8_baseline": [
         *("quantize", "relayout"),
         *SENT,
-        *("wrap", "relayout"),
+        "relayout",
         *("relayout", "permute", "relayout"),
         *("relayout", "up_projection", "up_projection"),  # dequantize, GEMM
     ],
     "fp8_compact": [
         "quantize",
         *SENT,
-        "wrap",
         *("permute", "relayout"),
         *("relayout", "up_projection", "up_projection"),
     ],
-    "fp8_direct": ["quantize", *SENT, "wrap", "permute", "up_projection"],
+    "fp8_direct": ["quantize", *SENT, "permute", "up_projection"],
 }
 """A layer's parts as they follow one another, after its weights are ready."""
 

@@ -9,10 +9,11 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
 )
 
-from models.fp8.tensor import relayouts
 from models.gpt import GPT
 from train import parallel
 from train.metrics.routing import RoutingHealth
+
+Count = torch.Tensor | dict[str, int] | int
 
 
 class Gathered(TypedDict):
@@ -24,8 +25,7 @@ class Gathered(TypedDict):
     grad_norm: torch.Tensor
     expert_load: list[torch.Tensor]
     auxiliary: dict[str, torch.Tensor]
-    counts: dict[str, torch.Tensor | int]
-    relayouts: dict[str, int]
+    counts: dict[str, Count]
     bytes_sent: int
 
 
@@ -85,7 +85,6 @@ class StepMetrics:
                 for name, entry in get_moe_layer_wise_logging_tracker().items()
             },
             "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
-            "relayouts": vars(relayouts).copy(),
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
         }
 
@@ -102,7 +101,6 @@ class StepMetrics:
         for name, value in state["counts"].items():
             here = value.to(device) if isinstance(value, torch.Tensor) else value
             setattr(self.runtime.counts, name, here)
-        vars(relayouts).update(state["relayouts"])
         self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
 
     def _dispatched_mib(self) -> float:
@@ -120,5 +118,7 @@ class StepMetrics:
         return float(dropped) / self.steps
 
 
-def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+def _copied(value: Count) -> Count:
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    return value.copy() if isinstance(value, dict) else value

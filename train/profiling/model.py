@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.gpt import GPT
-from train.profiling import moe as moe
+from train.profiling import moe
 from train.profiling.timer import Timer
 
 PARTS = ("attention", "router", *moe.PARTS)

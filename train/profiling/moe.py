@@ -1,23 +1,27 @@
 """The five steps and what follows them as timed parts, without a line of it in the paths.
 
-A path is given what it calls: operations, a trip, and two names of its module, `relayout` and
-`BlockScaledTensor`. Here each of these is replaced by one that is timed, in a `Runtime` that a
-layer uses instead of its own for as long as somebody looks. Results do not change.
+A path is given what it calls: operations, a trip, and the linear layer. Here each of these is
+replaced by one that is timed, in a `Runtime` that a layer uses instead of its own for as long as
+somebody looks. Results do not change.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
-from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from models.moe.experts import Runtime
+from models.fp8.linear import AnyLinear, HasBytes
+from models.fp8.operations import Operations
+from models.moe.dispatch.trip import Trip
+from models.moe.paths import Path
+from models.moe.runtime import Runtime
 from train.profiling.timer import Timer
 
-STEPS = ("quantize", "dispatch", "wrap", "permute", "up_projection")
-"""The five steps. In backward, step 5 is `dgrad`: the gradient takes the same way to the first GEMM
-that it meets."""
+STEPS = ("quantize", "dispatch", "permute", "up_projection")
+"""Of the five steps, those that take time: 3 only wraps what arrived. In backward, step 5 is
+`dgrad`: the gradient takes the same way to the first GEMM that it meets."""
 
 PARTS = (
     *STEPS,
@@ -33,6 +37,7 @@ PARTS = (
 it is made. Quantizing that a linear layer does for its own GEMM belongs to that GEMM."""
 
 OPERATIONS = {
+    "quantize": "quantize",
     "plan_rows": "permute",
     "permute_probs": "permute",
     "permute": "permute",
@@ -46,71 +51,124 @@ OPERATIONS = {
 }
 """Operations that are the same part wherever they are called."""
 
-LINEAR = {
-    "prepare_weights": "quantize_weights",
-    "forward": "down_projection",
-    "backward": "dgrad",
-    "wgrad": "wgrad",
-}
-"""Functions of the experts' linear layer (models/fp8/linear.py), called outside a path. `down` and
-`down_backward` are made of other parts."""
+GEMMS = ("dequantize", "grouped_gemm", "grouped_mm")
+"""Operations that belong to the GEMM that is being computed."""
+
+LINEAR = {"prepare_weights": "quantize_weights", "wgrad": "wgrad"}
+"""Functions of the linear layer that are a part of their own."""
 
 DISPATCHER = {"dispatch": "dispatch", "dispatch_again": "dispatch", "combine": "combine"}
 
 FIRST_GEMM = {"forward": "up_projection", "backward": "dgrad"}
 """What step 5 of a path computes in either pass."""
 
+SECOND_GEMM = {"down": "down_projection", "up_backward": "dgrad"}
+"""What these functions of the linear layer compute, after SwiGLU or its backward pass."""
 
-class _Timed:
-    """Stands in for an object: the named functions are timed, the rest is the object's own."""
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Makes a function that does the same, and is timed."""
 
-    def __init__(self, target: Any, timer: Timer, parts: Mapping[str, str]) -> None:
+Target = TypeVar("Target")
+
+
+def timed_runtime(runtime: Runtime, timer: Timer) -> Runtime:
+    """The same runtime, with its parts timed by `timer`; counts and dispatcher are shared."""
+    gemm = _Gemm(timer)
+    ops = _stand_in(
+        runtime.ops,
+        {name: timer.wrapper(part) for name, part in OPERATIONS.items()}
+        | dict.fromkeys(GEMMS, gemm.timed),
+    )
+    return replace(
+        runtime,
+        path=_TimedPath(runtime.path, timer, gemm),
+        ops=ops,
+        linear=_timed_linear(runtime.linear, ops, timer, gemm),
+        dispatcher=_stand_in(
+            runtime.dispatcher, {name: timer.wrapper(part) for name, part in DISPATCHER.items()}
+        ),
+    )
+
+
+class _Gemm:
+    """Which GEMM is being computed: whoever begins one says so, and its time is that part's."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.timer = timer
+        self.part = ""
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as a part of the GEMM that is being computed when it is called."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with self.timer.part(self.part):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    def begin(self, part: str) -> Wrapper:
+        """For functions whose GEMM is `part`."""
+
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.part = part
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        return wrap
+
+
+class _StandIn:
+    """In an object's place: some functions are others, the rest is the object's own."""
+
+    def __init__(self, target: Any, wrappers: Mapping[str, Wrapper]) -> None:
         self._target = target
-        for name, part in parts.items():
+        for name, wrapper in wrappers.items():
             if hasattr(target, name):
-                setattr(self, name, timer.timed(getattr(target, name), part))
+                setattr(self, name, wrapper(getattr(target, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
 
 
-def timed_runtime(runtime: Runtime, timer: Timer) -> Runtime:
-    """The same runtime, with its parts timed by `timer`; counts and dispatcher are shared."""
-    # Outside the paths, and outside `backward`, one GEMM is left.
-    ops = _Timed(runtime.ops, timer, {**OPERATIONS, "grouped_gemm": "down_projection"})
-    setattr(ops, runtime.path.LINEAR, _Timed(runtime.linear, timer, LINEAR))
-    return replace(
-        runtime,
-        path=_timed_path(runtime, timer),
-        ops=ops,
-        dispatcher=_Timed(runtime.dispatcher, timer, DISPATCHER),
-    )
+def _stand_in(target: Target, wrappers: Mapping[str, Wrapper]) -> Target:
+    """What fits wherever `target` does, with the named functions wrapped."""
+    stand_in: Any = _StandIn(target, wrappers)
+    return stand_in
 
 
-def _timed_path(runtime: Runtime, timer: Timer) -> Any:
-    """The path's module with `to_experts` as it is, in a namespace where what it calls is timed."""
-    path = runtime.path
-    inside = {phase: _ops_inside(runtime, timer, gemm) for phase, gemm in FIRST_GEMM.items()}
-    to_experts = _with_names(path, {"relayout": "relayout", "BlockScaledTensor": "wrap"}, timer)
+@dataclass(frozen=True)
+class _TimedPath:
+    """A path whose relayouts and GEMM are timed."""
 
-    def timed_to_experts(tokens: Tensor, w: Any, trip: Any, ops: Any) -> tuple[Tensor, Any]:
-        return to_experts(tokens, w, trip, inside[trip.phase])
+    path: Path
+    timer: Timer
+    gemm: _Gemm
 
-    return SimpleNamespace(
-        LINEAR=path.LINEAR, ROW_ALIGNMENT=path.ROW_ALIGNMENT, to_experts=timed_to_experts
-    )
+    @property
+    def LINEAR(self) -> Callable[[Operations], AnyLinear]:
+        return self.path.LINEAR
+
+    @property
+    def ROW_ALIGNMENT(self) -> int:
+        return self.path.ROW_ALIGNMENT
+
+    def to_experts(
+        self, tokens: Tensor, w: Any, trip: Trip, ops: Operations, linear: AnyLinear
+    ) -> tuple[Tensor, HasBytes]:
+        self.gemm.part = FIRST_GEMM[trip.phase]
+        trip = _stand_in(trip, {"relayout": self.timer.wrapper("relayout")})
+        return self.path.to_experts(tokens, w, trip, ops, linear)
 
 
-def _ops_inside(runtime: Runtime, timer: Timer, gemm: str) -> Any:
-    """The operations as a path calls them, where `quantize` is step 1 and any GEMM step 5."""
-    parts = {"quantize": "quantize", "dequantize": gemm, "grouped_gemm": gemm, "grouped_mm": gemm}
-    ops = _Timed(runtime.ops, timer, {**OPERATIONS, **parts})
-    setattr(ops, runtime.path.LINEAR, _Timed(runtime.linear, timer, {"forward": gemm}))
-    return ops
-
-
-def _with_names(path: ModuleType, parts: Mapping[str, str], timer: Timer) -> FunctionType:
-    """The module's `to_experts`, the very code, with some of the module's names timed."""
-    names = vars(path)
-    timed = {name: timer.timed(names[name], part) for name, part in parts.items() if name in names}
-    return FunctionType(path.to_experts.__code__, {**names, **timed})
+def _timed_linear(linear: AnyLinear, ops: Operations, timer: Timer, gemm: _Gemm) -> AnyLinear:
+    """A copy that calls `ops`, and whose functions are timed also where it calls them itself."""
+    timed = copy.copy(linear)
+    timed.ops = ops
+    wrappers = {name: timer.wrapper(part) for name, part in LINEAR.items()}
+    wrappers |= {name: gemm.begin(part) for name, part in SECOND_GEMM.items()}
+    wrappers["forward"] = gemm.timed
+    for name, wrapper in wrappers.items():
+        setattr(timed, name, wrapper(getattr(timed, name)))
+    return timed

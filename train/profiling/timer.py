@@ -112,6 +112,10 @@ class Timer:
         else:
             yield
 
+    def wrapper(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """`timed` of a function that is given later."""
+        return functools.partial(self.timed, name=name)
+
     def timed(self, function: Callable[P, R], name: str) -> Callable[P, R]:
         """The same function as a part."""
 

@@ -2,7 +2,8 @@
 
     from models.fp8 import kernels as ops      # what a path calls `ops`
 
-Same names, arguments and results. What differs:
+The functions that `Operations` names (`models/fp8/operations.py`), with the meaning of
+`reference/`. What differs:
 
 - Operations that only move or quantize have the reference's bits; `swiglu` and the GEMMs are within
   bounds stated in their files.
@@ -38,40 +39,4 @@ from models.fp8.kernels.swiglu import (
     swiglu_backward_quantize,
     swiglu_quantize,
 )
-from models.fp8.linear import (  # no kernels: they are made of the operations below
-    DirectLinear,
-    Fp8Linear,
-    HighPrecisionLinear,
-)
 from models.fp8.reference.plan_rows import RowMap  # what plan_rows returns is one, with its inverse
-
-__all__ = [
-    "GEMM_LAYOUT",
-    "DirectLinear",
-    "Fp8Linear",
-    "HighPrecisionLinear",
-    "RowMap",
-    "adamw",
-    "adamw_cast",
-    "adamw_quantize",
-    "dequantize",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "grouped_mm",
-    "grouped_mm_wgrad",
-    "grouped_wgrad",
-    "permute",
-    "permute_probs",
-    "permute_scaled",
-    "plan_rows",
-    "quantize",
-    "quantize_columns",
-    "quantize_weights",
-    "quantize_weights_both_ways",
-    "swiglu",
-    "swiglu_backward",
-    "swiglu_backward_quantize",
-    "swiglu_quantize",
-    "unpermute",
-    "unpermute_probs",
-]

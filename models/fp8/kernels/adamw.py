@@ -139,6 +139,6 @@ def _adamw_quantize_kernel(
     tl.debug_barrier()  # other threads wrote what is read now
     w = tl.load(w_ptr + rows_of_tile(tile, k, 0, WIDTH))
     store_quantized_tile(
-        w, tile, data_ptr, scale_inv_ptr, turned_ptr, turned_scale_ptr, n, k, 0.0, dtype_max,
-        POWER_OF_TWO=True, BOTH_WAYS=True, TO_BF16=TO_BF16,
+        w, tile, data_ptr, scale_inv_ptr, turned_ptr, turned_scale_ptr, n, k, dtype_max,
+        BOTH_WAYS=True, TO_BF16=TO_BF16,
     )  # fmt: skip

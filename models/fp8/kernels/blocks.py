@@ -28,13 +28,11 @@ def magnitude(x):
 
 
 @triton.jit
-def scale_from_amax(amax, epsilon, dtype_max, POWER_OF_TWO: tl.constexpr):
+def scale_from_amax(amax, dtype_max):
     """The factor to multiply a block by, of the shape of `amax`; `reference._scale_from_amax`."""
-    amax = tl.maximum(amax, epsilon)
     scale = tl.div_rn(tl.full(amax.shape, E4M3_MAX, tl.float32), amax)
     scale = tl.where(scale == float("inf"), dtype_max, scale)
-    if POWER_OF_TWO:
-        scale = (scale.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
+    scale = (scale.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
     return tl.where((amax == 0) | (amax == float("inf")), 1.0, scale)
 
 
@@ -52,9 +50,9 @@ def to_e4m3(x):
 
 
 @triton.jit
-def quantize_rows(x, epsilon, dtype_max, POWER_OF_TWO: tl.constexpr):
+def quantize_rows(x, dtype_max):
     """Blocks `[n, 128]` float32 to E4M3 bytes `[n, 128]` and `scale_inv` `[n]`."""
-    scale = scale_from_amax(tl.max(magnitude(x), 1), epsilon, dtype_max, POWER_OF_TWO)
+    scale = scale_from_amax(tl.max(magnitude(x), 1), dtype_max)
     return to_e4m3(x * scale[:, None]), reciprocal(scale)
 
 

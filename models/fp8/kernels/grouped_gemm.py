@@ -69,11 +69,7 @@ GEMM_LAYOUT = Layout.COMPACT
 
 
 def grouped_gemm(
-    x: BlockScaledTensor,
-    w: BlockScaledWeights,
-    offsets: Tensor,
-    out_dtype: torch.dtype,
-    tiling: Tiling = TILING,
+    x: BlockScaledTensor, w: BlockScaledWeights, offsets: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """fprop: `x [P, K]` in either layout, `w [E, N, K]` to `[P, N]`, bfloat16 or float32.
 
@@ -83,6 +79,17 @@ def grouped_gemm(
     of `reference.grouped_gemm`, plus 2^-12 of the sum of the magnitudes, before the result is
     rounded. Raises ValueError if shapes do not fit, TypeError for another `out_dtype`.
     """
+    return grouped_gemm_tiled(x, w, offsets, out_dtype, TILING)
+
+
+def grouped_gemm_tiled(
+    x: BlockScaledTensor,
+    w: BlockScaledWeights,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    tiling: Tiling,
+) -> Tensor:
+    """`grouped_gemm`, cut up in another way."""
     experts, n, k = w.data.shape
     _check(x, w, offsets, out_dtype)
     rows = x.rows

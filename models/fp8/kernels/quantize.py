@@ -43,9 +43,7 @@ ROWS = 32  # blocks a program takes
 COLUMNS = 64  # columns a program takes when it quantizes along them
 
 
-def quantize(
-    x: Tensor, layout: Layout, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledTensor:
+def quantize(x: Tensor, layout: Layout) -> BlockScaledTensor:
     """Quantizes `x [M, K]` (bfloat16 or float32) in blocks of 1 x 128 along K.
 
     The bits of `reference.quantize`. Gradients do not pass. Raises TypeError for another dtype,
@@ -64,16 +62,14 @@ def quantize(
         view_rows, view_blocks, stored = rows, blocks, scale_inv.shape[1]
     if x.numel():
         _quantize_kernel[(ceil_div(stored, ROWS) * view_blocks,)](
-            x, data, scale_inv, view_rows, view_blocks, stored, epsilon, dtype_max(x.dtype),
-            POWER_OF_TWO=power_of_two, ROWS=ROWS,
+            x, data, scale_inv, view_rows, view_blocks, stored, dtype_max(x.dtype), ROWS=ROWS,
         )  # fmt: skip
     return BlockScaledTensor(data, scale_inv, layout)
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, data_ptr, scale_ptr, rows, blocks, stored, epsilon, dtype_max,
-    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, rows, blocks, stored, dtype_max, ROWS: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take neighbouring blocks of the same rows.
     block = tl.program_id(0) % blocks
@@ -81,15 +77,13 @@ def _quantize_kernel(
     at = ((row * blocks + block) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     real = (row < rows)[:, None]
     x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-    data, scale_inv = quantize_rows(x, epsilon, dtype_max, POWER_OF_TWO)
+    data, scale_inv = quantize_rows(x, dtype_max)
     tl.store(data_ptr + at, data, mask=real)
     scale_inv = tl.where(row < rows, scale_inv, 0.0)
     tl.store(scale_ptr + block.to(tl.int64) * stored + row, scale_inv, mask=row < stored)
 
 
-def quantize_columns(
-    x: Tensor, layout: Layout, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledTensor:
+def quantize_columns(x: Tensor, layout: Layout) -> BlockScaledTensor:
     """Quantizes `x [M, K]` in blocks of 128 x 1 along M; the result is transposed, `[K, M]`.
 
     The bits of `reference.quantize_columns`. Errors as `quantize`, for M.
@@ -104,16 +98,16 @@ def quantize_columns(
     tiles = ceil_div(stored, COLUMNS)
     if x.numel():
         _quantize_columns_kernel[(tiles * (rows // BLOCK),)](
-            x, data, scale_inv, rows, cols, tiles, stride_col, stride_block, stored, epsilon,
-            dtype_max(x.dtype), POWER_OF_TWO=power_of_two, COLUMNS=COLUMNS,
+            x, data, scale_inv, rows, cols, tiles, stride_col, stride_block, stored,
+            dtype_max(x.dtype), COLUMNS=COLUMNS,
         )  # fmt: skip
     return BlockScaledTensor(data, scale_inv, layout)
 
 
 @triton.jit
 def _quantize_columns_kernel(
-    x_ptr, data_ptr, scale_ptr, rows, cols, tiles, stride_col, stride_block, stored, epsilon,
-    dtype_max, POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, rows, cols, tiles, stride_col, stride_block, stored,
+    dtype_max, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block = (tl.program_id(0) // tiles).to(tl.int64)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -121,21 +115,19 @@ def _quantize_columns_kernel(
     real = col < cols
     at = row[:, None] * cols + col[None, :]
     x = tl.load(x_ptr + at, mask=real[None, :], other=0.0).to(tl.float32)
-    data, scale_inv = quantize_rows(tl.trans(x), epsilon, dtype_max, POWER_OF_TWO)
+    data, scale_inv = quantize_rows(tl.trans(x), dtype_max)
     tl.store(data_ptr + col[:, None] * rows + row[None, :], data, mask=real[:, None])
     scale_inv = tl.where(real, scale_inv, 0.0)
     tl.store(scale_ptr + col * stride_col + block * stride_block, scale_inv, mask=col < stored)
 
 
-def quantize_weights(
-    w: Tensor, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledWeights:
+def quantize_weights(w: Tensor) -> BlockScaledWeights:
     """Quantizes `w [E, N, K]` (bfloat16 or float32) in blocks of 128 x 128.
 
     The bits of `reference.quantize_weights`. Gradients do not pass. Raises TypeError for another
     dtype, ValueError for another rank or if N or K is not a multiple of 128.
     """
-    return _quantize_weights(w, w.dtype, power_of_two, epsilon, both_ways=False)[0]
+    return _quantize_weights(w, w.dtype, both_ways=False)[0]
 
 
 def quantize_weights_both_ways(
@@ -146,13 +138,13 @@ def quantize_weights_both_ways(
     One pass: a tile is in registers when it is turned. Both have the bits of
     `reference.quantize_weights_both_ways`. Errors as `quantize_weights`.
     """
-    first, transposed = _quantize_weights(w, dtype, True, 0.0, both_ways=True)
+    first, transposed = _quantize_weights(w, dtype, both_ways=True)
     assert transposed is not None
     return first, transposed
 
 
 def _quantize_weights(
-    w: Tensor, dtype: torch.dtype, power_of_two: bool, epsilon: float, both_ways: bool
+    w: Tensor, dtype: torch.dtype, both_ways: bool
 ) -> tuple[BlockScaledWeights, BlockScaledWeights | None]:
     _check_input(w, 3)
     experts, n, k = w.shape
@@ -166,8 +158,7 @@ def _quantize_weights(
         _quantize_weights_kernel[(out.scale_inv.numel(),)](
             w, out.data, out.scale_inv,
             turned.data if turned else None, turned.scale_inv if turned else None,
-            n, k, epsilon, dtype_max(dtype),
-            POWER_OF_TWO=power_of_two, BOTH_WAYS=both_ways,
+            n, k, dtype_max(dtype), BOTH_WAYS=both_ways,
             TO_BF16=dtype is torch.bfloat16, num_warps=8,
         )  # fmt: skip
     return out, turned
@@ -191,14 +182,14 @@ def _empty(experts: int, n: int, k: int, device: torch.device) -> BlockScaledWei
 
 @triton.jit
 def _quantize_weights_kernel(
-    w_ptr, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
-    POWER_OF_TWO: tl.constexpr, BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
+    w_ptr, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, dtype_max,
+    BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     w = tl.load(w_ptr + rows_of_tile(tile, k, 0, WIDTH))
     store_quantized_tile(
-        w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
-        POWER_OF_TWO, BOTH_WAYS, TO_BF16,
+        w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, dtype_max,
+        BOTH_WAYS, TO_BF16,
     )  # fmt: skip
 
 
@@ -212,8 +203,8 @@ def rows_of_tile(tile, k, start, ROWS: tl.constexpr):
 
 @triton.jit
 def store_quantized_tile(
-    w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, epsilon, dtype_max,
-    POWER_OF_TWO: tl.constexpr, BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
+    w, tile, data_ptr, scale_ptr, turned_ptr, turned_scale_ptr, n, k, dtype_max,
+    BOTH_WAYS: tl.constexpr, TO_BF16: tl.constexpr,
 ):  # fmt: skip
     """Quantize and store tile number `tile` [128, 128] of weights [E, N, K]."""
     at = rows_of_tile(tile, k, 0, WIDTH)
@@ -221,7 +212,7 @@ def store_quantized_tile(
         w = w.to(tl.bfloat16)
     w = w.to(tl.float32)
     amax = tl.max(tl.max(magnitude(w), 1, keep_dims=True), 0, keep_dims=True)  # [1, 1]
-    scale = scale_from_amax(amax, epsilon, dtype_max, POWER_OF_TWO)
+    scale = scale_from_amax(amax, dtype_max)
     data = to_e4m3(w * scale)
     scale_inv = reciprocal(scale)
     one = tl.arange(0, 1)[:, None]

@@ -94,7 +94,7 @@ def _swiglu_kernel(
 
     out = out_ptr + (row * cols)[:, None] + col[None, :]
     if QUANTIZE:
-        data, scale_inv = quantize_rows(a.to(tl.float32), 0.0, dtype_max, True)
+        data, scale_inv = quantize_rows(a.to(tl.float32), dtype_max)
         tl.store(out, data, mask=real)
         scale_inv = tl.where(row < rows, scale_inv, 0.0)
         at_scale = row * stride_row + tile * stride_block
@@ -152,7 +152,7 @@ def _store_quantized(
     x, data_ptr, scale_ptr, at, row, block, rows, stride_row, stride_block, stored, dtype_max
 ):
     """A tile `[ROWS, 128]` at elements `at`, block `block` of its rows."""
-    data, scale_inv = quantize_rows(x.to(tl.float32), 0.0, dtype_max, True)
+    data, scale_inv = quantize_rows(x.to(tl.float32), dtype_max)
     tl.store(data_ptr + at, data, mask=(row < rows)[:, None])
     scale_inv = tl.where(row < rows, scale_inv, 0.0)
     at_scale = row * stride_row + block * stride_block

@@ -5,7 +5,6 @@ another one with the same functions (`models/fp8/operations.py`). One file an id
 file names as in `kernels/`: read them side by side.
 """
 
-from models.fp8.linear import DirectLinear, Fp8Linear, HighPrecisionLinear
 from models.fp8.reference.adamw import adamw, adamw_cast, adamw_quantize
 from models.fp8.reference.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_wgrad
 from models.fp8.reference.grouped_mm import grouped_mm, grouped_mm_wgrad, grouped_wgrad
@@ -30,34 +29,3 @@ from models.fp8.reference.swiglu import (
     swiglu_backward_quantize,
     swiglu_quantize,
 )
-
-__all__ = [
-    "GEMM_LAYOUT",
-    "DirectLinear",
-    "Fp8Linear",
-    "HighPrecisionLinear",
-    "RowMap",
-    "adamw",
-    "adamw_cast",
-    "adamw_quantize",
-    "dequantize",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "grouped_mm",
-    "grouped_mm_wgrad",
-    "grouped_wgrad",
-    "permute",
-    "permute_probs",
-    "permute_scaled",
-    "plan_rows",
-    "quantize",
-    "quantize_columns",
-    "quantize_weights",
-    "quantize_weights_both_ways",
-    "swiglu",
-    "swiglu_backward",
-    "swiglu_backward_quantize",
-    "swiglu_quantize",
-    "unpermute",
-    "unpermute_probs",
-]

@@ -30,12 +30,17 @@ class RowMap:
     """P, on the host: buffers are allocated with it."""
 
 
-def plan_rows(expert_ids: Tensor, num_experts: int, alignment: int = BLOCK) -> RowMap:
+def plan_rows(
+    expert_ids: Tensor, num_experts: int, alignment: int = BLOCK, max_rows: int | None = None
+) -> RowMap:
     """Groups received rows by expert; within an expert they keep the order they came in.
 
     `expert_ids` is int64 `[R, T]`: a local expert below `num_experts`, or -1. Segments are rounded
     up to `alignment` rows; an expert without rows takes none. Waits for the device, as the size of
     the buffer depends on the routing. Raises ValueError for an id out of range.
+
+    With `max_rows`, a multiple of the alignment, P is `max_rows`, and copies beyond it are dropped:
+    their row is -1, and a segment ends there at the latest. `counts` are those of all copies.
     """
     flat = expert_ids.flatten()
     if ((flat < -1) | (flat >= num_experts)).any():
@@ -52,4 +57,8 @@ def plan_rows(expert_ids: Tensor, num_experts: int, alignment: int = BLOCK) -> R
     rank[order] = torch.arange(order.numel(), device=order.device)
     rank -= (sizes.cumsum(0) - sizes)[bucket]  # position within its bucket
     rows = torch.where(flat >= 0, offsets[bucket - 1] + rank, -1)
-    return RowMap(rows.view(expert_ids.shape), counts, offsets, int(offsets[-1]))
+    if max_rows is not None:
+        rows = rows.masked_fill(rows >= max_rows, -1)
+        offsets = offsets.clamp(max=max_rows)
+    num_rows = int(offsets[-1]) if max_rows is None else max_rows
+    return RowMap(rows.view(expert_ids.shape), counts, offsets, num_rows)

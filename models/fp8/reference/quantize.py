@@ -30,17 +30,15 @@ E4M3_MAX = 448.0
 
 
 @torch.no_grad()
-def quantize(
-    x: Tensor, layout: Layout, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledTensor:
+def quantize(x: Tensor, layout: Layout) -> BlockScaledTensor:
     """Quantizes `x [M, K]` (bfloat16 or float32) in blocks of 1 x 128 along K.
 
-    `scale = 448 / max(amax, epsilon)`, rounded down to a power of two unless `power_of_two` is
-    false; `data = e4m3(x * scale)`, to nearest even, saturating; `scale_inv = 1 / scale`. The
-    scales are stored in `layout` at once, as a kernel would, so this is no relayout. Gradients do
-    not pass. Raises TypeError for another dtype, ValueError for another rank.
+    `scale = 448 / amax`, rounded down to a power of two; `data = e4m3(x * scale)`, to nearest even,
+    saturating; `scale_inv = 1 / scale`. The scales are stored in `layout` at once, as a kernel
+    would, so this is no relayout. Gradients do not pass. Raises TypeError for another dtype,
+    ValueError for another rank.
 
-    With power-of-two scales a value is off by at most 1/16 of itself, or by 2^-10 / 224 of its
+    A value is off by at most 1/16 of itself, or by 2^-10 / 224 of its
     block's amax where that is more; and dequantizing (to float32 or bfloat16) and quantizing again
     changes no value. It changes bits only in a block whose largest byte came out as 224: there
     the scale doubles and the bytes with it. (The exceptions are values of magnitude below
@@ -52,26 +50,22 @@ def quantize(
     _check_input(x, 2)
     rows, cols = x.shape
     blocks = F.pad(x.float(), (0, -cols % BLOCK)).reshape(rows, ceil_div(cols, BLOCK), BLOCK)
-    scale = _scale_from_amax(_amax(blocks, -1), x.dtype, power_of_two, epsilon)
+    scale = _scale_from_amax(_amax(blocks, -1), x.dtype)
     data = _to_e4m3(blocks * scale[..., None]).flatten(1)[:, :cols].contiguous()
     return BlockScaledTensor(data, store_scales(scale.reciprocal(), cols, layout), layout)
 
 
-def quantize_columns(
-    x: Tensor, layout: Layout, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledTensor:
+def quantize_columns(x: Tensor, layout: Layout) -> BlockScaledTensor:
     """Quantizes `x [M, K]` in blocks of 128 x 1 along M; the result is transposed, `[K, M]`.
 
     What TransformerEngine calls columnwise, and what a weight gradient needs, whose sum runs over
     tokens. Arguments and errors as `quantize`.
     """
-    return quantize(x.t(), layout, power_of_two, epsilon)
+    return quantize(x.t(), layout)
 
 
 @torch.no_grad()
-def quantize_weights(
-    w: Tensor, power_of_two: bool = True, epsilon: float = 0.0
-) -> BlockScaledWeights:
+def quantize_weights(w: Tensor) -> BlockScaledWeights:
     """Quantizes `w [E, N, K]` (bfloat16 or float32) in blocks of 128 x 128.
 
     The rule for scales and special cases is that of `quantize`. Gradients do not pass. Raises
@@ -81,7 +75,7 @@ def quantize_weights(
     experts, n, k = w.shape
     padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.reshape(experts, ceil_div(n, BLOCK), BLOCK, ceil_div(k, BLOCK), BLOCK)
-    scale = _scale_from_amax(_amax(blocks, (2, 4)), w.dtype, power_of_two, epsilon)
+    scale = _scale_from_amax(_amax(blocks, (2, 4)), w.dtype)
     data = _to_e4m3(blocks * scale[:, :, None, :, None]).view(padded.shape)[:, :n, :k]
     return BlockScaledWeights(data.contiguous(), scale.reciprocal())
 
@@ -118,18 +112,14 @@ def _amax(blocks: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     return amax
 
 
-def _scale_from_amax(
-    amax: Tensor, dtype: torch.dtype, power_of_two: bool, epsilon: float
-) -> Tensor:
+def _scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor to multiply a block by, float32; `amax` is float32 and not NaN."""
-    amax = amax.clamp(min=epsilon)
     # Not `448.0 / amax`: PyTorch computes that as reciprocal times 448, which rounds twice and in
     # one case out of four is off by a bit from the kernels' correctly rounded division.
     scale = torch.full_like(amax, E4M3_MAX) / amax
     scale = torch.where(scale.isinf(), torch.finfo(dtype).max, scale)
-    if power_of_two:
-        exponent_bits = -0x0080_0000  # 0xff80_0000 as int32: sign and exponent, no mantissa
-        scale = (scale.view(torch.int32) & exponent_bits).view(torch.float32)
+    exponent_bits = -0x0080_0000  # 0xff80_0000 as int32: sign and exponent, no mantissa
+    scale = (scale.view(torch.int32) & exponent_bits).view(torch.float32)
     return torch.where(amax.isinf() | (amax == 0), 1.0, scale)
 
 

@@ -1,23 +1,24 @@
 """One trip of a batch of tokens to their experts and home again, and of gradients after them.
 
-The first `send` asks the dispatcher who goes where and plans the experts' rows; whatever follows,
-in the backward pass too, travels the same way.
+The first `dispatch` asks the dispatcher who goes where and plans the experts' rows; whatever
+follows, in the backward pass too, takes the same way.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from models.fp8.operations import Operations
 from models.fp8.reference.plan_rows import RowMap
+from models.fp8.tensor import BlockScaledTensor, Layout, relayout
+from models.moe.counts import Counts, Phase
 from models.moe.dispatch import Dispatcher
-
-Phase = Literal["forward", "backward"]
 
 
 class Trip:
     """The way of T tokens, top_k experts each, for one layer and micro-batch.
 
-    After the first `send`: `rows`, where each received row goes among the experts' P rows, and
+    After the first `dispatch`: `rows`, where each received row goes among the experts' P rows, and
     `probs` float32 [P], the routing weight of each of them (0 in padding).
     """
 
@@ -27,7 +28,8 @@ class Trip:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        ops: Any,
+        ops: Operations,
+        counts: Counts,
         expert_ids: Tensor,
         weights: Tensor,
         local_experts: int,
@@ -38,37 +40,48 @@ class Trip:
         alignment, and copies beyond it are dropped."""
         self.dispatcher = dispatcher
         self.ops = ops
+        self.counts = counts
         self.phase: Phase = "forward"
         self._request = (expert_ids, weights)
         self._local_experts = local_experts
         self._row_alignment = row_alignment
         self._max_rows = max_rows
         self._planned = False
-        self._handle: Any = None
+        self._handle: Any = None  # the dispatcher's own
 
-    def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Dispatch [T, n] tensors row by row; what arrived, [R, n] each."""
+    def dispatch(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Send [T, n] tensors row by row to the experts' ranks; what arrived, [R, n] each."""
         if self._planned:
             return self.dispatcher.dispatch_again(tensors, self._handle)
-        bounded = {} if self._max_rows is None else {"max_rows": self._max_rows}
         tensors, ids, weights, self._handle = self.dispatcher.dispatch(
-            tensors, *self._request, wait=not bounded
+            tensors, *self._request, wait=self._max_rows is None
         )
         self._planned = True
-        self.rows = self.ops.plan_rows(ids, self._local_experts, self._row_alignment, **bounded)
+        self.rows = self.ops.plan_rows(
+            ids, self._local_experts, self._row_alignment, self._max_rows
+        )
         self.probs = self.ops.permute_probs(weights, self.rows)
         return tensors
+
+    def relayout(self, x: BlockScaledTensor, layout: Layout) -> BlockScaledTensor:
+        """The same tensor with its scales in the other layout, counted for the pass it is in.
+
+        Raises ValueError if they are in that layout already; see `models.fp8.tensor.relayout`.
+        """
+        x = relayout(x, layout)
+        self.counts.relayouts[self.phase] += 1
+        return x
 
     def dropped_rows(self) -> Tensor:
         """Copies that found no room among `max_rows`, int64 []; on the device, so nothing waits."""
         room = self.rows.offsets.diff()
         return (self.rows.counts - room).clamp(min=0).sum()
 
-    def bring_home(self, y: Tensor) -> Tensor:
+    def combine(self, y: Tensor) -> Tensor:
         """Add up what the experts made of each token: their rows [P, n] to tokens [T, n]."""
         return self.dispatcher.combine(self.ops.unpermute(y, self.rows), self._handle)[0]
 
-    def bring_home_with(self, y: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def combine_with_probs(self, y: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """The same, together with one number a row: [P, n], [P] to [T, n], [T, top_k]."""
         received = self.ops.unpermute(y, self.rows)
         weights = self.ops.unpermute_probs(probs, self.rows)

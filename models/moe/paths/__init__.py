@@ -7,12 +7,39 @@ step: forward on the tokens, up to the experts' up-projection; and backward on t
 layer's output, up to the first GEMM that it meets, which is the down-projection's dgrad.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from models.config import PathName
+from models.fp8.linear import AnyLinear, HasBytes
+from models.fp8.operations import Operations
+from models.moe.dispatch.trip import Trip
 from models.moe.paths import bf16, fp8_baseline, fp8_compact, fp8_direct
 
-PATHS: dict[PathName, ModuleType] = {
+
+class Path(Protocol):
+    """What a path's module has."""
+
+    @property
+    def LINEAR(self) -> Callable[[Operations], AnyLinear]:
+        """The class of models/fp8/linear.py that computes the experts' GEMMs."""
+
+    @property
+    def ROW_ALIGNMENT(self) -> int:
+        """The rows of each expert are rounded up to a multiple of it."""
+
+    def to_experts(
+        self, tokens: Tensor, w: Any, trip: Trip, ops: Operations, linear: AnyLinear
+    ) -> tuple[Tensor, HasBytes]:
+        """Tokens [T, K] to the first GEMM of their experts, [P, N], and what wgrad needs of them.
+
+        w: the GEMM's weights as `linear` has prepared them for this pass.
+        """
+
+
+PATHS: dict[PathName, Path] = {
     "bf16": bf16,
     "fp8_baseline": fp8_baseline,
     "fp8_compact": fp8_compact,

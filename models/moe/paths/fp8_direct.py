@@ -1,25 +1,31 @@
 """fp8_direct: as fp8_compact, and the GEMM takes what the permute writes. 0 relayouts."""
 
-from typing import Any
-
 from torch import Tensor
 
+from models.fp8.linear import DirectLinear, Kept, Linear, Weights
+from models.fp8.operations import Operations
 from models.fp8.tensor import BlockScaledTensor, Layout
 from models.moe.dispatch.trip import Trip
 
-LINEAR = "DirectLinear"  # the class of ops in which the experts' GEMMs are computed
+LINEAR = DirectLinear  # computes the experts' GEMMs
 ROW_ALIGNMENT = 128  # rows of an expert: a tile of the GEMM
 
 
-def to_experts(tokens: Tensor, w: Any, trip: Trip, ops: Any) -> tuple[Tensor, Any]:
+def to_experts(
+    tokens: Tensor,
+    w: Weights,
+    trip: Trip,
+    ops: Operations,
+    linear: Linear[BlockScaledTensor, Weights, Kept],
+) -> tuple[Tensor, Kept]:
     """Tokens [T, K] to the first GEMM of their experts, [P, N], and what wgrad needs of them."""
     # 1 quantize
     x = ops.quantize(tokens, Layout.COMPACT)
     # 2 dispatch
-    data, scale_inv = trip.send(x.data, x.scale_inv)
+    data, scale_inv = trip.dispatch(x.data, x.scale_inv)
     # 3 wrap
     x = BlockScaledTensor(data, scale_inv, Layout.COMPACT)
     # 4 permute
     x = ops.permute_scaled(x, trip.rows, ops.GEMM_LAYOUT)
     # 5 up-projection
-    return ops.grouped_gemm(x, w, trip.rows.offsets, tokens.dtype), x
+    return linear.forward(x, w, trip.rows.offsets, tokens.dtype)

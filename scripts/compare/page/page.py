@@ -1,19 +1,19 @@
 """The page of a comparison: one file, nothing from the network.
 
-What needs no script is HTML from `compare_sections.py` and `compare_parts.py`. `page.js`
-draws the curves from the data that is put into the page. The drawing is our own, since it is
-little, and a charting library inside every page would be much.
+What needs no script is HTML from `sections.py` and `parts.py`. `page.js` draws the curves from the
+data that is put into the page. The drawing is our own, since it is little, and a charting library
+inside every page would be much.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from scripts.compare.arms import Arm
-from scripts.compare.page import parts as parts
-from scripts.compare.page import sections as sections
+from scripts.compare.colors import COLORS, WIDE
+from scripts.compare.page import parts, sections
 from scripts.compare.page.sections import text
 from scripts.compare.reading import on_cpu, partner, reading, warnings
 from scripts.compare.runs import Run
@@ -22,6 +22,39 @@ from scripts.compare.table import Row
 HERE = Path(__file__).parent
 
 Values = dict[int, float]
+"""By step."""
+
+
+class Curve(TypedDict):
+    """A run as `page.js` knows it, with its x values."""
+
+    index: int
+    name: str
+    path: str
+    step: list[int]
+    tokens: list[float | None]
+    repeat: int
+    """How many runs of the same path come before it."""
+    under: bool
+    """Drawn wide, below the others."""
+
+
+class Chart(TypedDict):
+    """What is drawn in one pair of axes: y values for each run."""
+
+    title: str
+    unit: str
+    zero: bool
+    """Whether there is a line at 0."""
+    series: list[list[float | None]]
+    dots: NotRequired[list[list[float | None]]]
+
+
+class Data(TypedDict):
+    """What the page's script draws."""
+
+    runs: list[Curve]
+    charts: list[Chart]
 
 
 def make_html(
@@ -40,7 +73,7 @@ def make_html(
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-{css}</style></head><body>
+{path_colors()}{css}</style></head><body>
 <h1>Runs compared: {title}</h1>
 <p class="sub">{sections.summary(runs)}</p>
 <p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
@@ -71,10 +104,15 @@ it.</p></noscript></section>
 """
 
 
-def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
-    """What the script draws: runs with their x values, charts with a list of y values per run.
+def path_colors() -> str:
+    """CSS: each path's colour as a variable of its name, on a light and on a dark screen."""
+    light = " ".join(f"--{path}: {color.light};" for path, color in COLORS.items())
+    dark = " ".join(f"--{path}: {color.dark};" for path, color in COLORS.items())
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
-    Lists of one run are equally long; null stands where a step has no value, or none that is
+
+def make_data(runs: Sequence[Run], baseline: Arm) -> Data:
+    """Lists of one run are equally long; None stands where a step has no value, or none that is
     finite.
     """
     steps = [[row["progress/step"] for row in run.rows] for run in runs]
@@ -99,22 +137,26 @@ def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
         ("Busiest expert over the mean", "", metric("moe/max_expert_load")),
         ("Gradient norm", "", metric("optim/grad_norm")),
     ]
-    charts = []
+    charts: list[Chart] = []
     for title, unit, values in wanted:
         if len(runs) == 1 and values is gaps:
             continue
         found = [values(run) for run in runs]
         if not any(map(math.isfinite, (v for one in found for v in one.values()))):
             continue
-        chart: dict[str, Any] = {"title": title, "unit": unit, "zero": values is gaps}
-        chart["series"] = _lists(found, steps)
+        chart: Chart = {
+            "title": title,
+            "unit": unit,
+            "zero": values is gaps,
+            "series": _lists(found, steps),
+        }
         if title == "Training loss":
             valid = [run.series("loss/valid") for run in runs]
             if any(valid):
                 chart["title"] = "Training loss (dots: validation)"
                 chart["dots"] = _lists(valid, steps)
         charts.append(chart)
-    described = []
+    described: list[Curve] = []
     for index, run in enumerate(runs):
         tokens = run.series("progress/tokens")
         described.append(
@@ -125,7 +167,7 @@ def make_data(runs: Sequence[Run], baseline: Arm) -> dict[str, Any]:
                 "step": steps[index],
                 "tokens": [_number(tokens.get(step, math.nan)) for step in steps[index]],
                 "repeat": sum(other.path == run.path for other in runs[:index]),
-                "under": run.path == "fp8_baseline",
+                "under": run.path == WIDE,
             }
         )
     return {"runs": described, "charts": charts}

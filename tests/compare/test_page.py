@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scripts.compare import __main__ as compare
-from tests.compare.test_compare import write_run
+from scripts.compare.__main__ import main
 from tests.support.chromium import chromium
-from tests.support.made_up_runs import write_gpu_run
+from tests.support.made_up_runs import write_gpu_run, write_run
 
 SPEEDS = {"bf16": 41000, "fp8_baseline": 43800, "fp8_compact": 43900, "fp8_direct": 47800}
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -33,7 +32,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path, speed in SPEEDS.items():
         write_gpu_run(folder / path, path, speed)
     folders = [str(folder / path) for path in SPEEDS]
-    assert compare.main([*folders, "--baseline", "fp8_baseline"]) == 0
+    assert main([*folders, "--baseline", "fp8_baseline"]) == 0
     return folder / "compare" / "compare.html"
 
 
@@ -257,7 +256,7 @@ def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None
     for path, speed in (("bf16", 100.0), ("fp8_direct", 50.0)):
         metrics = {"throughput/tokens_per_sec": speed}
         write_run(tmp_path / path, path, metrics=metrics, device="cpu", device_name="a laptop")
-    assert compare.main([str(tmp_path / "bf16"), str(tmp_path / "fp8_direct")]) == 0
+    assert main([str(tmp_path / "bf16"), str(tmp_path / "fp8_direct")]) == 0
     with Opened(browser, tmp_path / "compare" / "compare.html") as page:
         text = page.inner_text("body")
         assert "says nothing about GPUs" in text
@@ -270,7 +269,7 @@ def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None
 
 def test_names_do_not_break_out(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x<script><b>&", "bf16", config={"run": {"name": "a"}})
-    assert compare.main([str(folder)]) == 0
+    assert main([str(folder)]) == 0
     with Opened(browser, tmp_path / "compare" / "compare.html") as page:
         assert page.inner_text("#legend button") == "x<script><b>&"
         assert page.query_selector("#legend b") is None

@@ -10,7 +10,8 @@ from scripts.compare.arms import group_arms
 from scripts.compare.noise import FEWEST, centre, compare, mean_interval, mean_interval_of_runs
 from scripts.compare.reading import warnings
 from scripts.compare.runs import read_runs
-from tests.compare.test_compare import reading_of, write_run
+from tests.compare.test_compare import reading_of
+from tests.support.made_up_runs import write_run
 
 Sides = list[list[float]]
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench import results
-from scripts.bench import train as bench_train
+from scripts.bench import results, train
 from scripts.bench.stock_megatron import choose_dispatch, transformer_arguments
 from scripts.bench.train import Row, Spec, Window, parse_stacks, rotated
 from tests.support.ranks import _run
@@ -23,20 +22,20 @@ SPREADS = ("step_ms", "single_step_ms", "tokens_per_sec_per_gpu", "tflops_per_gp
 
 
 def bench(rank: int, argv: list[str]) -> int:
-    return bench_train.main(argv)
+    return train.main(argv)
 
 
 def failing_bench(rank: int, argv: list[str]) -> int:
     """Rank 1 runs out of memory when it builds fp8_baseline, and rank 0 does not."""
-    real = bench_train.build
+    real = train.build
 
     def build(spec, config, ranks):
         if spec.path == "fp8_baseline" and rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 TiB")
         return real(spec, config, ranks)
 
-    bench_train.build = build
-    return bench_train.main(argv)
+    train.build = build
+    return train.main(argv)
 
 
 def run(tmp_path: Path, ranks: int, *argv: str, target=bench) -> dict:
@@ -112,7 +111,7 @@ def test_a_stack_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(argv, line, capsys, tmp_path):
-    assert bench_train.main([*TINY, "parallel.expert_parallel=1", "--out", str(tmp_path), *argv])
+    assert train.main([*TINY, "parallel.expert_parallel=1", "--out", str(tmp_path), *argv])
     assert capsys.readouterr().err.strip() == f"error: {line}"
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,8 @@
+"""What fp8_baseline calls on a GPU: stock TransformerEngine wherever a scale is touched."""
+
+from models.fp8 import te
+from models.fp8.kernels import *
+
+quantize = te.quantize
+permute_scaled = te.permute_scaled
+dequantize = te.dequantize

@@ -1,0 +1,115 @@
+"""Who carries out the path on this machine: settled once, when the model is built, and said."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from models.config import ModelConfig, MoEConfig
+from models.fp8 import operations
+from models.fp8.linear import AnyLinear, Fp8Linear
+from models.fp8.operations import Operations
+from models.moe import dispatch
+from models.moe.counts import Counts
+from models.moe.dispatch import Dispatcher
+from models.moe.paths import PATHS, Path
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What was settled: the path, and who carries it out."""
+
+    path: Path
+    ops: Operations
+    linear: AnyLinear
+    """The experts' GEMMs."""
+    dispatcher: Dispatcher
+    description: str = ""
+    """Of all of them, for the user."""
+    capacity: float | None = None
+    """See `MoEConfig.capacity`; None where it does not apply."""
+    recompute: bool = False
+    """See `MoEConfig.recompute`."""
+    counts: Counts = field(default_factory=Counts)
+
+    def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
+        """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
+        what rounding up each expert's rows may take. None where P is what arrives."""
+        if self.capacity is None:
+            return None
+        step = self.path.ROW_ALIGNMENT
+        return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What the layers do inside the `with` is in none of the counts."""
+        sent = self.dispatcher.bytes_sent
+        with self.counts.paused():
+            yield
+        self.dispatcher.bytes_sent = sent
+
+    def with_operations(self, ops: Operations, device: str) -> "Runtime":
+        """The same path carried out by other operations on `cpu` or `cuda`."""
+        return replace(self, ops=ops, linear=build_linear(self.path, ops, device))
+
+
+@dataclass
+class GPTConfig(TransformerConfig):
+    """megatron-core's config, which reaches every module, and what our MoE layer needs too."""
+
+    # Always given; without a default they could not follow megatron-core's fields.
+    moe_runtime: Runtime = None  # type: ignore[assignment]
+    shared_expert_linears: MLPSubmodules = None
+
+
+def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
+    """Settle, once, who carries out the path on `cpu` or `cuda` here. All ranks together."""
+    path = PATHS[moe.path]
+    ops, who = operations.choose(moe.path, device)
+    linear = build_linear(path, ops, device)
+    dispatcher, how = dispatch.choose(
+        model, moe, device, parallel_state.get_expert_model_parallel_group()
+    )
+    waits = device == "cpu" or linear.NEEDS_SEGMENTS_ON_HOST
+    if waits and moe.capacity is not None:
+        how += "; moe.capacity left aside: the experts get room for what arrives, and drop nothing"
+    return Runtime(
+        path,
+        ops,
+        linear,
+        dispatcher,
+        f"{who}; {how}",
+        capacity=None if waits else moe.capacity,
+        recompute=moe.recompute,
+    )
+
+
+def build_linear(path: Path, ops: Operations, device: str) -> AnyLinear:
+    """The linear layer that a path names; on a GPU TransformerEngine's where it has the same."""
+    if device == "cuda" and path.LINEAR is Fp8Linear:
+        from models.fp8.te import TELinear
+
+        return TELinear(ops)
+    return path.LINEAR(ops)
+
+
+def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str | None:
+    """Why this path or dispatch cannot run on `cpu` or `cuda` here, in one line; None if it can.
+
+    `ranks` share one set of experts.
+    """
+    if moe.dispatch == "deep_ep" and device == "cpu":
+        return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
+    if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
+        return f"model.dense_fp8=true cannot run here: {reason}"
+    if (reason := operations.why_not(moe.path, device)) is not None:
+        return f"moe.path={moe.path} cannot run here: {reason}"
+    if moe.dispatch != "deep_ep":
+        return None
+    if (reason := dispatch.why_no_deep_ep(model, moe, ranks)) is not None:
+        return f"moe.dispatch=deep_ep cannot run here: {reason}"
+    return None

@@ -1,0 +1,61 @@
+"""There is one list of paths, `models.config.PATH_NAMES`; everything else asks it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from models.config import PATH_NAMES
+from models.moe.paths import PATHS
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (".ci", "models", "scripts", "slurm", "train")
+TEXT = {"", ".py", ".sh", ".sbatch", ".css", ".js"}
+MAY_LIST = (Path("models/config.py"), Path("models/moe/paths"))
+
+NAME = rf"\b(?:{'|'.join(PATH_NAMES)})\b"
+ROW = re.compile(rf"{NAME}(?:\W+{NAME}){{2,}}")
+"""Three names or more with nothing but spaces, quotes and the like between them."""
+
+
+def sources() -> Iterator[Path]:
+    """What is run, from the root: no documents, no configs, no tests."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.is_file() and path.suffix in TEXT:
+                yield path.relative_to(ROOT)
+
+
+def lists_paths(text: str) -> bool:
+    return ROW.search(text) is not None
+
+
+def test_every_name_has_its_code():
+    assert tuple(PATHS) == PATH_NAMES
+
+
+def test_nobody_else_lists_them():
+    found = [
+        str(path)
+        for path in sources()
+        if not any(path.is_relative_to(allowed) for allowed in MAY_LIST)
+        and lists_paths((ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert not found, f"these should ask models.config.PATH_NAMES: {found}"
+    assert lists_paths((ROOT / MAY_LIST[0]).read_text()), "this test finds no list any more"
+
+
+def test_what_a_list_is():
+    assert lists_paths("for path in bf16 fp8_baseline fp8_compact; do")
+    assert lists_paths('PATHS = (\n    "bf16",\n    "fp8_compact",\n    "fp8_direct",\n)')
+    assert not lists_paths('FROM = ("fp8_baseline", "fp8_direct")')
+    assert not lists_paths('{"bf16": 0, "fp8_baseline": 5, "fp8_compact": 2}')
+
+
+def test_a_shell_can_ask():
+    """As scripts/demo.sh and slurm/compare.sh do; and neither waits for PyTorch."""
+    ask = "import sys; from models.config import PATH_NAMES; print(*PATH_NAMES); "
+    ask += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == list(PATH_NAMES), done.stderr
