@@ -8,10 +8,19 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from models.config import FREE_ON_RESUME, FreeOnResume, ModelConfig, MoEConfig, Section
 
@@ -251,7 +260,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, tree) for e in error.errors())) from None
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -301,10 +310,8 @@ def world_size_from_env() -> int:
 def describe_keys() -> str:
     """Every key with its type, default and meaning, for --help."""
     lines = []
-    for section, info in Config.model_fields.items():
-        model = info.annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
+    for section in Config.model_fields:
+        model = _section(section)
         lines.append(f"\n{section}: {' '.join((model.__doc__ or '').split())}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
@@ -316,13 +323,18 @@ def describe_keys() -> str:
 
 def is_free(section: str, key: str) -> bool:
     """Whether `section.key` may change when a run is resumed; it is marked at the key."""
-    whole = Config.model_fields[section]
-    assert isinstance(whole.annotation, type)
-    assert issubclass(whole.annotation, BaseModel)
-    return FREE_ON_RESUME in (*whole.metadata, *whole.annotation.model_fields[key].metadata)
+    whole, part = Config.model_fields[section], _section(section).model_fields[key]
+    return FREE_ON_RESUME in (*whole.metadata, *part.metadata)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _section(name: str) -> type[BaseModel]:
+    model = Config.model_fields[name].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model
+
+
+def _apply(tree: dict[str, JsonValue], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not equals or not dot or not name:
@@ -347,13 +359,14 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _explain(error: Any, tree: dict[str, Any]) -> str:
+def _explain(error: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     where = ".".join(str(part) for part in error["loc"])
     kind = error["type"]
     if kind == "extra_forbidden":
-        names = _known_keys(error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
+        *section, key = (str(part) for part in error["loc"])
+        names = list((_section(section[0]) if section else Config).model_fields)
+        near = difflib.get_close_matches(key, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
         return f"unknown config key {where}={error['input']!r}; {hint}"
     if kind == "missing":
@@ -362,10 +375,3 @@ def _explain(error: Any, tree: dict[str, Any]) -> str:
     if kind == "value_error":
         return f"config {where}: {message}" if where else f"config: {message}"
     return f"config key {where}={error['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in loc[:-1]:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)

@@ -1,7 +1,8 @@
 """AdamW with weight-decay groups, clipping, and the learning rate as a function of the step."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from models.fp8.reference.adamw import AdamWStep
 from models.gpt import GPT
+from models.moe.experts import Prepared
 from train.config import OptimConfig
 
 
@@ -23,9 +25,18 @@ class PreparingAdamW(torch.optim.AdamW):
 
     grad_scale: Tensor | None = None
 
-    def __init__(self, groups: list[dict], model: GPT, dtype: torch.dtype, **keys: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict],
+        model: GPT,
+        dtype: torch.dtype,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
         """`dtype` is what the model computes in."""
-        super().__init__(groups, **keys)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps)
         self._model, self._dtype = model, dtype
         # Where FSDP gathers weights, a rank updates a part of them, and cannot prepare the whole.
         every = [layer.experts for layer in model.moe_layers()]
@@ -33,11 +44,10 @@ class PreparingAdamW(torch.optim.AdamW):
         self._of_experts = {p for experts in self._experts for p in experts.parameters()}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         runtime = self._model.runtime
         self._model.forget_prepared_weights()  # before, to have their memory back
-        prepared: dict[Tensor, Any] = {}
+        prepared: dict[Tensor, Prepared] = {}
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             rates = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
@@ -86,15 +96,11 @@ def build_optimizer(
         {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
         for (decays, _), parameters in groups.items()
     ]
-    keys: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-    }
+    adamw: Callable[..., torch.optim.AdamW] = partial(torch.optim.AdamW, fused=fused)
     if config.prepare_weights:
         assert isinstance(model, GPT)
-        return PreparingAdamW(decaying, model, dtype, **keys)
-    return torch.optim.AdamW(decaying, **keys, fused=fused)
+        adamw = partial(PreparingAdamW, model=model, dtype=dtype)
+    return adamw(decaying, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def clip_gradients(

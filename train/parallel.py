@@ -15,7 +15,7 @@ shard and FSDP stays out of the way: it would copy and cast every weight and gra
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -62,10 +62,11 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
     if "RANK" in os.environ:
         bind = device if device_type == "cuda" else None
         store = _store_of_a_restart()
-        where: dict[str, Any] = {}
-        if store is not None:
-            where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": world_size}
-        dist.init_process_group(backend, timeout=timeout, device_id=bind, **where)
+        # -1: PyTorch reads it off the environment, as the address of the store that it then uses.
+        rank, ranks = (int(os.environ["RANK"]), world_size) if store is not None else (-1, -1)
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=bind, store=store, rank=rank, world_size=ranks
+        )
     else:
         alone = dist.HashStore()
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
@@ -126,7 +127,7 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    options: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    shard_over = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     replicas = ranks.mesh["expert_dp"]
     ours: set[nn.Parameter] = set()  # not FSDP's
     for layer in model.decoder.layers:
@@ -139,14 +140,9 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
             ours.update(experts.parameters())
         else:
             # Replicas cut the rows of each expert's matrices: dimension 0 is cut by `ep`.
-            fully_shard(
-                experts,
-                mesh=replicas,
-                shard_placement_fn=lambda parameter: Shard(1),
-                **options,
-            )
-        fully_shard(layer, mesh=ranks.data_mesh, ignored_params=ours, **options)
-    fully_shard(model, mesh=ranks.data_mesh, ignored_params=ours, **options)
+            shard_over(experts, mesh=replicas, shard_placement_fn=lambda parameter: Shard(1))
+        shard_over(layer, mesh=ranks.data_mesh, ignored_params=ours)
+    shard_over(model, mesh=ranks.data_mesh, ignored_params=ours)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -1,5 +1,6 @@
 """What makes a training fail, planted in a rank before it starts."""
 
+import ctypes
 import time
 
 
@@ -50,3 +51,21 @@ def hang(rank: int) -> None:
         report(self)
 
     watchdog.Watchdog._report = late  # type: ignore[method-assign]
+
+
+def hang_with_the_lock(stuck: set[int]):
+    """Ranks that never come to step 4, in C code that keeps Python's global lock."""
+
+    def plant(rank: int) -> None:
+        from train import loop
+
+        step = loop.step
+
+        def sleeping(training, *args):
+            if rank in stuck and training.done == 3:
+                ctypes.PyDLL(None).sleep(300)
+            return step(training, *args)
+
+        loop.step = sleeping
+
+    return plant

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_wandb import fake_wandb
-from tests.support.faults import hang, poison
+from tests.support.faults import hang, hang_with_the_lock, poison
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import TINY, argv, checkpoints, differences, repeated
 from train.config import ConfigError, load
@@ -295,6 +295,28 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
     assert re.search(r"rank 0 waits at (train|models)/[a-z_/]+\.py:\d+", line)
     assert "stuck" in (tmp_path / "a" / "stalled" / "rank_00001.txt").read_text()
     assert run_train(2, argv(tmp_path, "a", "train.steps=4", "checkpoint.every=1")) == [0, 0]
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
+    """No thread of it runs, so it cannot speak, and whoever waits for it does."""
+    keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5")
+    with Training(2, keys, tmp_path / "log", hang_with_the_lock({stuck})) as training:
+        codes = training.exit_codes()
+    assert codes[1 - stuck] == 1
+    assert codes[stuck] == -signal.SIGALRM
+    (line,) = errors(training)
+    assert f"rank {stuck} did not come, being at tests/support/faults.py:" in line
+    assert re.search(rf"rank {1 - stuck} waits at (train|models)/[a-z_/]+\.py:\d+", line)
+    assert " in sleeping" in (tmp_path / "a" / "stalled" / f"rank_{stuck:05d}.txt").read_text()
+
+
+def test_all_ranks_hang_with_pythons_lock(tmp_path):
+    """Nobody can say a line; every process ends, with its stack on the terminal."""
+    keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5", "parallel.expert_parallel=1")
+    with Training(1, keys, tmp_path / "log", hang_with_the_lock({0})) as training:
+        assert training.exit_codes() == [-signal.SIGALRM]
+    assert " in sleeping" in training.log.read_text()
 
 
 def test_a_stopped_rank_is_named_too(tmp_path):

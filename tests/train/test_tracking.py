@@ -14,11 +14,20 @@ from wandb.proto import wandb_internal_pb2
 
 from train.config import Config
 from train.metrics import tracking
+from train.metrics.environment import Environment
 from train.metrics.tracking import Tracker, resolve_mode
 
 # Generated code, of whose names a type checker knows nothing.
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 FAKE_KEY = "0" * 40
+
+ENVIRONMENT: Environment = {
+    "device": "cpu",
+    "device_name": "a CPU",
+    "world_size": 2,
+    "versions": {"python": "3.11"},
+    "commit": None,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +97,7 @@ def test_offline_run_holds_everything(
         {"progress/step": 1, "progress/tokens": 32, "loss/train": 5.5, "moe/scale_relayouts": 2.0},
         {"progress/step": 2, "progress/tokens": 64, "loss/train": 4.25, "moe/scale_relayouts": 2.0},
     ]
-    tracker = Tracker(config, tmp_path, {"device": "cpu", "world_size": 2})
+    tracker = Tracker(config, tmp_path, ENVIRONMENT)
     for row in logged:
         tracker.log(row, step=int(row["progress/step"]))
     tracker.summary({"throughput/tokens_per_sec_median": 123.0})
@@ -108,7 +117,7 @@ def test_offline_run_holds_everything(
     recorded = {item.key: json.loads(item.value_json) for item in run.config.update}
     expected = {
         **config.model_dump(mode="json"),
-        "environment": {"device": "cpu", "world_size": 2},
+        "environment": ENVIRONMENT,
     }
     assert {key: recorded[key] for key in expected} == expected
 

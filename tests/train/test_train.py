@@ -38,6 +38,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
         "wandb",
         "environment.json",
     }
+    assert not (folder / "stalled").exists()
     assert load(folder / "config.yaml").train.steps == 6
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000006"]
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2

@@ -18,11 +18,11 @@ import shutil
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from models.gpt import GPT
 from train.checkpoint import checksums, rng
-from train.checkpoint.files import HostCopy, Writer, finished, newest, rank_file
+from train.checkpoint.files import HostCopy, OfOneRank, Writer, finished, newest, rank_file
 from train.config import Config, ConfigError
 from train.failure import TrainingFailed
+from train.metrics.step import Gathered
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Checkpointer:
                 shutil.rmtree(left_over)
         dist.barrier(group=self.group)
 
-    def restore(self) -> tuple[int, dict[str, Any] | None]:
+    def restore(self) -> tuple[int, Gathered | None]:
         """Load the newest whole checkpoint, cut for the ranks that are here now.
 
         Returns its step (0 without one), and what this rank passed to `save` as `metrics` if there
@@ -90,16 +91,15 @@ class Checkpointer:
         self.saved = about["step"]
         if about["world_size"] != self.ranks.world_size:
             return about["step"], None
-        own = torch.load(path / rank_file(self.ranks.rank), weights_only=True)
+        own: OfOneRank = torch.load(path / rank_file(self.ranks.rank), weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
         return about["step"], own["metrics"]
 
-    def save(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, metrics: Gathered | None = None) -> None:
         """Copy the training as it is after `step` steps, and write it while training goes on.
 
-        `metrics` may hold anything that torch.save takes, and must not change afterwards. Waits
-        for the save before this one. A save that fails says so; training goes on, and the next
-        one tries again.
+        `metrics` must not change afterwards. Waits for the save before this one. A save that fails
+        says so; training goes on, and the next one tries again.
         """
         begin = time.perf_counter()
         self.wait()
@@ -111,7 +111,7 @@ class Checkpointer:
             "global_batch": self.config.global_batch(self.ranks.world_size),
             "sequences": step * self.config.global_batch(self.ranks.world_size),
         }
-        own = {"rng": rng.state(self.ranks.device), "metrics": metrics}
+        own: OfOneRank = {"rng": rng.state(self.ranks.device), "metrics": metrics}
         writer = Writer(final, self.config, about, self.ranks.rank, own, self._copy)
         pending = dcp.async_save(
             {"training": self.state}, storage_writer=writer, process_group=self.group
@@ -151,7 +151,7 @@ class Checkpointer:
             self._pending = None
         return None
 
-    def finish(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+    def finish(self, step: int, metrics: Gathered | None = None) -> None:
         """Have step `step` on disk when this returns. Raises TrainingFailed if that cannot be."""
         self.wait()
         if self.saved != step:
@@ -202,7 +202,7 @@ class _ModelAndOptimizer(Stateful):
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> STATE_DICT_TYPE:
         is_new = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
         if is_new:  # PyTorch has made the state by a step without gradients, which does not count
@@ -210,7 +210,7 @@ class _ModelAndOptimizer(Stateful):
                 of_one["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: STATE_DICT_TYPE) -> None:
         # How a step is computed is this optimizer's matter, not that of the one that was saved.
         for key in state["optimizer"]:
             name = key.rpartition(".")[2]

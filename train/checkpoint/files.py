@@ -6,18 +6,28 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 
 from train.checkpoint import checksums
+from train.checkpoint.rng import RandomState
 from train.config import CheckpointConfig, Config
+from train.metrics.step import Gathered
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
+
+
+class OfOneRank(TypedDict):
+    """What a checkpoint holds for one rank alone."""
+
+    rng: RandomState
+    metrics: Gathered | None
 
 
 class HostCopy:
@@ -28,9 +38,9 @@ class HostCopy:
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
-        self._copy: dict[str, Any] | None = None
+        self._copy: STATE_DICT_TYPE | None = None
 
-    def __call__(self, state: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, state: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
         """A copy; the one before it is gone."""
         if self._copy is None:
             self._copy = _create_cpu_state_dict(state, pin_memory=self._pinned)
@@ -50,7 +60,7 @@ class Writer(dcp.FileSystemWriter):
         config: Config,
         about: dict[str, int],
         rank: int,
-        own: dict[str, Any],
+        own: OfOneRank,
         copy: HostCopy,
     ) -> None:
         """`about` becomes training.json, `own` is saved for this rank alone."""

@@ -5,34 +5,48 @@ Training draws little: dropout is off, and data order follows from seed and step
 """
 
 import random
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
-def state(device: torch.device) -> dict[str, Any]:
-    """Copies, of types that `torch.load(weights_only=True)` takes."""
-    _, keys, *rest = np.random.get_state()
-    found: dict[str, Any] = {
+class RandomState(TypedDict):
+    """Of types that `torch.load(weights_only=True)` takes."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[torch.Tensor, int, int, float]
+    torch: torch.Tensor
+    cuda: NotRequired[torch.Tensor]
+    megatron: NotRequired[dict[str, torch.Tensor]]
+    """megatron-core keeps some generators apart; on a CPU it has none."""
+
+
+def state(device: torch.device) -> RandomState:
+    """Copies of the states."""
+    numpy = np.random.get_state()
+    assert isinstance(numpy, tuple)
+    _, words, position, has_gauss, gauss = numpy
+    keys = torch.from_numpy(words.astype(np.int64))
+    found: RandomState = {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "numpy": (keys, position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
-        # megatron-core keeps some generators apart; on a CPU it has none.
         tracker = get_cuda_rng_tracker().get_states()
         found["megatron"] = {name: value.clone() for name, value in tracker.items()}
     return found
 
 
-def restore(state: dict[str, Any], device: torch.device) -> None:
+def restore(state: RandomState, device: torch.device) -> None:
     """Set what `state` returned; what belongs to another kind of device is left alone."""
     random.setstate(state["python"])
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    keys, position, has_gauss, gauss = state["numpy"]
+    words = keys.numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -5,15 +5,25 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "deep-ep", "triton")
 
 
-def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What goes into `environment.json`: device, device_name, world_size, versions, commit."""
+class Environment(TypedDict):
+    """What goes into `environment.json`."""
+
+    device: str
+    device_name: str
+    world_size: int
+    versions: dict[str, str]
+    commit: str | None
+
+
+def describe_environment(device: torch.device, world_size: int) -> Environment:
+    """Of this process and its `world_size` ranks."""
     return {
         "device": device.type,
         "device_name": device_name(device),

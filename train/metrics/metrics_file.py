@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 log = logging.getLogger(__name__)
+
+LoadRow = TypedDict("LoadRow", {"progress/step": int, "moe/expert_load": list[list[float]]})
+"""A line of `routing.jsonl`: a list of experts for each layer, tokens over the layer's mean."""
 
 
 class MetricsFile:
@@ -31,7 +34,7 @@ class MetricsFile:
         self._waiting = b""
         self._failing = False
 
-    def write(self, metrics: Mapping[str, Any]) -> None:
+    def write(self, metrics: Mapping[str, float] | LoadRow) -> None:
         """Append one step's metrics. Raises KeyError without `progress/step`.
 
         Where the disk is full the line waits in memory for the next call, and the first says so.

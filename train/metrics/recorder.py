@@ -3,11 +3,10 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from train.config import Config
-from train.metrics.environment import describe_environment
-from train.metrics.metrics_file import MetricsFile
+from train.metrics.environment import Environment, describe_environment
+from train.metrics.metrics_file import LoadRow, MetricsFile
 from train.metrics.routing_picture import save_heat_map
 from train.metrics.terminal import Progress, facts
 from train.metrics.tracking import Tracker
@@ -20,7 +19,7 @@ class Recorder:
     """Of one run; closed by `finish`, or by `give_up` where the training ends early."""
 
     def __init__(
-        self, config: Config, run_dir: Path, environment: dict[str, Any], first_step: int
+        self, config: Config, run_dir: Path, environment: Environment, first_step: int
     ) -> None:
         self.run_dir = run_dir
         self.file = MetricsFile(run_dir / "metrics.jsonl", first_step)
@@ -43,7 +42,7 @@ class Recorder:
         every = self.pictures_every
         return bool(every) and step // every > self.last_picture // every
 
-    def picture(self, row: dict[str, Any]) -> None:
+    def picture(self, row: LoadRow) -> None:
         """The expert load of one logged step, as data, as a PNG and in W&B."""
         step = self.last_picture = row["progress/step"]
         self.routing_file.write(row)

@@ -6,13 +6,13 @@ router is taken in the interval's last step alone.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from models.moe.layer import ExpertParallelMoE
 from train import parallel
+from train.metrics.metrics_file import LoadRow
 
 
 class RoutingHealth:
@@ -55,8 +55,8 @@ class RoutingHealth:
             metrics["moe/router_entropy"] = float(parallel.average(torch.stack(measured)).mean())
         return metrics
 
-    def row(self, step: int) -> dict[str, Any]:
-        """The last interval's load as a line of `routing.jsonl`; one list of experts a layer."""
+    def row(self, step: int) -> LoadRow:
+        """The last interval's load as a line of `routing.jsonl`."""
         assert self.load is not None, "collect comes first"
         load = [[round(value, 4) for value in layer] for layer in self.load.tolist()]
         return {"progress/step": step, "moe/expert_load": load}

@@ -1,6 +1,6 @@
 """What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,21 @@ from megatron.core.transformer.moe.moe_utils import (
 from models.gpt import GPT
 from train import parallel
 from train.metrics.routing import RoutingHealth
+
+Count = torch.Tensor | dict[str, int] | int
+
+
+class Gathered(TypedDict):
+    """What is gathered and not yet collected, on the CPU, for a checkpoint."""
+
+    steps: int
+    skipped: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    expert_load: list[torch.Tensor]
+    auxiliary: dict[str, torch.Tensor]
+    counts: dict[str, Count]
+    bytes_sent: int
 
 
 class StepMetrics:
@@ -57,8 +72,8 @@ class StepMetrics:
         self.steps = self.skipped = 0
         return metrics
 
-    def state(self) -> dict[str, Any]:
-        """What is gathered and not yet collected, for a checkpoint; copies, on the CPU."""
+    def state(self) -> Gathered:
+        """Copies of what is gathered and not yet collected."""
         return {
             "steps": self.steps,
             "skipped": self.skipped,
@@ -73,7 +88,7 @@ class StepMetrics:
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Gathered) -> None:
         """Go on gathering from what `state` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         device = self.loss.device
@@ -103,7 +118,7 @@ class StepMetrics:
         return float(dropped) / self.steps
 
 
-def _copied(value: torch.Tensor | dict | int) -> torch.Tensor | dict | int:
+def _copied(value: Count) -> Count:
     if isinstance(value, torch.Tensor):
         return value.to("cpu", copy=True)
     return value.copy() if isinstance(value, dict) else value

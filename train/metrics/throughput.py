@@ -1,4 +1,4 @@
-"""Speed, memory and the metrics file.
+"""Speed, MFU and memory.
 
 Speeds are wall time over whole logging intervals, not a step timed on its own: a GPU works behind
 the CPU's back, and waiting for it after every step would slow down what is measured. So the

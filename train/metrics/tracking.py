@@ -11,9 +11,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from train.config import Config
+
+if TYPE_CHECKING:  # each takes a second to import, which a disabled run need not pay
+    from wandb import Run
+
+    from train.metrics.environment import Environment
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ class Tracker:
         self,
         config: Config,
         run_dir: Path,
-        environment: Mapping[str, Any] | None = None,
+        environment: "Environment | None" = None,
         resumed: bool = False,
     ) -> None:
         """Start the run, in `run_dir/wandb/`.
@@ -45,7 +50,7 @@ class Tracker:
         name. With `resumed` the W&B run whose id is in the folder goes on; otherwise a new one
         begins, since W&B ignores a step that a run has already logged.
         """
-        self._run: Any = None
+        self._run: Run | None = None
         self._run_dir = run_dir
         self.mode = resolve_mode(config.tracking.mode)
         if self.mode == "disabled":
@@ -73,21 +78,21 @@ class Tracker:
             return f"W&B: {self._run.url}"
         return f"W&B: offline; to upload: bash scripts/sync.sh {self._run_dir}"
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under their names."""
         self._try(lambda run: run.log(dict(metrics), step=step))
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Log a PNG beside a step's metrics."""
 
-        def log_image(run: Any) -> None:
+        def log_image(run: "Run") -> None:
             import wandb
 
             run.log({name: wandb.Image(str(path))}, step=step)
 
         self._try(log_image)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, float]) -> None:
         """Set figures of the whole run, such as medians."""
         self._try(lambda run: run.summary.update(dict(values)))
 
@@ -104,7 +109,7 @@ class Tracker:
                 (folder / FINISHED_FILE).touch()
         self._run = None
 
-    def _try(self, action: Callable[[Any], object]) -> None:
+    def _try(self, action: Callable[["Run"], object]) -> None:
         if self._run is None:
             return
         try:
@@ -155,11 +160,11 @@ def _has_api_key() -> bool:
 def _start(
     config: Config,
     run_dir: Path,
-    environment: Mapping[str, Any] | None,
+    environment: "Environment | None",
     resumed: bool,
     mode: Literal["online", "offline"],
-) -> Any:
-    import wandb  # here, because it takes a second that a disabled run need not pay
+) -> "Run":
+    import wandb
 
     run = wandb.init(
         mode=mode,

@@ -17,19 +17,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.profiler import record_function
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Moment = torch.cuda.Event | float
+"""On a GPU's stream, or seconds by the clock."""
+
 
 @dataclass(frozen=True)
 class Lap:
-    """What happened between a timer's start and its stop: moments, CUDA events or seconds."""
+    """What happened between a timer's start and its stop."""
 
-    start: Any
-    stop: Any
-    spans: list[tuple[str, Any, Any]]  # part, its start, its stop
+    start: Moment
+    stop: Moment
+    spans: list[tuple[str, Moment, Moment]]  # part, its start, its stop
 
     def milliseconds(self) -> dict[str, float]:
         """The sum of each part, `total` from start to stop, and `other`, which no part covers.
@@ -60,9 +66,9 @@ class Timer:
     def __init__(self, device: torch.device, named: bool = False) -> None:
         self._cuda = device.type == "cuda"
         self._named = named
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._open: tuple[str, Any, Any] | None = None
-        self._start: Any = None
+        self._spans: list[tuple[str, Moment, Moment]] = []
+        self._open: tuple[str, Moment, record_function | None] | None = None
+        self._start: Moment = 0.0
 
     def start(self) -> None:
         """Begin a lap."""
@@ -106,21 +112,21 @@ class Timer:
         else:
             yield
 
-    def wrapper(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrapper(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """`timed` of a function that is given later."""
         return functools.partial(self.timed, name=name)
 
-    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def timed(self, function: Callable[P, R], name: str) -> Callable[P, R]:
         """The same function as a part."""
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             with self.part(name):
                 return function(*args, **kwargs)
 
         return wrapper
 
-    def _now(self) -> Any:
+    def _now(self) -> Moment:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -128,7 +134,9 @@ class Timer:
         return event
 
 
-def _milliseconds(start: Any, stop: Any) -> float:
+def _milliseconds(start: Moment, stop: Moment) -> float:
     if isinstance(start, torch.cuda.Event):
+        assert isinstance(stop, torch.cuda.Event)
         return start.elapsed_time(stop)
+    assert isinstance(stop, float)
     return (stop - start) * 1e3

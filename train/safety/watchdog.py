@@ -5,26 +5,41 @@ others wait in silence, and a time-out of theirs says who waited, not who was mi
 on every rank watches for signs of life. Where there is none for `timeout_s`, it writes down where
 its rank is, in `runs/<name>/stalled/`, then looks who did the same, and one rank says it all in one
 line. It works alike for gloo and NCCL, since it asks neither.
+
+A rank that hangs in C code may hold Python's global lock, and then no thread of it runs. So two
+timers that need no lock are always set, a little later: faulthandler's writes the stack down, and
+the system's, SIGALRM, ends the process.
 """
 
+import faulthandler
 import os
-import shutil
+import re
+import signal
 import socket
 import sys
 import threading
 import time
-import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 MARGIN_S = 60
 """The process groups' own time-outs come this much later, so that they do not speak first."""
 
+GRACE_S = 2.0
+"""How much later than this thread faulthandler writes, where the thread does not run."""
+
 GATHER_S = 5.0
 """How long ranks may take to write down where they are, the clocks of nodes and a shared file
 system included."""
 
+END_S = 15.0
+"""How much later SIGALRM comes: when all others have read and spoken, since they would take the end
+of this one for the fault."""
+
+ROOT = f"{Path(__file__).parents[2]}{os.sep}"
 TORCH_DISTRIBUTED = os.path.dirname(dist.__file__)
 
 
@@ -36,9 +51,17 @@ class Watchdog:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._last = time.monotonic()
         self._closed = threading.Event()
-        self._main = threading.main_thread().ident
-        if rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._setting_timers = threading.Lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:  # of an earlier start with more ranks
+            for path in set(self.folder.iterdir()) - set(map(self._path_of, range(world_size))):
+                path.unlink()
+        # Open from now on: faulthandler cannot open a file.
+        self._file = self._path_of(rank).open("w")
+        self._file.write(f"{socket.gethostname()}\n")
+        self._file.flush()
+        # Before SIGALRM ends this process, its stack is on the terminal: nobody else may speak.
+        faulthandler.register(signal.SIGALRM, file=2, all_threads=False, chain=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
@@ -47,65 +70,116 @@ class Watchdog:
 
     def close(self) -> None:
         """The steps are over, well or badly."""
-        self._closed.set()
+        with self._setting_timers:
+            self._closed.set()
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
+        with suppress(OSError):
+            own = self._path_of(self.rank)
+            if position(own.read_text()) is None:
+                own.unlink()
+            self.folder.rmdir()  # the last one can
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.timeout_s / 10)):
-            if time.monotonic() - self._last > self.timeout_s:
+        while True:
+            left = self._last + self.timeout_s - time.monotonic()
+            if left < 0:
                 self._report()
                 return
+            self._set_timers(left + GRACE_S, left + END_S)
+            if self._closed.wait(min(1.0, self.timeout_s / 10)):
+                return
+
+    def _set_timers(self, until_stack_s: float, until_end_s: float) -> None:
+        with self._setting_timers:
+            if not self._closed.is_set():
+                faulthandler.dump_traceback_later(until_stack_s, file=self._file)
+                signal.setitimer(signal.ITIMER_REAL, until_end_s)
 
     def _report(self) -> None:
-        waits, where, stack = self._position()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = self.folder / f"rank_{self.rank:05d}.txt"
-        new = own.with_suffix(".tmp")
-        head = f"{'waits' if waits else 'is'}\n{where}\n{socket.gethostname()}\n"
-        new.write_text(f"{head}\n{stack}")
-        new.replace(own)
-        time.sleep(GATHER_S)
+        gather_s = GRACE_S + GATHER_S
+        # Out of the way, but set: the main thread can still come back and take the lock.
+        self._set_timers(3 * gather_s, 4 * gather_s)
+        faulthandler.dump_traceback(self._file)
+        os.fsync(self._file.fileno())  # for readers on other nodes
+        time.sleep(gather_s)
         if self._closed.is_set():
             return
-        present = {}
-        for path in sorted(self.folder.glob("rank_*.txt")):
-            present[int(path.stem.removeprefix("rank_"))] = path.read_text().splitlines()[:3]
-        if self.rank == min(present):
+        present = self._present()
+        speakers = (rank for rank, where in present.items() if where.can_speak)
+        if self.rank == min(speakers, default=self.rank):
             line = summary(present, self.world_size, self.timeout_s)
             print(f"error: {line}; stacks are in {self.folder}", file=sys.stderr, flush=True)
         else:
             # The one that speaks may have begun later, and would take this one's end for the fault.
-            time.sleep(GATHER_S)
+            time.sleep(gather_s)
         # No clean-up: whatever this process waits for will not come.
         os._exit(1)
 
-    def _position(self) -> tuple[bool, str, str]:
-        """Whether our code waits in torch.distributed, where our code is, and the whole stack."""
-        frames = traceback.extract_stack(sys._current_frames()[self._main or 0])
-        root = f"{Path(__file__).parents[2]}{os.sep}"
-        ours = [
-            number
-            for number, frame in enumerate(frames)
-            if frame.filename.startswith(root) and "site-packages" not in frame.filename
-        ]
-        last = ours[-1] if ours else len(frames) - 1
-        waits = any(frame.filename.startswith(TORCH_DISTRIBUTED) for frame in frames[last + 1 :])
-        place = f"{frames[last].filename.removeprefix(root)}:{frames[last].lineno}"
-        return waits, place, "".join(traceback.format_list(frames))
+    def _present(self) -> "dict[int, Position]":
+        """Of the ranks that wrote down where they are."""
+        found = {}
+        for rank in range(self.world_size):
+            with suppress(OSError):
+                where = position(self._path_of(rank).read_text())
+                if where is not None:
+                    found[rank] = where
+        return found
+
+    def _path_of(self, rank: int) -> Path:
+        """Holds the rank's host in the first line, and below it what faulthandler writes."""
+        return self.folder / f"rank_{rank:05d}.txt"
 
 
-def summary(present: dict[int, list[str]], world_size: int, timeout_s: float) -> str:
-    """One line, from `[waits or is, place, host]` of the ranks that wrote it down."""
+class Position(NamedTuple):
+    """Where a rank is that hangs."""
+
+    place: str
+    """File and line of our code."""
+    waits: bool
+    """Whether that called torch.distributed, which has not come back."""
+    host: str
+    can_speak: bool
+    """Whether its watchdog's thread runs; otherwise the rank holds Python's lock."""
+
+
+def position(text: str) -> Position | None:
+    """From a rank's file in `stalled/`; None where nothing has been written but the host."""
+    host, _, stacks = text.partition("\n")
+    # The newest thread comes first and its last call on top, so that the main thread is the last.
+    main_thread = re.split(r"^(?:Current thread|Thread) 0x.*$", stacks, flags=re.MULTILINE)[-1]
+    frames = re.findall(r'^  File "(.*)", line (\d+) in ', main_thread, flags=re.MULTILINE)
+    if not frames:
+        return None
+    files = [file for file, _ in frames]
+    ours = (n for n, file in enumerate(files) if file.startswith(ROOT) and not _installed(file))
+    last = next(ours, 0)
+    return Position(
+        place=":".join(frames[last]).removeprefix(ROOT),
+        waits=any(file.startswith(TORCH_DISTRIBUTED) for file in files[:last]),
+        host=host,
+        can_speak="Current thread 0x" in stacks,
+    )
+
+
+def _installed(file: str) -> bool:
+    return "site-packages" in file
+
+
+def summary(present: dict[int, Position], world_size: int, timeout_s: float) -> str:
+    """One line, from where the ranks are that wrote it down."""
     parts = []
     silent = [rank for rank in range(world_size) if rank not in present]
     if silent:
         parts.append(f"{_ranks(silent)} did not come and gives no sign of life")
     waiting: dict[str, list[int]] = {}
     elsewhere: dict[str, list[int]] = {}
-    for rank, (state, place, host) in present.items():
-        if state == "waits":
-            waiting.setdefault(place, []).append(rank)
+    for rank, where in present.items():
+        if where.waits:
+            waiting.setdefault(where.place, []).append(rank)
         else:
-            elsewhere.setdefault(f"{place} on {host}", []).append(rank)
+            elsewhere.setdefault(f"{where.place} on {where.host}", []).append(rank)
     # On a GPU nobody needs to be in a collective: the host waits where it reads a result.
     verb = "did not come, being at" if waiting else "is at"
     parts += [f"{_ranks(ranks)} {verb} {place}" for place, ranks in elsewhere.items()]
