@@ -59,3 +59,11 @@ def test_a_shell_can_ask():
     ask += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == list(PATH_NAMES), done.stderr
+
+
+def test_the_lesson_is_the_difference():
+    """docs/how-it-works.md shows `diff` of two paths as it is."""
+    text = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    ((command, shown),) = re.findall(r"^\$ (diff models/.*)\n((?:.*\n)*?)```$", text, re.M)
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+    assert shown == done.stdout
