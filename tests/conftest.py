@@ -1,9 +1,13 @@
+import gc
 import os
+from pathlib import Path
 
 # Before torch is imported: the tests fork, and threads do not survive that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Or `datasets` tells a server of every local file that it loads, from each rank of each training.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import pytest
 import torch
@@ -12,22 +16,32 @@ from tqdm import tqdm
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0
 
-LONG = ("test_slurm.py", "test_faults.py")
-"""Files that take minutes, most of them waiting: begun first, they do not come last."""
+LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")
+"""Files that take minutes, begun first: the first computes while the others wait."""
 
 LEAVE_THREADS = (
-    "test_dashboard.py",
-    "test_page.py",
+    "compare/test_dashboard.py",
+    "compare/test_page.py",
     "test_sync.py",
-    "test_tracking.py",
+    "train/test_tracking.py",
 )
 """Files after which threads of W&B, V8 or asyncio live on in this process: nothing forks then."""
+
+
+def pytest_unconfigure() -> None:
+    """Or Python, on its way out, looks for cycles in all that was imported: two seconds."""
+    gc.freeze()
+
+
+def name_of(item: pytest.Item) -> str:
+    """Its file, as the lists above name it."""
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, with the reason, where there is none that can run them."""
     order = {name: place for place, name in enumerate((*LONG, None, *LEAVE_THREADS))}
-    items.sort(key=lambda item: order.get(item.path.name, order[None]))
+    items.sort(key=lambda item: order.get(name_of(item), order[None]))
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         reason = f"the GPU's compute capability is {capability}, FP8 needs (9, 0)"

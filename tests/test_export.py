@@ -1,7 +1,10 @@
 """The exported file holds the model that was trained, and completes a prompt."""
 
+import io
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 
 from scripts.export import main as export
 from scripts.generate import main as generate
-from tests.support.ranks import read_metrics, run_train
+from tests.support.ranks import read_metrics, run_alone, run_train
 from tests.support.tiny import argv
 from train.config import load
 
@@ -24,7 +27,7 @@ def run_dir(tmp_path_factory) -> Path:
     return folder / "a"
 
 
-def validation_loss(rank: int, model_file: Path, config_file: Path) -> float:
+def validation_loss(model_file: Path, config_file: Path) -> float:
     from scripts.generate import load_model
     from train.data import batches as data
 
@@ -42,14 +45,9 @@ def test_the_file_is_the_model(run_dir, tmp_path, capsys):
     assert "weights of a after step 40" in capsys.readouterr().out
     weights = load_file(file)
     assert weights["decoder.layers.0.mlp.experts.up"].shape[0] == 4, "experts of both ranks"
-    code = (
-        "from tests.test_export import validation_loss; from pathlib import Path; "
-        f"print(validation_loss(0, Path({str(file)!r}), Path({str(run_dir / 'config.yaml')!r})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
     want = read_metrics(run_dir)[-1]["loss/valid"]
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(want, abs=1e-5)
+    got = run_alone(validation_loss, file, run_dir / "config.yaml")
+    assert got == pytest.approx(want, abs=1e-5)
     assert want < 4
 
 
@@ -63,16 +61,24 @@ def test_any_checkpoint(run_dir, tmp_path, capsys):
     assert not torch.equal(a["output_layer.weight"], b["output_layer.weight"])
 
 
+def printed(main: Callable[[list[str]], int], argv: list[str]) -> str:
+    """What a command prints."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(argv) == 0
+    return out.getvalue()
+
+
 def test_generate_completes_a_prompt(run_dir, tmp_path):
     file = tmp_path / "model.safetensors"
     assert export([str(run_dir), "--out", str(file)]) == 0
 
     def complete(*options: str) -> str:
-        command = [sys.executable, "-m", "scripts.generate", str(file), "def ", *options]
-        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
-        return done.stdout.decode()
+        return run_alone(printed, generate, [str(file), "def ", *options])
 
-    greedy = complete("--temperature", "0", "--tokens", "40", "--device", "cpu")
+    command = [sys.executable, "-m", "scripts.generate", str(file), "def "]
+    command += ["--temperature", "0", "--tokens", "40", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    greedy = done.stdout.decode()
     assert greedy.startswith("def ")
     assert len(greedy) > 20, "longer than the context of 32 tokens with its prompt"
     assert complete("--temperature", "0", "--tokens", "40", "--path", "bf16").startswith("def ")

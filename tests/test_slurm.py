@@ -86,6 +86,8 @@ def wait(cluster: Cluster, log: Path, what: Callable[[], object], timeout: float
 def submitted(cluster: Cluster, *command: str, **environment: str) -> str:
     """What it prints, run from the root of the repository with one rank a node."""
     settings = {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    # After a stop torchrun starts the ranks that often again, each time for nothing.
+    settings["MAX_RESTARTS"] = "1"
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -17,6 +17,7 @@ from scripts.bench.layer import main
 from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
 from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
 from scripts.bench.trace import Event
+from tests.support.ranks import run_main
 from train.profiling.moe import PARTS
 
 CPU = torch.device("cpu")
@@ -96,10 +97,9 @@ def test_transposing_copies_are_relayouts_and_nothing_else():
     assert found == [1, 2]
 
 
-def bench(*arguments: str, ranks: int = 1) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "scripts.bench.layer"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
+def bench(*arguments: str) -> None:
+    command = [sys.executable, "-m", "scripts.bench.layer", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -122,7 +122,11 @@ def check(row: dict, path: str) -> None:
 def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
     out: Path = tmp_path / "moe_layer.json"
     arguments = ["--device", "cpu", "--shapes", "tiny", "--tokens", "128", "--repeats", "2"]
-    bench(*arguments, "--out", str(out), ranks=ranks)
+    arguments += ["--out", str(out)]
+    if ranks == 1:
+        bench(*arguments)
+    else:
+        assert run_main(ranks, main, arguments) == [0] * ranks
     content = json.loads(out.read_text())
     assert set(content) == {"machine", "versions", "commit", "config", "rows"}
     assert content["versions"]["torch"] == torch.__version__

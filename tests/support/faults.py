@@ -28,11 +28,20 @@ def poison(step: int, rank: int, value: float):
     return plant
 
 
+def quick_watchdog(rank: int) -> None:
+    """Ranks of one machine write down where they are, and read it, in less time than nodes do."""
+    from train.safety import watchdog
+
+    watchdog.GRACE_S, watchdog.GATHER_S, watchdog.END_S = 1.0, 2.0, 7.0
+
+
 def hang(rank: int) -> None:
     """Rank 1 never comes to step 4."""
 
     from train import loop
     from train.safety import watchdog
+
+    quick_watchdog(rank)
 
     step = loop.step
 
@@ -47,7 +56,7 @@ def hang(rank: int) -> None:
     report = watchdog.Watchdog._report
 
     def late(self):
-        time.sleep(2 if rank == 0 else 0)
+        time.sleep(1 if rank == 0 else 0)
         report(self)
 
     watchdog.Watchdog._report = late  # type: ignore[method-assign]
@@ -59,6 +68,7 @@ def hang_with_the_lock(stuck: set[int]):
     def plant(rank: int) -> None:
         from train import loop
 
+        quick_watchdog(rank)
         step = loop.step
 
         def sleeping(training, *args):

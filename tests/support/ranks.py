@@ -19,8 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.data._utils import worker
 
-from train import loop  # noqa: F401  # here, or each rank would spend seconds on it
+from train import (
+    failure,
+    loop,  # noqa: F401  # here, or each rank would spend seconds on it
+)
 from train.__main__ import main, run
 from train.data import batches as data  # noqa: F401  # here, or each rank would spend seconds on it
 
@@ -36,9 +40,21 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     return _run(world_size, _in_group, (function, args), timeout)
 
 
+def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 120):
+    """Run `function(*args)` in a process of its own, which may start a group; its result."""
+    return _run(1, _alone, (function, args), timeout)[0]
+
+
+def run_main(
+    world_size: int, main: Callable[[list[str]], int], argv: list[str], timeout: float = 180
+) -> list[int]:
+    """A command's `main(argv)` on so many ranks, as torchrun would start them; their exit codes."""
+    return _run(world_size, _main, (main, argv), timeout)
+
+
 def run_train(world_size: int, argv: list[str], timeout: float = 180) -> list[int]:
     """`python -m train ARGV` on so many ranks, as torchrun would start them; their exit codes."""
-    return _run(world_size, _train, (argv,), timeout)
+    return run_main(world_size, main, argv, timeout)
 
 
 def _run(world_size: int, target: Callable[..., Any], args: tuple[Any, ...], timeout: float):
@@ -62,8 +78,12 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
     Only then, since a meeting point has a thread, which answers the first rank while the last is
     being forked: that one would wait for ever for a lock of the C library that the thread held.
     """
-    threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
-    threads = [name for name in threads if name != ONLY_WAITS]
+    if _other_threads():
+        gc.collect()  # such as a data loader that nobody uses any more, and its threads with it
+        deadline = time.monotonic() + 5
+        while _other_threads() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    threads = _other_threads()
     assert not threads, (
         f"{threads} of an earlier test run in this process: a copy of it would wait for ever for "
         "what they hold; such tests come last, in tests/conftest.py"
@@ -78,6 +98,11 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
     for _ in processes:
         ports.put(store.port)
     return store
+
+
+def _other_threads() -> list[str]:
+    threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    return [name for name in threads if name != ONLY_WAITS]
 
 
 def _collect(results: Any, processes: list[Any], timeout: float, stacks: int) -> dict[int, Any]:
@@ -137,8 +162,12 @@ def _in_group(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) ->
     return value
 
 
-def _train(rank: int, argv: list[str]) -> int:
+def _main(rank: int, main: Callable[[list[str]], int], argv: list[str]) -> int:
     return main(argv)
+
+
+def _alone(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
 
 
 class Training:
@@ -229,6 +258,11 @@ def _be_rank(rank: int, world_size: int, ports: Any) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
+    # No torchrun ends the others when one has ended, so that nobody need let another speak first.
+    failure.PATIENCE_S = 0.1
+    # How soon a process that prepares data sees that its rank was killed. It keeps the rank's
+    # connections open until then, and so the other ranks waiting.
+    worker.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_wandb import fake_wandb
-from tests.support.faults import hang, hang_with_the_lock, poison
+from tests.support.faults import hang, hang_with_the_lock, poison, quick_watchdog
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import TINY, argv, checkpoints, differences, repeated
 from train.config import ConfigError, load
@@ -53,7 +53,7 @@ def test_twenty_kills(tmp_path):
     run_dir, lost = tmp_path / "a", []
     for kill in range(20):
         start = max(checkpoints(run_dir), default=0)
-        with Training(2, keys, tmp_path / "log", impatient) as training:
+        with Training(2, keys, tmp_path / "log") as training:
             training.wait_until(lambda: "start     step" in training.log.read_text())
             begun = logged(run_dir)
             assert begun <= start, "steps that no checkpoint holds were kept"
@@ -85,13 +85,6 @@ def test_twenty_kills(tmp_path):
     want = repeated(tmp_path / "whole")
     assert got == {step: want[step] for step in got}
     print(f"20 kills, {max(got)} steps, lost each time: {lost}")
-
-
-def impatient(rank: int) -> None:
-    """A rank that has lost another one waits a little before it ends; not twenty times."""
-    from train import failure
-
-    failure.PATIENCE_S = 0
 
 
 @pytest.fixture
@@ -222,7 +215,7 @@ def test_a_corrupt_record_in_a_stream(tmp_path, monkeypatch, workers):
         for n in range(10_000):
             if n == 1500:
                 raise OSError("record 1500 of part-7.parquet: checksum does not match")
-            yield {"text": f"document {n} "}
+            yield {"text": f"{n} "}  # short: the thousand that are packed at once last 20 steps
 
     monkeypatch.setattr(
         sources, "_open_hub", lambda config: datasets.IterableDataset.from_generator(records)
@@ -233,7 +226,7 @@ def test_a_corrupt_record_in_a_stream(tmp_path, monkeypatch, workers):
         f"data.workers={workers}",
         "data.shuffle_buffer=8",
     ]
-    keys += ["data.valid_documents=5", "checkpoint.every=2", "parallel.expert_parallel=1", LONG]
+    keys += ["data.valid_documents=20", "checkpoint.every=2", "parallel.expert_parallel=1", LONG]
     with Training(1, argv(tmp_path, "a", *keys), tmp_path / "log") as training:
         assert training.exit_codes() == [1]
     (said,) = errors(training)
@@ -322,7 +315,7 @@ def test_all_ranks_hang_with_pythons_lock(tmp_path):
 def test_a_stopped_rank_is_named_too(tmp_path):
     """SIGSTOP, as of a machine that is gone: it cannot even say where it is."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=4")
-    with Training(2, keys, tmp_path / "log") as training:
+    with Training(2, keys, tmp_path / "log", quick_watchdog) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
         training.signal(1, signal.SIGSTOP)
         training.processes[0].join(30)
@@ -367,12 +360,18 @@ def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch)
 def test_training_goes_on_where_the_network_to_wandb_fails_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+    def hurry(rank: int) -> None:
+        from train.metrics import tracking
+
+        tracking.FINISH_TIMEOUT_S = 2
+
     keys = argv(tmp_path, "a", "train.steps=40", "tracking.mode=online")
     with ExitStack() as server:
         fake, url = server.enter_context(fake_wandb())
         monkeypatch.setenv("WANDB_BASE_URL", url)
         command = [*keys, "parallel.expert_parallel=1"]
-        with Training(1, command, tmp_path / "log") as training:
+        with Training(1, command, tmp_path / "log", hurry) as training:
             training.wait_until(lambda: logged(tmp_path / "a") >= 3 and fake.runs)
             server.close()  # nobody answers any more
             assert training.exit_codes(150) == [0]
