@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0
+gc.disable()  # until all is collected: Python looks for cycles among the imports for a second
 
 LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")
 """Files that take minutes, begun first: the first computes while the others wait."""
@@ -26,6 +27,10 @@ LEAVE_THREADS = (
     "train/test_tracking.py",
 )
 """Files after which threads of W&B, V8 or asyncio live on in this process: nothing forks then."""
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,6 +23,7 @@ def test_the_packages_take_no_time_to_import():
     assert not {"torch", "megatron", "pydantic"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_megatron_is_quiet_in_every_script():
     done = python("import scripts; import models.gpt")
     assert (done.returncode, done.stderr) == (0, "")

@@ -44,6 +44,7 @@ def run(tmp_path: Path, ranks: int, *argv: str, target=bench) -> dict:
     return json.loads((tmp_path / "train_demo_cpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_every_stack_at_every_micro_batch(tmp_path, capfd):
     paths = "bf16,fp8_baseline,fp8_baseline:triton"
     report = run(

@@ -253,6 +253,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(tmp_path, v
     assert checkpoints(tmp_path / "a") == [3], "the weights after it are not worth saving"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_skipped_by_config(tmp_path):
     keys = ["train.steps=8", "train.on_nonfinite=skip"]
     with Training(
@@ -345,6 +346,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path):
     assert not differences(repeated(tmp_path / "a"), repeated(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

@@ -48,6 +48,7 @@ def test_stopped_after_any_step_and_resumed(tmp_path, overrides):
         assert checkpoints(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_streamed_order_goes_on(tmp_path, monkeypatch):
     """Streamed data remembers nothing: it reads again up to the step."""
     import datasets
@@ -112,6 +113,7 @@ def train_until(folder: Path, ranks: int, until: int, *keys: str) -> Path:
     return folder / "a"
 
 
+@pytest.mark.slow
 def test_another_path_goes_on(tmp_path):
     keys = ["checkpoint.every=2", "checkpoint.keep=4", "train.steps=4"]
     want = repeated(train(tmp_path, "a", 2, *keys, "moe.path=fp8_baseline"))

@@ -53,6 +53,7 @@ def test_heat_map_has_the_colours_of_the_load(tmp_path: Path) -> None:
     assert (246, 247, 247) in colours  # the mean
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_routing(tmp_path: Path) -> None:
     argv = [
         "configs/demo_cpu.yaml",

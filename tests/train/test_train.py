@@ -107,6 +107,7 @@ def test_micro_batches_add_up(tmp_path):
     assert losses(small) == pytest.approx(losses(large), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_do_not_depend_on_accumulation_or_ranks(tmp_path):
     """Their gradient is that of the mean over micro-batches and ranks, so with one sequence in
     each micro-batch the same sequences give the same gradient however they are spread."""
@@ -306,6 +307,7 @@ def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     assert "the planted failure of rank 1" in output[-3000:], "its error is the last on the screen"
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun_is_said_once():
     code, output, _ = torchrun("-m", "train", *TWO_LAYERS, "train.steps=1", "moe.top_k=99")
     assert code != 0
