@@ -68,6 +68,7 @@ def printed(main: Callable[[list[str]], int], argv: list[str]) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_generate_completes_a_prompt(run_dir, tmp_path):
     file = tmp_path / "model.safetensors"
     assert export([str(run_dir), "--out", str(file)]) == 0

@@ -113,6 +113,7 @@ def rank_of(run_dir: Path) -> int:
     raise AssertionError("no rank is running")
 
 
+@pytest.mark.slow
 def test_a_requeued_job_goes_on(cluster, tmp_path):
     log, run_dir = tmp_path / "out", tmp_path / "a"
     keys = ["train.steps=150", "checkpoint.every=100", "tracking.mode=offline"]
@@ -152,6 +153,7 @@ def test_a_requeued_job_goes_on(cluster, tmp_path):
     assert len(list(run_dir.glob(f"wandb/offline-run-*-{identity}"))) == 3
 
 
+@pytest.mark.slow
 def test_one_job_a_path_and_then_the_comparison(cluster, tmp_path):
     runs = tmp_path / "runs"
     said = submitted(

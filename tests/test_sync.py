@@ -80,6 +80,7 @@ def steps(fake: FakeWandb, runs: Path, name: str) -> list[int]:
     return [row["_step"] for row in fake.history.get((runs / name / "wandb_id").read_text(), [])]
 
 
+@pytest.mark.slow
 def test_once_in_order_and_as_one_run(runs: Path, server: tuple[FakeWandb, str]) -> None:
     fake, url = server
     done = sync(url, runs)
@@ -104,6 +105,7 @@ def test_once_in_order_and_as_one_run(runs: Path, server: tuple[FakeWandb, str])
     assert steps(fake, runs, "requeued") == list(range(1, 15))
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_break(runs: Path, server: tuple[FakeWandb, str]) -> None:
     fake, url = server
     fake.refuse_history_of = {(runs / "requeued" / "wandb_id").read_text()}

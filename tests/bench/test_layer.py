@@ -118,6 +118,7 @@ def check(row: dict, path: str) -> None:
     assert row["tflops_per_gpu"]["max"] <= flops / seconds / 1e12 * 1.000001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
     out: Path = tmp_path / "moe_layer.json"

@@ -275,6 +275,7 @@ def test_names_do_not_break_out(browser: Any, tmp_path: Path) -> None:
         assert page.query_selector("#legend b") is None
 
 
+@pytest.mark.slow
 def test_from_two_finished_runs_to_the_page_in_ten_seconds(tmp_path: Path) -> None:
     """Of 5,000 logged steps each, which is a long run; imports included."""
     folders = []

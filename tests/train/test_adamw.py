@@ -73,6 +73,7 @@ def test_what_is_prepared_is_what_a_pass_of_its_own_would_prepare(path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
 def test_training_is_the_same_but_for_rounding_and_resumes_exactly(tmp_path, path):
 

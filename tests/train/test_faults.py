@@ -44,6 +44,7 @@ def errors(training: Training) -> list[str]:
     return [line for line in log.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_twenty_kills(tmp_path):
     """-9 to a random rank at a random moment, ten times anywhere and ten times in a save. Each
     time the run goes on from the newest checkpoint, and in the end nothing shows that it ever
@@ -101,6 +102,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save(small_disk, tmp_path):
     """Training goes on, with the checkpoint before; when there is room again it is used."""
     run_dir = small_disk / "a"
@@ -272,6 +274,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_config(tmp_path):
     assert skipped[6] != healthy[6]
 
 
+@pytest.mark.slow
 def test_a_hung_collective_names_the_ranks(tmp_path):
     """Rank 1 never comes to step 4: after parallel.timeout_s that is said, and all have ended."""
 
@@ -290,6 +293,7 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
     assert run_train(2, argv(tmp_path, "a", "train.steps=4", "checkpoint.every=1")) == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
     """No thread of it runs, so it cannot speak, and whoever waits for it does."""
@@ -304,6 +308,7 @@ def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
     assert " in sleeping" in (tmp_path / "a" / "stalled" / f"rank_{stuck:05d}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_all_ranks_hang_with_pythons_lock(tmp_path):
     """Nobody can say a line; every process ends, with its stack on the terminal."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5", "parallel.expert_parallel=1")
@@ -312,6 +317,7 @@ def test_all_ranks_hang_with_pythons_lock(tmp_path):
     assert " in sleeping" in training.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_too(tmp_path):
     """SIGSTOP, as of a machine that is gone: it cannot even say where it is."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=4")
@@ -324,6 +330,7 @@ def test_a_stopped_rank_is_named_too(tmp_path):
     assert "rank 1 did not come and gives no sign of life" in line
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again(tmp_path):
     keys = ["train.steps=6", "checkpoint.every=1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -357,6 +364,7 @@ def test_training_ends_well_where_wandb_cannot_be_reached(tmp_path, monkeypatch)
     assert list((tmp_path / "a").glob("wandb/offline-run-*"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_the_network_to_wandb_fails_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -381,6 +389,7 @@ def test_training_goes_on_where_the_network_to_wandb_fails_in_the_middle(tmp_pat
     assert list((tmp_path / "a").glob("wandb/run-*/run-*.wandb"))
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     keys = argv(tmp_path, "a", "train.steps=60", "tracking.mode=offline")

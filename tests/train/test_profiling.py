@@ -22,6 +22,7 @@ LOOKING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path):
     ranks = 2 if path == "fp8_compact" else 1

@@ -26,6 +26,7 @@ def forget(run_dir: Path, *after: int) -> None:
             shutil.rmtree(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -68,6 +69,7 @@ def test_streamed_order_goes_on(tmp_path, monkeypatch):
     assert not differences(repeated(train(tmp_path, "a", 2, *keys)), whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_four(tmp_path):
     """Auxiliary losses are means over one rank's tokens, so they are off here."""
     keys = ["moe.aux_loss_coeff=0", "moe.z_loss_coeff=0", "checkpoint.every=2"]
@@ -173,6 +175,7 @@ def as_on_a_gpu(monkeypatch, kind: str) -> list[str]:
     return ["optim.prepare_weights=true"] if kind == "prepared" else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [("plain", "fused"), ("prepared", "fused"), ("fused", "prepared"), ("fused", "plain")]
 )
@@ -188,6 +191,7 @@ def test_another_kind_of_adamw_goes_on(tmp_path, monkeypatch, kinds):
         assert got == pytest.approx([row[key] for row in whole], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_save_before_the_first_update_changes_nothing(tmp_path, monkeypatch, kind):
     """The first step is skipped, so that the first save finds an optimizer without a state."""

@@ -29,6 +29,7 @@ def logged(run_dir: Path) -> int:
     return text.count("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     keys = argv(tmp_path, "a", STEPS, "data.workers=1")

@@ -66,6 +66,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert 0.9 < rows[-1]["loss/aux"] < 4
 
 
+@pytest.mark.slow
 def test_loss_falls(tmp_path):
     rows = run(tmp_path, "a", 2, "train.steps=40", "train.valid_every=20", "optim.lr=0.01")
     assert losses(rows)[0] == pytest.approx(5.8, abs=0.3)
@@ -82,6 +83,7 @@ def test_two_runs_are_bitwise_equal(tmp_path):
     assert losses(run(tmp_path, "c", 2, "train.seed=1")) != losses(first)
 
 
+@pytest.mark.slow
 def test_expert_parallelism_changes_nothing_but_rounding(tmp_path):
     """Auxiliary losses are means over one rank's tokens, so they are off here."""
     off = ["moe.aux_loss_coeff=0", "moe.z_loss_coeff=0"]
@@ -97,6 +99,7 @@ def test_expert_parallelism_changes_nothing_but_rounding(tmp_path):
             assert found == pytest.approx(wanted, rel=1e-4), f"{key}, {name}"
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(tmp_path):
     off = ["moe.aux_loss_coeff=0", "moe.z_loss_coeff=0"]
     small = run(tmp_path, "small", 2, "train.micro_batch=1", *off)
@@ -155,6 +158,7 @@ def test_relayouts_are_counted(tmp_path, path, relayouts):
     assert [row["moe/scale_relayouts_backward"] for row in rows] == [relayouts] * 2
 
 
+@pytest.mark.slow
 def test_fp8_halves_what_travels_and_what_is_kept(tmp_path):
     # Sequences long enough that padding, to 128 rows or to 16, is a small share.
     overrides = ["train.dtype=bf16", "train.steps=1", "model.seq_len=256"]
@@ -167,6 +171,7 @@ def test_fp8_halves_what_travels_and_what_is_kept(tmp_path):
         assert fp8["moe/kept_mib"] < bf16["moe/kept_mib"], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["bf16", "fp8_baseline", "fp8_direct"])
 def test_recomputed_activations_change_nothing_but_memory(tmp_path, path):
     keys = [f"moe.path={path}", "train.steps=3", "train.profile=true"]
@@ -180,6 +185,7 @@ def test_recomputed_activations_change_nothing_but_memory(tmp_path, path):
         assert b["moe/dispatched_mib"] > a["moe/dispatched_mib"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -285,6 +291,7 @@ def torchrun(*arguments: str) -> tuple[int, str, float]:
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     code, output, seconds = torchrun(
         "-m",
@@ -307,6 +314,7 @@ def test_bad_input_under_torchrun_is_said_once():
     assert "Traceback" not in ours
 
 
+@pytest.mark.slow
 def test_fp8_ends_where_bf16_ends(tmp_path):
     """The demo's training: FP8 is within 0.25% over the last tenth of the steps.
 
