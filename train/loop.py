@@ -157,6 +157,7 @@ def train(config: Config, corpus: Corpus) -> None:
                 f"{config.model.seq_len} = {tokens_per_step:,} tokens a step "
                 f"({config.accumulation(ranks.world_size)} micro-batch(es) of "
                 f"{config.train.micro_batch} a rank)",
+                "data": corpus.describe(),
                 "tracking": recorder.tracker.describe(),
                 "start": f"step {first_step} of {config.train.steps}"
                 + (f", from {checkpointer.folder}" if first_step else ""),

@@ -15,6 +15,10 @@ UNREADABLE = (DatasetsError, ArrowException, OSError, ValueError)
 """What `datasets` and what lies below it raise for a record or a file they cannot read."""
 
 
+class Unreadable(ValueError):
+    """A file or a record that cannot be read. The text is one line that names it."""
+
+
 def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
     """The same batches; where the next one cannot be had, TrainingFailed says why.
 
@@ -29,8 +33,8 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
             raise
         except UNREADABLE as error:
             raise TrainingFailed(
-                f"{source} cannot be read any further: {last_line(error)}; mend or leave out that "
-                "record and start again, which goes on from the newest checkpoint"
+                f"{source} cannot be read any further: {last_line(error)}; once that is mended, "
+                "start again, which goes on from the newest checkpoint"
             ) from error
         yield batch
 
@@ -39,4 +43,4 @@ def last_line(error: BaseException) -> str:
     """What happened; an error in a worker process arrives as its whole traceback."""
     cause = error.__cause__ or error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[-1].strip()
+    return lines[-1].strip().removeprefix(f"{Unreadable.__module__}.{Unreadable.__name__}: ")
