@@ -5,6 +5,7 @@ What files people have is in test_data_files.py.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -447,6 +448,8 @@ def test_short_validation_documents_are_one_line(tmp_path, texts):
     [
         ("nothing.txt", "no such file"),
         ("*.nothing", "no such file"),
+        ("pipe", "neither a file nor a folder"),
+        ("broken", "a link to nothing"),
         ("pictures", "no .txt"),
         ("mixed", "mixes json and text files"),
     ],
@@ -455,6 +458,8 @@ def test_check_finds_a_bad_path_before_loading(tmp_path, path, words):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_text("x")
     (tmp_path / "mixed").mkdir()
+    (tmp_path / "broken").symlink_to("gone")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "mixed" / "a.py").write_text("x")
     (tmp_path / "mixed" / "a.json").write_text("{}")
     with pytest.raises(ConfigError) as error:

@@ -103,7 +103,9 @@ def test_a_damaged_cache_is_one_line(tmp_path):
 def test_a_cache_that_cannot_be_written_names_hf_home(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
-    with pytest.raises(ConfigError, match="set HF_HOME to a folder that can be written") as error:
+    with pytest.raises(
+        ConfigError, match="set HF_HOME to a folder that can be written and has room"
+    ) as error:
         data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
     assert str(tmp_path / "file" / "cache") in one_line(error)
 
@@ -198,3 +200,19 @@ def test_memory_does_not_grow_with_a_text_file(tmp_path, lines):
     )
     assert peak_memory(config) < 200e6
     assert len(text) * 100 > 450e6  # which one piece would take
+
+
+def test_a_stream_names_hf_home_where_its_cache_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "huggingface"
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(home))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def refused(*args, **kwargs):
+        home.mkdir(parents=True)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refused)
+    with pytest.raises(ConfigError, match=r"Not a directory.*; set HF_HOME") as error:
+        data.load(configure(f"data.name={tmp_path}"))
+    one_line(error)

@@ -96,7 +96,7 @@ class Corpus:
         if isinstance(self.train, datasets.Dataset):
             sequences = f"{len(self.train):,} training and {sequences}"
         name = self.config.data.tokenizer
-        return f"{self.about}; {sequences}; tokenizer {name} of {self.tokenizer.vocab_size:,}"
+        return f"{self.about}; {sequences}; tokenizer {name}, {self.tokenizer.vocab_size:,} tokens"
 
     def fingerprint(self) -> dict[str, Any]:
         """What `train.data.fingerprint.differences` compares: plain values, for JSON."""
@@ -151,9 +151,9 @@ def load(config: Config) -> Corpus:
     Local data is packed by the first process that calls, and found in the cache of `datasets` by
     the others and by later ones. Raises ConfigError.
     """
+    quiet()
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
     _check_vocabulary(config, tokenizer)
-    quiet()
     if config.data.name is None:
         return _load_local(config, tokenizer)
     return _load_stream(config, tokenizer)

@@ -87,7 +87,10 @@ def find_files(path: str | None, split: str = "train") -> LocalFiles:
     names = [str(found)] if os.path.lexists(found) else glob.glob(str(found), recursive=True)
     files = _distinct(p for p in map(Path, names) if p.is_file())
     if not files:
-        raise ConfigError(f"data.path={path}: no such file; name a file, a folder or a glob")
+        what = "no such file"
+        if os.path.lexists(found):
+            what = "a link to nothing" if found.is_symlink() else "neither a file nor a folder"
+        raise ConfigError(f"data.path={path}: {what}; name a file, a folder or a glob")
     return _of_one_kind(path, {p: kind_of(p) or judge(p) for p in files})
 
 

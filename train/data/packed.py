@@ -120,8 +120,8 @@ def _only_one(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ConfigError(
-            f"packed data cannot be written to {folder.parent} ({reason}); make room there, or "
-            "set HF_HOME to a folder that can be written"
+            f"packed data cannot be written to {folder.parent} ({reason}); set HF_HOME to a folder "
+            "that can be written and has room"
         ) from None
 
 

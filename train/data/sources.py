@@ -13,7 +13,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from train.config import Config, ConfigError
 from train.data import split
-from train.data.faults import UNREADABLE, Unreadable, last_line
+from train.data.faults import UNREADABLE, Unreadable, about_the_cache, last_line
 from train.data.files import LocalFiles, find_files, kind_of
 from train.data.readers import read_documents
 from train.data.survey import documents_of, survey
@@ -98,9 +98,7 @@ def split_stream(
                 break
     except UNREADABLE as error:
         raise ConfigError(f"{source_of(config)} cannot be read: {last_line(error)}") from None
-    if (
-        lowest is not None and not held_out
-    ):  # a few documents, by chance all of them above the limit
+    if lowest is not None and not held_out:  # a few, by chance all of them above the limit
         limit, held_out = split.limit(data.valid_fraction, [lowest[0]]), [lowest[1]]
     if len(held_out) < data.valid_documents:  # that was all there is
         check_documents(config, count, len(held_out))
@@ -148,7 +146,7 @@ def _open_hub(config: Config) -> datasets.IterableDataset:
     except (*UNREADABLE, NotImplementedError) as error:
         raise ConfigError(
             f"{source_of(config)} data.subset={data.subset} data.split={data.split} cannot be "
-            f"opened on the hub: {_cause(error)}"
+            f"opened on the hub: {_cause(error)}{about_the_cache(error)}"
         ) from None
 
 

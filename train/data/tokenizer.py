@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from train.config import ConfigError
+from train.data.faults import about_the_cache
 from train.data.pieces import cut
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -241,7 +242,7 @@ def _from_hub(name: str) -> tuple[Path, list[Path]]:
     except Exception as error:  # of many kinds: of the name, the network, the disk
         raise ConfigError(
             f"data.tokenizer={name}: no such file or folder here, and not to be had from the hub "
-            f"({_one_line(error)})"
+            f"({_one_line(error)}){about_the_cache(error)}"
         ) from None
     settings = []
     for one in SETTINGS:
