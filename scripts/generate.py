@@ -29,7 +29,7 @@ def load_model(
     group of this process alone. Raises ConfigError.
     """
     weights, config, _ = read(path)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
     # Every token is to be served, each by the experts that its router chooses.
     moe = config.moe.model_copy(
         update={

@@ -7,6 +7,7 @@ It sees the training documents alone, so that validation stays text nobody has l
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -16,11 +17,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.config import Config, ConfigError, load
-from train.data.sources import training_texts
+from train.data.sources import quiet, training_texts
 from train.data.tokenizer import END_OF_DOCUMENT
 
 SMALLEST = 257
 """Every byte, so that any text can be encoded, and the end-of-document token."""
+
+LARGEST = 10_000_000
+"""More would only take memory, which the library sets aside at the start."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -49,26 +53,57 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("tokenizer.json"))
     parser.add_argument(
-        "--documents", type=int, default=200_000, help="read no more than this many"
+        "--documents",
+        type=int,
+        default=200_000,
+        help="read no more than this many; a text file counts as one for each 128 KiB",
     )
     args = parser.parse_intermixed_args(argv)
-    if args.vocab_size < SMALLEST:
-        parser.error(f"--vocab-size={args.vocab_size} is too small; take {SMALLEST} or more")
-    if not args.out.name.endswith(".json"):
-        parser.error(f"--out={args.out} must end in .json, by which data.tokenizer knows a file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a path may have what the terminal has not
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out={args.out}: {error.strerror}")
-    try:
+        check(args.vocab_size, args.documents, args.out)
         config = load(args.config, args.overrides)
+        quiet()
         tokenizer = train_bpe(islice(training_texts(config), args.documents), args.vocab_size)
+        save(tokenizer, args.out)
+        print(how_to_use(config, tokenizer, args.out))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tokenizer.save(str(args.out))
-    print(how_to_use(config, tokenizer, args.out))
     return 0
+
+
+def check(vocab_size: int, documents: int, out: Path) -> None:
+    """Find what is wrong with the options before anything is read. Raises ConfigError."""
+    if not SMALLEST <= vocab_size <= LARGEST:
+        raise ConfigError(f"--vocab-size={vocab_size} is not in {SMALLEST} to {LARGEST}; change it")
+    if documents < 1:
+        raise ConfigError(f"--documents={documents} leaves nothing to learn from; take 1 or more")
+    if not out.name.endswith(".json"):
+        raise ConfigError(f"--out={out} must end in .json, by which data.tokenizer knows a file")
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder; name a file, such as {out / 'tokenizer.json'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _beside(out).touch()
+        _beside(out).unlink()
+    except OSError as error:
+        raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
+
+
+def save(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
+    """Write the file; whole, or not at all. Raises ConfigError."""
+    try:
+        _beside(out).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        _beside(out).replace(out)
+    except OSError as error:
+        _beside(out).unlink(missing_ok=True)
+        raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def how_to_use(config: Config, tokenizer: tokenizers.Tokenizer, out: Path) -> str:

@@ -7,6 +7,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,6 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
-    JsonValue,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from models.config import FREE_ON_RESUME, FreeOnResume, ModelConfig, MoEConfig, Section
+from train import config_file
 
 
 class ConfigError(Exception):
@@ -132,23 +133,29 @@ class DataConfig(Section):
     """Text, how it becomes tokens, and in which order."""
 
     path: str | None = None
-    """Local text: a file, a folder or a glob of .txt, .jsonl, .json, .parquet or source files. By
-    default, and without `name`, the source of Python's standard library."""
+    """Local text: a file, a folder or a glob of .txt, .jsonl, .json, .parquet, .arrow or source
+    files, compressed or not; or a folder that `save_to_disk` wrote or that was downloaded from the
+    hub. By default, and without `name`, the source of Python's standard library."""
     name: str | None = None
     """A data set on the Hugging Face hub, streamed; for example `HuggingFaceFW/fineweb-edu`."""
     subset: str | None = None
     """The hub data set's configuration name."""
     split: str = "train"
-    """The hub data set's split."""
+    """The split to train on, of a hub data set or of a folder with files named after splits."""
     text_column: str = "text"
-    """Column that holds the text, in hub data sets, JSONL and Parquet."""
+    """Column that holds the text, in hub data sets, JSON, Parquet and Arrow; no other is read."""
     tokenizer: str = "bytes"
-    """`bytes` (256 byte values and an end-of-document token), a `tokenizers` JSON file, or the
-    name of a tokenizer on the hub."""
+    """`bytes` (256 byte values and an end-of-document token), a `tokenizers` JSON file, a folder
+    with a tokenizer.json, or the name of a tokenizer on the hub."""
+    eod_token: str | None = None
+    """The tokenizer's token that ends a document. By default what the `tokenizer_config.json`
+    beside it calls `eos_token`, or one of the usual names."""
     valid_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the documents held out for validation (local data)."""
+    """Share of the documents held out for validation. A hash of its text decides for each, so
+    others that are added later change nothing."""
     valid_documents: PositiveInt = 512
-    """First documents held out for validation (streamed data)."""
+    """Streamed data: how many of the documents held out are validated on, the first. To find them,
+    each start reads about `valid_documents / valid_fraction` documents."""
     shuffle_buffer: PositiveInt = 10_000
     """Sequences among which streamed data is shuffled."""
     document_mask: bool = False
@@ -239,24 +246,24 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = config_file.read(path)
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not text, or no such date
-        raise ConfigError(
-            f"config file {path} is not YAML: {' '.join(str(error).split())}"
-        ) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} must hold sections such as `model:` and `train:`")
-    for override in overrides or []:
-        _apply(tree, override)
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: {error}") from None
+    try:
+        for override in overrides or []:
+            config_file.override(tree, override, Config)
+        tree = config_file.typed(tree, Config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("group", path.stem)
         # Without a name a run is called after what makes it different from its neighbours.
         moe = tree.get("moe")
         moe_path = moe.get("path", "bf16") if isinstance(moe, dict) else "bf16"
-        run.setdefault("name", f"{path.stem}-{moe_path}")
+        run.setdefault("name", _file_name(f"{path.stem}-{moe_path}"))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -334,29 +341,9 @@ def _section(name: str) -> type[BaseModel]:
     return model
 
 
-def _apply(tree: dict[str, JsonValue], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot or not name:
-        raise ConfigError(f"override {override!r} must look like section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):
-        value = _number(value)
-    node = tree.setdefault(section, {})
-    if not isinstance(node, dict):
-        raise ConfigError(f"config section {section} must hold keys, not {node!r}")
-    node[name] = value
-
-
-def _number(text: str) -> float | str:
-    """YAML 1.1 reads 3e-4 as text, where everybody means a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _file_name(text: str) -> str:
+    """The text as `run.name` may be: a config file's name may have spaces and accents in it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -80,7 +80,7 @@ def train(config: Config, corpus: Corpus) -> None:
     if gathered:
         training.metrics.load_state(gathered)
 
-    recorder = describe(config, ranks, model.runtime.description, first_step)
+    recorder = describe(config, ranks, model.runtime.description, corpus.describe(), first_step)
     meter = Meter(
         flops.count(config.model, config.moe).flops_per_token,
         ranks.world_size,

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from models.fp8.kernels.blocks import to_e4m3
-from models.fp8.reference.quantize import _to_e4m3
+from models.fp8.kernels.blocks import reciprocal, scale_from_amax, to_e4m3
+from models.fp8.reference.quantize import _scale_from_amax, _to_e4m3
 from models.fp8.tensor import E4M3
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -169,3 +169,31 @@ def test_float32_to_bfloat16(device):
     y = torch.empty(x.shape, dtype=torch.bfloat16, device=device)
     _copy_kernel[(64,)](x, y, SIZE=1024)
     assert_same_bits(y, x.bfloat16())
+
+
+@triton.jit
+def _scale_kernel(amax_ptr, scale_ptr, scale_inv_ptr, dtype_max, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    scale = scale_from_amax(tl.load(amax_ptr + at), dtype_max)
+    tl.store(scale_ptr + at, scale)
+    tl.store(scale_inv_ptr + at, reciprocal(scale))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scale_of_every_amax(device, dtype):
+    """All float32 from 0 to infinity on a GPU, some in the interpreter: a quotient that a division
+    rounds the wrong way to or from a power of two is an octave."""
+    infinity = 0x7F80_0000
+    chunk, chunks = (2**26, 32) if device == "cuda" else (2**12, 4)
+    for number in range(chunks):
+        if device == "cuda":
+            pattern = torch.arange(number * chunk, (number + 1) * chunk, device=device)
+        else:
+            pattern = torch.randint(0, infinity, (chunk,), generator=generator())
+        amax = pattern.clamp(max=infinity).int().view(torch.float32)
+        scale, scale_inv = torch.empty_like(amax), torch.empty_like(amax)
+        _scale_kernel[(chunk // 1024,)](amax, scale, scale_inv, torch.finfo(dtype).max, SIZE=1024)
+        want = _scale_from_amax(amax, dtype)
+        assert torch.equal(bits(scale), bits(want))
+        assert torch.equal(bits(scale_inv), bits(want.reciprocal()))

@@ -1,6 +1,7 @@
 """The config: what is accepted, and one clear line for what is not."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,61 @@ def test_override_is_typed():
     assert config.data.path is None
 
 
+def with_key(tmp_path: Path, section: str, key: str, text: str) -> Path:
+    """The demo's config file with one more key, or another value for one that it has."""
+    lines = [line for line in Path(DEMO).read_text().splitlines() if f"  {key}: " not in line]
+    if f"{section}:" not in lines:
+        lines.append(f"{section}:")
+    lines.insert(lines.index(f"{section}:") + 1, f"  {key}: {text}")
+    path = tmp_path / "changed.yaml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        # A key whose type is text takes the text.
+        ("run.name", "12345", "12345"),
+        ("run.name", "010", "010"),
+        ("run.name", "2024-01-05", "2024-01-05"),
+        ("run.name", "no", "no"),
+        ("run.name", "1e5", "1e5"),
+        ("run.name", '"12345"', "12345"),
+        ("run.name", "null", "null"),
+        ("run.group", "null", None),
+        ("run.group", "1:30", "1:30"),
+        ("run.tags", "[1, no, 2024-01-05]", ("1", "no", "2024-01-05")),
+        ("tracking.project", "1.10", "1.10"),
+        ("data.eod_token", "</s>", "</s>"),
+        # A key whose type is a number takes what everybody means by it.
+        ("train.steps", "1e5", 100_000),
+        ("train.steps", "2.0E2", 200),
+        ("train.steps", "010", 10),
+        ("train.steps", "1_000", 1000),
+        ("train.steps", '"300"', 300),
+        ("train.seed", str(2**62 - 1), 2**62 - 1),
+        ("optim.lr", "5e-4", 5e-4),
+        ("optim.lr", "1", 1.0),
+        ("optim.lr", "'1e-3'", 1e-3),
+        ("moe.capacity", "1.5", 1.5),
+        ("moe.capacity", "null", None),
+        ("train.profile", "yes", True),
+        ("train.profile", "False", False),
+    ],
+)
+def test_a_value_has_the_type_of_its_key(tmp_path, key, text, value):
+    section, name = key.split(".")
+    for config in (
+        load(DEMO, [f"{key}={text}"]),
+        load(with_key(tmp_path, section, name, text)),
+    ):
+        found = getattr(getattr(config, section), name)
+        assert (found, type(found)) == (value, type(value))
+
+
 def test_saved_config_is_read_back(tmp_path):
-    config = load(DEMO, ["run.tags=[a, b]", "moe.top_k=1"])
+    config = load(DEMO, ["run.tags=[a, b]", "moe.top_k=1", "run.group=007", "data.path=~x: [*"])
     config.save(tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
 
@@ -26,6 +80,68 @@ def test_saved_config_is_read_back(tmp_path):
 def test_name_and_group_follow_from_the_file_and_the_path():
     config = load(DEMO, ["moe.path=fp8_direct"])
     assert (config.run.name, config.run.group) == ("demo_cpu-fp8_direct", "demo_cpu")
+
+
+def test_a_path_is_text_whatever_yaml_makes_of_it():
+    for path in ("**/*.jsonl", "*", "[a]*.txt", "{a,b}.txt", "a: b", "a #b", "!x", "&y", "%z", "@"):
+        assert load(DEMO, [f"data.path={path}"]).data.path == path
+
+
+@pytest.mark.parametrize("name", ["demo 2.yaml", "été.yaml", ".demo.yaml", "a b (copy).yml"])
+def test_any_name_of_a_config_file_gives_a_run_its_name(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(Path(DEMO).read_text())
+    config = load(path)
+    assert re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*-bf16", config.run.name)
+    assert config.run.group == path.stem
+
+
+def test_a_section_with_nothing_under_it_has_its_defaults(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(Path(DEMO).read_text() + "\ndata:\n  # path: x\n\ncheckpoint:\n")
+    config, plain = load(path), load(DEMO)
+    assert (config.data, config.checkpoint) == (plain.data, plain.checkpoint)
+    assert load(path, ["data.path=x"]).data.path == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "\noptim:\n  lr: 0.1\n",
+            "line {n} gives optim again, which line 26 has already; keep one",
+        ),
+        ("\ndata:\n  path: a\n  path: b\n", "gives path again"),
+        ("\ndata:\n  path:\n", "config key data.path= is empty"),
+        ("\ndata:\n  path: ''\n", "config key data.path= is empty"),
+    ],
+)
+def test_what_a_file_says_twice_or_not_at_all_is_one_line(tmp_path, text, says):
+    path = tmp_path / "a.yaml"
+    demo = Path(DEMO).read_text()
+    path.write_text(demo + text)
+    says = says.replace("{n}", str(demo.count("\n") + 2))
+    with pytest.raises(ConfigError, match=re.escape(says)) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_anchor_and_a_merge_still_work(tmp_path):
+    path = tmp_path / "a.yaml"
+    text = Path(DEMO).read_text() + "\ndata: &d\n  workers: 0\ncheckpoint:\n  <<: {every: 5}\n"
+    path.write_text(text)
+    config = load(path)
+    assert (config.data.workers, config.checkpoint.every) == (0, 5)
+
+
+def test_a_file_of_another_encoding(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):
+        path = tmp_path / f"{encoding}.yaml"
+        path.write_text(Path(DEMO).read_text(), encoding=encoding)
+        assert load(path).optim == load(DEMO).optim
+    path.write_bytes(b"run: {name: \xff\xe9}\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +166,19 @@ def test_name_and_group_follow_from_the_file_and_the_path():
         ("train.steps", "must look like section.key=value"),
         ("train.steps=[1", "is not a YAML value"),
         ("data.name=some/set data.path=x", "keep one"),
+        ("train.steps=1:30", "config key train.steps='1:30': input should be a valid integer"),
+        ("train.steps=2024-01-05", "config key train.steps='2024-01-05'"),
+        ("train.steps=true", "config key train.steps='true'"),
+        ("train.profile=1", "config key train.profile='1': input should be a valid boolean"),
+        ("optim.lr=1:30", "config key optim.lr='1:30'"),
+        ("optim.lr=.inf", "config key optim.lr=inf"),
+        ("data.path=", "config key data.path= is empty (a variable that is not set?)"),
+        ("data.name=", "config key data.name= is empty"),
+        ("data.path=''", "config key data.path= is empty"),
+        ("run.name=", "config key run.name= is empty"),
+        ("run.dir=", "config key run.dir= is empty"),
+        ("train.steps=", "config key train.steps= is empty"),
+        ("train.global_batch=", "config key train.global_batch= is empty"),
     ],
 )
 def test_bad_input_is_one_line(override, says):

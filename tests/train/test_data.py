@@ -1,6 +1,11 @@
-"""The data: packing, the order of samples, the held-out split, and one line for bad input."""
+"""The data: packing, the order of samples, the held-out split, and one line for bad input.
 
+What files people have is in test_data_files.py.
+"""
+
+import hashlib
 import json
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -14,7 +19,8 @@ import torch
 
 from train.config import Config, ConfigError, load
 from train.data import batches as data
-from train.data import sources
+from train.data import files, sources
+from train.data.survey import survey
 from train.data.tokenizer import ByteTokenizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
@@ -76,7 +82,7 @@ def steps(config: Config, corpus: data.Corpus, first: int, number: int, world_si
 
 def test_pack_keeps_every_document_in_order_with_its_end(texts):
     length = 17
-    packed = data.pack({"text": [None, "", *texts]}, ByteTokenizer(), length, "uint16", 1)["tokens"]
+    packed = data.pack({"text": [None, "", *texts]}, ByteTokenizer(), length, "uint16")["tokens"]
     joined = b"".join(text.encode() + b"\0" for text in texts)
     expected = [EOD if byte == 0 else byte for byte in joined]
     assert packed.shape == (len(expected) // length, length)
@@ -155,11 +161,105 @@ def test_worker_processes_change_nothing(jsonl):
 # Validation
 
 
+def held_out(texts: list[str], fraction: float = 0.2) -> list[str]:
+    """By the definition: the first 8 bytes of a hash, as a share of all they can be."""
+    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    places = [int.from_bytes(one[:8], "big") / 2**64 for one in hashes]
+    return [text for text, place in zip(texts, places, strict=True) if place < fraction]
+
+
+def joined(texts: list[str]) -> str:
+    return "".join(f"{text}\0" for text in texts)
+
+
+def decoded(sequences: datasets.Dataset) -> str:
+    """The text of packed sequences, a NUL at the end of each document."""
+    tokens = sequences["tokens"][:].reshape(-1).tolist()
+    return bytes(0 if token == EOD else token for token in tokens).decode("utf-8", "ignore")
+
+
 def test_training_and_validation_documents_are_disjoint_and_complete(jsonl, texts):
-    train, valid = sources.load_documents(configure(f"data.path={jsonl}"))
-    assert sorted([*train["text"], *valid["text"]]) == sorted(texts)
-    assert len(valid) == 8
-    assert sorted(sources.training_texts(configure(f"data.path={jsonl}"))) == sorted(train["text"])
+    """Sequence by sequence: nothing of one side is on the other, and nothing is lost."""
+    config = configure(f"data.path={jsonl}")
+    corpus = data.load(config)
+    valid = held_out(texts)
+    train = [text for text in texts if text not in valid]
+    assert 2 <= len(valid) <= 16
+    for sequences, documents in ((corpus.train, train), (corpus.valid, valid)):
+        expected = joined(documents).encode()
+        assert decoded(sequences) == expected[: len(expected) // 17 * 17].decode("utf-8", "ignore")
+    assert joined(list(sources.training_texts(config))) == joined(train)
+
+
+def test_batches_of_either_side_hold_its_documents_alone(tmp_path):
+    """A document is as long as a sequence, so each row is one and can be recognised."""
+    texts = [f"document no {i:04}" for i in range(300)]
+    config = configure(
+        f"data.path={write_jsonl(tmp_path / 'a.jsonl', texts)}", "train.valid_batches=1000"
+    )
+    corpus = data.load(config)
+    valid = set(held_out(texts))
+    sides = [
+        {ByteTokenizer().decode(row) for row in rows(batches)}
+        for batches in (islice(corpus.train_batches(0, 1), 500), corpus.valid_batches(0, 1))
+    ]
+    assert sides[0] == set(texts) - valid
+    assert len(valid) - 4 < len(sides[1]) <= len(valid)  # whole global batches
+    assert sides[1] <= valid
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
+def test_the_share_held_out_is_near_what_is_asked_for(tmp_path, fraction):
+    texts = [f"document {i}" for i in range(10_000)]
+    found = files.find_files(str(write_jsonl(tmp_path / "a.jsonl", texts)))
+    about = survey(found, "text", fraction)
+    assert about.is_valid.mean() == pytest.approx(fraction, abs=4 * (fraction / 10_000) ** 0.5)
+
+
+def test_the_split_stays_when_documents_are_added_or_moved(tmp_path, texts):
+    def sides(documents: list[str]) -> tuple[set[str], set[str]]:
+        path = write_jsonl(tmp_path / "a.jsonl", documents)
+        train = set(sources.training_texts(configure(f"data.path={path}")))
+        return train, set(documents) - train
+
+    train, valid = sides(texts)
+    more = [f"another document {i} " * 9 for i in range(40)]
+    for documents in (texts[::-1], [*more, *texts], texts[3:], [*texts, *texts]):
+        train_now, valid_now = sides(documents)
+        assert not train & valid_now
+        assert not valid & train_now
+        assert train_now
+        assert valid_now
+
+
+def test_copies_of_a_document_are_on_one_side(tmp_path, texts):
+    copies = [text for text in texts for _ in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", copies)
+    seen = Counter(sources.training_texts(configure(f"data.path={path}")))
+    assert set(seen.values()) == {3}
+    assert len(seen) < len(texts)
+
+
+def test_a_few_documents_leave_one_to_validate_on(tmp_path):
+    """Adding a document may take it away, for training, but none of training comes to it."""
+    texts = [f"document {i} " * 10 for i in range(5)]
+    keys = ("data.valid_fraction=0.0001",)
+    train: set[str] = set()
+    for count in range(2, 6):
+        path = write_jsonl(tmp_path / f"{count}.jsonl", texts[:count])
+        config = configure(f"data.path={path}", *keys)
+        now = set(sources.training_texts(config))
+        assert len(now) == count - 1
+        assert train <= now
+        assert len(data.load(config).valid) > 0
+        train = now
+
+
+def test_documents_that_are_all_the_same_are_one_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["the same text again"] * 5)
+    with pytest.raises(ConfigError, match="leaves none to train on") as error:
+        data.load(configure(f"data.path={path}"))
+    one_line(error)
 
 
 @pytest.mark.parametrize("valid_batches", [2, 1000])
@@ -198,43 +298,14 @@ def test_one_long_document_holds_its_last_sequences_out(tmp_path):
 def test_default_is_the_standard_library_without_its_tests():
     config = configure()
     data.check(config)
-    kind, files = sources.data_files(None)
-    names = {Path(file).name for file in files}
-    assert kind == "text"
+    found = files.find_files(None)
+    names = {Path(file).name for file in found.files}
+    assert found.kind == "text"
     assert {"argparse.py", "dataclasses.py"} <= names
     assert not [
-        file for file in files if {"test", "tests", "site-packages"} & set(Path(file).parts)
+        file for file in found.files if {"test", "tests", "site-packages"} & set(Path(file).parts)
     ]
-    assert files == sorted(files)
-
-
-@pytest.mark.parametrize("form", ["folder", "glob", "jsonl", "parquet", "column"])
-def test_local_sources_hold_the_same_documents(tmp_path, texts, form):
-    column = "text"
-    path = tmp_path / "corpus"
-    path.mkdir()
-    if form in ("folder", "glob"):
-        for i, text in enumerate(texts):
-            sub = path / f"part{i % 3}[a]*"  # what a glob would expand
-            sub.mkdir(exist_ok=True)
-            (sub / f"{i}.txt").write_text(text)
-        (path / ".hidden").mkdir()
-        (path / ".hidden" / "x.txt").write_text("hidden")
-        (path / "picture.png").write_bytes(b"\x89PNG")
-    if form == "glob":
-        path = path / "**" / "*.txt"
-    if form == "jsonl":
-        write_jsonl(path / "a.jsonl", texts[:10])
-        write_jsonl(path / "b.json", texts[10:])
-    if form == "parquet":
-        path = write_parquet(path / "a.parquet", texts)
-    if form == "column":
-        column = "content"
-        path = write_parquet(path / "a.parquet", texts, column)
-    train, valid = sources.load_documents(
-        configure(f"data.path={path}", f"data.text_column={column}")
-    )
-    assert sorted([*train[column], *valid[column]]) == sorted(texts)
+    assert list(found.files) == sorted(found.files)
 
 
 def test_the_second_load_finds_the_packed_tokens(jsonl, monkeypatch):
@@ -285,8 +356,9 @@ def test_ranks_share_a_stream_without_its_validation_documents(
     tmp_path, texts, monkeypatch, files, world_size
 ):
     # Documents as long as a sequence, so that a sequence is a document and can be recognised.
-    texts = [f"document no {i:03}|" for i in range(40)]
+    texts = [f"document no {i:03}|" for i in range(60)]
     assert {len(text) for text in texts} == {16}
+    assert len(held_out(texts)) > 7
     stream = open_stream(tmp_path, texts, files)
     corpus = stream_corpus(monkeypatch, stream)
     share = [epoch_text(corpus, rank, world_size) for rank in range(world_size)]
@@ -295,9 +367,9 @@ def test_ranks_share_a_stream_without_its_validation_documents(
         for b in range(a):
             assert not seen[a] & seen[b]
     everything = set().union(*seen)
-    assert everything == set(texts[7:])
-    held_out = corpus.tokenizer.decode(corpus.valid["tokens"][:].reshape(-1))
-    assert held_out == "".join(texts[:7])
+    valid = held_out(texts)
+    assert everything == set(texts) - set(valid)
+    assert decoded(corpus.valid) == joined([text[:16] for text in valid[:7]])
 
 
 def test_a_stream_is_repeatable_goes_on_for_ever_and_starts_anywhere(tmp_path, texts, monkeypatch):
@@ -316,9 +388,10 @@ def test_a_stream_is_repeatable_goes_on_for_ever_and_starts_anywhere(tmp_path, t
 def test_stream_epochs_differ_in_order(tmp_path, monkeypatch):
     stream = open_stream(tmp_path, [f"document no {i:03}|" for i in range(40)], 1)
     corpus = stream_corpus(monkeypatch, stream, "train.micro_batch=1", "train.global_batch=1")
-    seen = rows(islice(corpus.train_batches(0, 1), 66))
-    assert Counter(seen[:33]) == Counter(seen[33:])
-    assert seen[:33] != seen[33:]
+    n = 40 - len(held_out([f"document no {i:03}|" for i in range(40)]))
+    seen = rows(islice(corpus.train_batches(0, 1), 2 * n))
+    assert Counter(seen[:n]) == Counter(seen[n:])
+    assert seen[:n] != seen[n:]
 
 
 # Bad input
@@ -333,14 +406,22 @@ def one_line(error) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.txt", "", ["data.path=", "model.seq_len=16", "add text"]),
+        ("empty.txt", "", ["data.path=", "holds no documents"]),
         ("short.txt", "hi", ["data.path=", "model.seq_len=16", "add text"]),
         ("empty.jsonl", "", ["data.path="]),
-        ("bad.jsonl", '{"text": "a"}\n{"text": ', ["data.path=", "cannot be read as json"]),
+        (
+            "bad.jsonl",
+            '{"text": "a"}\n{"text": ',
+            ["data.path=", "cannot be read as json", "bad.jsonl, line 2"],
+        ),
         ("column.jsonl", '{"body": "a"}\n', ["data.text_column=text", "body"]),
-        ("number.jsonl", '{"text": 1}\n{"text": 2}\n', ["data.text_column=text", "int64"]),
+        (
+            "number.jsonl",
+            '{"text": 1}\n{"text": 2}\n',
+            ["data.text_column=text holds int in", "number.jsonl, line 1"],
+        ),
         ("two.jsonl", '{"text": "a"}\n{"text": "b"}\n', ["1 training", "model.seq_len=16"]),
-        ("bad.parquet", "no parquet", ["data.path=", "cannot be read as parquet"]),
+        ("bad.parquet", "no parquet", ["data.path=", "cannot be read as parquet", "bad.parquet:"]),
     ],
 )
 def test_bad_file_is_one_line(tmp_path, name, content, words):
@@ -367,6 +448,8 @@ def test_short_validation_documents_are_one_line(tmp_path, texts):
     [
         ("nothing.txt", "no such file"),
         ("*.nothing", "no such file"),
+        ("pipe", "neither a file nor a folder"),
+        ("broken", "a link to nothing"),
         ("pictures", "no .txt"),
         ("mixed", "mixes json and text files"),
     ],
@@ -375,6 +458,8 @@ def test_check_finds_a_bad_path_before_loading(tmp_path, path, words):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_text("x")
     (tmp_path / "mixed").mkdir()
+    (tmp_path / "broken").symlink_to("gone")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "mixed" / "a.py").write_text("x")
     (tmp_path / "mixed" / "a.json").write_text("{}")
     with pytest.raises(ConfigError) as error:
@@ -395,7 +480,7 @@ def test_check_finds_a_vocabulary_larger_than_the_model():
     [
         (40, ["data.text_column=body"], "data.text_column=body is not in data.name=some/name"),
         (40, ["data.text_column=other"], "holds int, not text"),
-        (40, ["data.valid_documents=40"], "data.valid_documents=40"),
+        (1, [], "leaves none to train on"),
         (0, [], "holds no documents"),
         (40, ["model.seq_len=5000"], "model.seq_len=5000"),
     ],
@@ -408,8 +493,10 @@ def test_bad_stream_is_one_line(tmp_path, texts, monkeypatch, number, overrides,
 
 
 def test_a_rank_without_a_sequence_says_so(tmp_path, texts, monkeypatch):
-    stream = open_stream(tmp_path, texts, 2)
-    # The whole of the first file is validation, so the rank that gets it has nothing to train on.
-    corpus = stream_corpus(monkeypatch, stream, "data.valid_documents=20")
-    with pytest.raises(ConfigError, match=r"data\.valid_documents=20"):
+    # The second file's documents are too short for a sequence, so the rank that gets it has none.
+    stream = open_stream(tmp_path, [*texts, *["short"] * 2], 2)
+    short = [json.loads(line) for line in (tmp_path / "shard1.jsonl").read_text().splitlines()][:2]
+    write_jsonl(tmp_path / "shard1.jsonl", [row["text"][:5] for row in short])
+    corpus = stream_corpus(monkeypatch, stream)
+    with pytest.raises(ConfigError, match=r"start fewer ranks or lower model\.seq_len"):
         print([next(corpus.train_batches(rank, 2)) for rank in range(2)])

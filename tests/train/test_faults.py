@@ -203,7 +203,7 @@ def test_a_corrupt_record_among_the_first_of_a_stream(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"data\.name=some/text cannot be read: record 2 of part-0"
     ):
-        sources.load_documents(config)
+        sources.load_stream(config)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

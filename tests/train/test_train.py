@@ -246,7 +246,7 @@ def test_the_optimizer_follows_its_keys(tmp_path):
         (["train.device=cuda"], "train.device=cuda"),
         (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere"),
         (["train.seed=99999999999999999999999"], "config key train.seed="),
-        (["run.name=2024-13-45"], "is not a YAML value"),
+        (["train.steps=2024-13-45"], "config key train.steps="),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, overrides, says):

@@ -5,16 +5,18 @@
 
 Documents are joined, each followed by the end-of-document token, and cut into sequences of
 `seq_len` + 1 tokens: the inputs, and the same shifted by one as labels. What is left over at the
-end of 1000 documents, less than a sequence, is dropped.
+end, less than a sequence, is dropped. A hash of its text decides whether a document is trained on
+or held out.
 
 Local data (by default the source of Python's standard library) is packed once into the cache of
 `datasets`. Its sequences have numbers, and a permutation for each epoch: sample g of the run is at
 place g % n of permutation g // n. Which samples a step takes depends neither on the number of
 ranks nor on the size of micro-batches, and any step can be the first at no cost.
 
-A hub data set is streamed: packed on the fly and shuffled in a buffer. Its order depends on the
-seed and the number of ranks, and starting at a later step reads and drops what came before. Where
-the ranks divide its number of files, each reads its own; otherwise each reads all and keeps a part.
+A hub data set is streamed: packed on the fly, 1000 documents at a time, and shuffled in a buffer.
+Its order depends on the seed and the number of ranks, and starting at a later step reads and drops
+what came before. Where the ranks divide its number of files, each reads its own; otherwise each
+reads all and keeps a part.
 """
 
 import math
@@ -34,16 +36,21 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from train.config import Config, ConfigError
 from train.data.faults import explained
-from train.data.sources import data_files, load_documents, source_of
-from train.data.tokenizer import Tokenizer, is_file, load_tokenizer
+from train.data.fingerprint import of_stream
+from train.data.packed import load_packed, token_type
+from train.data.sources import (
+    check_documents,
+    load_stream,
+    local_files,
+    quiet,
+    readable,
+    source_of,
+)
+from train.data.tokenizer import Tokenizer, is_local, load_tokenizer
 from train.failure import ignore_in_worker
 
 PREFETCH = 4
 """Batches that each worker keeps ready."""
-
-PACKING = 1
-"""Raise it when `pack` or a tokenizer's class changes: the cache of packed data knows functions and
-classes by name, and would go on serving what the old code made."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,22 @@ class Corpus:
     """Packed sequences (local data), or documents (streamed data)."""
     valid: datasets.Dataset
     """Packed sequences."""
+    about: str
+    """Source, kind and documents, in words."""
+    contents: dict[str, Any]
+    """What of the data must be the same where a run is resumed; `train.data.fingerprint`."""
+
+    def describe(self) -> str:
+        """One line for the start of a run: what is read, how much, by which tokenizer."""
+        sequences = f"{len(self.valid):,} validation sequences"
+        if isinstance(self.train, datasets.Dataset):
+            sequences = f"{len(self.train):,} training and {sequences}"
+        name = self.config.data.tokenizer
+        return f"{self.about}; {sequences}; tokenizer {name}, {self.tokenizer.vocab_size:,} tokens"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What `train.data.fingerprint.differences` compares: plain values, for JSON."""
+        return self.contents | {"tokenizer": self.tokenizer.digest}
 
     def train_batches(self, rank: int, world_size: int, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches of one rank from a step on, forever: `config.accumulation` per step.
@@ -117,37 +140,71 @@ class Corpus:
 def check(config: Config) -> None:
     """Find what is wrong with the data keys before anything is loaded. Raises ConfigError."""
     if config.data.name is None:
-        data_files(config.data.path)
-    if config.data.tokenizer == "bytes" or is_file(config.data.tokenizer):
-        _check_vocabulary(config, load_tokenizer(config.data.tokenizer))
+        local_files(config)
+    if config.data.tokenizer == "bytes" or is_local(config.data.tokenizer):
+        _check_vocabulary(config, load_tokenizer(config.data.tokenizer, config.data.eod_token))
 
 
 def load(config: Config) -> Corpus:
     """Read, pack and split the configured data.
 
-    Local data is packed by the first call and found in the cache of `datasets` by later ones, of
-    this process or another; ranks that call at once each pack it. Raises ConfigError.
+    Local data is packed by the first process that calls, and found in the cache of `datasets` by
+    the others and by later ones. Raises ConfigError.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    quiet()
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
     _check_vocabulary(config, tokenizer)
-    train, valid = load_documents(config)
-    if isinstance(train, datasets.IterableDataset):
-        packed = train
-        valid_packed = _pack_all(config, tokenizer, valid)
-    elif len(valid):
-        packed = _pack_all(config, tokenizer, train)
-        valid_packed = _pack_all(config, tokenizer, valid)
-    else:  # a single document, such as one long text file: hold its last sequences out instead
-        both = _pack_all(config, tokenizer, train)
-        held_out = math.ceil(len(both) * config.data.valid_fraction)
-        packed = both.select(range(len(both) - held_out))
-        valid_packed = both.select(range(len(both) - held_out, len(both)))
-    if isinstance(packed, datasets.Dataset):
-        _check_not_empty(config, packed, f"the {len(train)} training document(s)", "add text")
-    key = "valid_fraction" if config.data.name is None else "valid_documents"
-    advice = f"raise data.{key}={getattr(config.data, key)}"
-    _check_not_empty(config, valid_packed, f"the {len(valid)} validation document(s)", advice)
-    return Corpus(config, tokenizer, packed, valid_packed)
+    if config.data.name is None:
+        return _load_local(config, tokenizer)
+    return _load_stream(config, tokenizer)
+
+
+def _load_local(config: Config, tokenizer: Tokenizer) -> Corpus:
+    data, found = config.data, local_files(config)
+    with readable(config, found.kind):
+        packed = load_packed(
+            *(found, data.text_column, data.valid_fraction),
+            *(tokenizer, config.model.seq_len + 1),
+        )
+    train, valid, facts = packed.train, packed.valid, packed.facts
+    count = facts.documents
+    check_documents(config, count, facts.valid_documents)
+    if count == 1:  # such as one long text file: hold its last sequences out instead
+        both, held_out = train, math.ceil(len(train) * data.valid_fraction)
+        train = both.select(range(len(both) - held_out))
+        valid = both.select(range(len(both) - held_out, len(both)))
+    training = count - facts.valid_documents
+    _check_not_empty(config, train, f"the {training} training document(s)", "add text")
+    advice = f"raise data.valid_fraction={data.valid_fraction}"
+    _check_not_empty(config, valid, f"the {facts.valid_documents} validation document(s)", advice)
+    source = data.path or "the standard library of Python"
+    about = f"{source}: {len(found.files):,} {found.kind} file(s), {count:,} document(s)"
+    if facts.replaced:
+        about += f", {facts.replaced:,} of them with U+FFFD for what is no UTF-8"
+    if found.left_out:
+        about += f"; left out: {found.left_out}"
+    contents = {
+        "documents": count,
+        "text": facts.text,
+        "training sequences": len(train),
+        "validation sequences": len(valid),
+    }
+    return Corpus(config, tokenizer, train, valid, about, contents)
+
+
+def _load_stream(config: Config, tokenizer: Tokenizer) -> Corpus:
+    data = config.data
+    train, documents = load_stream(config)
+    args = _pack_args(config, tokenizer)
+    tokens = pack(documents[:], **args)["tokens"]
+    kind = datasets.List(datasets.Value(args["dtype"]), length=args["length"])
+    valid = datasets.Dataset.from_dict(
+        {"tokens": tokens}, features=datasets.Features({"tokens": kind})
+    ).with_format("numpy")
+    advice = f"raise data.valid_documents={data.valid_documents}"
+    _check_not_empty(config, valid, f"the {len(documents)} validation document(s)", advice)
+    about = f"{data.name}, streamed: subset {data.subset}, split {data.split}"
+    return Corpus(config, tokenizer, train, valid, about, of_stream(train, documents))
 
 
 def make_batch(rows: dict[str, np.ndarray], eod: int) -> Batch:
@@ -163,12 +220,11 @@ def make_batch(rows: dict[str, np.ndarray], eod: int) -> Batch:
 
 
 def pack(
-    batch: dict[str, list[str | None]], tokenizer: Tokenizer, length: int, dtype: str, version: int
+    batch: dict[str, list[str | None]], tokenizer: Tokenizer, length: int, dtype: str
 ) -> dict[str, np.ndarray]:
     """Documents, in the one column of `batch`, to `tokens` [sequences, length] of `dtype`.
 
-    Empty and missing documents are left out; so is what remains at the end. `version` is there for
-    the cache alone: see PACKING.
+    Empty and missing documents are left out; so is what remains at the end.
     """
     (texts,) = batch.values()
     pieces = [np.empty(0, dtype)]
@@ -241,7 +297,7 @@ class _Stream(TorchIterableDataset):
                 raise ConfigError(
                     f"{source_of(self.config)} leaves this rank no whole sequence of "
                     f"model.seq_len={self.config.model.seq_len}; start fewer ranks or lower "
-                    f"data.valid_documents={self.config.data.valid_documents}"
+                    "model.seq_len"
                 )
 
 
@@ -280,24 +336,8 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def _pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "int32"
     length = config.model.seq_len + 1
-    return {"tokenizer": tokenizer, "length": length, "dtype": dtype, "version": PACKING}
-
-
-def _pack_all(
-    config: Config, tokenizer: Tokenizer, documents: datasets.Dataset
-) -> datasets.Dataset:
-    args = _pack_args(config, tokenizer)
-    tokens = datasets.List(datasets.Value(args["dtype"]), length=args["length"])
-    packed = documents.map(
-        pack,
-        batched=True,
-        remove_columns=documents.column_names,
-        features=datasets.Features({"tokens": tokens}),
-        fn_kwargs=args,
-    )
-    return packed.with_format("numpy")
+    return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

@@ -1,8 +1,10 @@
 """What can go wrong with data while it is being read, as one line."""
 
+import errno
 from collections.abc import Iterator
 from typing import TypeVar
 
+import datasets
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
@@ -13,6 +15,10 @@ Item = TypeVar("Item")
 
 UNREADABLE = (DatasetsError, ArrowException, OSError, ValueError)
 """What `datasets` and what lies below it raise for a record or a file they cannot read."""
+
+
+class Unreadable(ValueError):
+    """A file or a record that cannot be read. The text is one line that names it."""
 
 
 def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
@@ -29,14 +35,26 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
             raise
         except UNREADABLE as error:
             raise TrainingFailed(
-                f"{source} cannot be read any further: {last_line(error)}; mend or leave out that "
-                "record and start again, which goes on from the newest checkpoint"
+                f"{source} cannot be read any further: {last_line(error)}; once that is mended, "
+                "start again, which goes on from the newest checkpoint"
             ) from error
         yield batch
+
+
+def about_the_cache(error: BaseException) -> str:
+    """What would do where the cache of the Hugging Face libraries cannot be written, else nothing.
+
+    To be put behind what the error says.
+    """
+    home, where = str(datasets.config.HF_CACHE_HOME), str(getattr(error, "filename", None) or "-")
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if full or home.startswith(where) or where.startswith(home):
+        return "; set HF_HOME to a folder that can be written and has room"
+    return ""
 
 
 def last_line(error: BaseException) -> str:
     """What happened; an error in a worker process arrives as its whole traceback."""
     cause = error.__cause__ or error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[-1].strip()
+    return lines[-1].strip().removeprefix(f"{Unreadable.__module__}.{Unreadable.__name__}: ")

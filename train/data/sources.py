@@ -1,178 +1,177 @@
 """Where documents come from: the standard library, local files or the hub; what is held out."""
 
-import glob
 import logging
-import os
-import sysconfig
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from typing import Any
 
 import datasets
+import fsspec
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from train.config import Config, ConfigError
-from train.data.faults import UNREADABLE, last_line
+from train.data import split
+from train.data.faults import UNREADABLE, Unreadable, about_the_cache, last_line
+from train.data.files import LocalFiles, find_files, kind_of
+from train.data.readers import read_documents
+from train.data.survey import documents_of, survey
 
-FOLDER_KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-"""What a folder is searched for. A file or a glob may name anything; an unknown suffix is text."""
-
-NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
-"""Folders of the standard library that hold no library source."""
-
-SPLIT_SEED = 0
-"""Not `train.seed`: runs with different seeds are compared on the same validation documents."""
+OWN_READERS = {"json": Json, "parquet": Parquet}
+"""Kinds of hub data sets whose files are read like local ones; `datasets` reads the others."""
 
 
-def load_documents(
-    config: Config,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
-    """Training and validation documents, one string column each; streamed data is not read yet,
-    but for its validation documents. A single local document is all training.
-
-    Raises ConfigError.
-    """
-    datasets.disable_progress_bars()  # every rank would draw its own
+def quiet() -> None:
+    """Nothing of `datasets` on the terminal: every rank would say it."""
+    datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong, ConfigError says
     # Nor every retry of the hub's client, once for each rank.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    if config.data.name is not None:
-        return split_stream(config, _open_hub(config))
-    documents = _open_local(config)
-    if len(documents) == 0:
-        raise ConfigError(f"{source_of(config)} holds no documents; name data that is not empty")
-    if len(documents) == 1:
-        return documents, documents.select([])
-    try:
-        parts = documents.train_test_split(test_size=config.data.valid_fraction, seed=SPLIT_SEED)
-    except ValueError:
-        raise ConfigError(
-            f"data.valid_fraction={config.data.valid_fraction} of {len(documents)} documents "
-            "leaves none to train on; lower it"
-        ) from None
-    return parts["train"], parts["test"]
+
+
+def local_files(config: Config) -> LocalFiles:
+    """The files that `data.path` means. Raises ConfigError."""
+    return find_files(config.data.path, config.data.split)
+
+
+def load_stream(config: Config) -> tuple[datasets.IterableDataset, datasets.Dataset]:
+    """Training documents of the hub data set, not read yet, and validation documents: one string
+    column each. Raises ConfigError."""
+    quiet()
+    return split_stream(config, _open_hub(config))
 
 
 def training_texts(config: Config) -> Iterator[str]:
-    """The training documents without the validation documents. Raises ConfigError."""
-    train, _ = load_documents(config)
-    return (text for row in train for text in row.values() if text)
+    """The training documents without the validation documents, long ones in pieces.
+
+    Raises ConfigError.
+    """
+    if config.data.name is not None:
+        train, _ = load_stream(config)
+        try:
+            yield from (text for row in train for text in row.values() if text)
+        except UNREADABLE as error:
+            raise ConfigError(f"{source_of(config)} cannot be read: {last_line(error)}") from None
+        return
+    found = local_files(config)
+    with readable(config, found.kind):
+        about = survey(found, config.data.text_column, config.data.valid_fraction)
+        check_documents(config, len(about.is_valid), int(about.is_valid.sum()))
+        documents = documents_of(found, config.data.text_column)
+        for document, is_valid in zip(documents, about.is_valid, strict=True):
+            if not is_valid:
+                yield from document
+
+
+@contextmanager
+def readable(config: Config, kind: str) -> Iterator[None]:
+    """What cannot be read inside is a ConfigError that names the data, the file and the record."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ConfigError(f"{source_of(config)} cannot be read as {kind}: {error}") from None
 
 
 def split_stream(
     config: Config, documents: datasets.IterableDataset
 ) -> tuple[datasets.IterableDataset, datasets.Dataset]:
-    """The documents of a stream, unread, without its first `data.valid_documents`, and these."""
-    held_out = config.data.valid_documents
+    """The training documents of a stream, unread, and the first of its validation documents.
+
+    It is read until `data.valid_documents` of those were found. Raises ConfigError.
+    """
+    data = config.data
+    held_out: list[str] = []
+    lowest: tuple[int, str] | None = None
+    limit, count = split.limit(data.valid_fraction), 0
     try:
-        first = list(documents.take(held_out + 1))
+        for row in documents:
+            text = _text_of(config, row)
+            if not text:
+                continue
+            count += 1
+            place = split.place(split.digest([text]))
+            lowest = min(lowest or (place, text), (place, text))
+            if place < limit:
+                held_out.append(text)
+            if len(held_out) == data.valid_documents:
+                break
     except UNREADABLE as error:
         raise ConfigError(f"{source_of(config)} cannot be read: {last_line(error)}") from None
-    if not first:
-        raise ConfigError(f"{source_of(config)} holds no documents; name data that is not empty")
-    column = config.data.text_column
-    if column not in first[0]:
-        raise _no_column(config, list(first[0]))
-    kinds = {type(row[column]).__name__ for row in first} - {"NoneType"}
-    if kinds != {"str"}:
-        raise _not_text(config, " and ".join(sorted(kinds)) or "nothing")
-    if len(first) <= held_out:
-        raise ConfigError(
-            f"{source_of(config)} holds {len(first)} documents and "
-            f"data.valid_documents={held_out} of them leave none to train on; lower it"
-        )
-    valid = [row[column] for row in first[:held_out]]
-    # Left out by their text and not by `skip`: where ranks read different files, what that skips
-    # depends on the version of `datasets`; it also stops the files from being shuffled, and lets
-    # copies of validation documents through.
+    if lowest is not None and not held_out:  # a few, by chance all of them above the limit
+        limit, held_out = split.limit(data.valid_fraction, [lowest[0]]), [lowest[1]]
+    if len(held_out) < data.valid_documents:  # that was all there is
+        check_documents(config, count, len(held_out))
+    column = data.text_column
     train = documents.select_columns(column).filter(
-        _is_new, input_columns=column, fn_kwargs={"known": frozenset(valid)}
+        _is_training, input_columns=column, fn_kwargs={"limit": limit}
     )
-    return train, datasets.Dataset.from_dict({column: valid})
+    return train, datasets.Dataset.from_dict({column: held_out})
 
 
-def _is_new(text: str, known: frozenset[str]) -> bool:
-    return text not in known
-
-
-def _open_local(config: Config) -> datasets.Dataset:
-    kind, files = data_files(config.data.path)
-    options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
-    names = [glob.escape(file) for file in files]  # `datasets` would expand a [ or * again
-    try:
-        documents = datasets.load_dataset(kind, data_files=names, split="train", **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
+def _text_of(config: Config, row: dict[str, Any]) -> str | None:
+    column = config.data.text_column
+    if column not in row:
         raise ConfigError(
-            f"{source_of(config)} cannot be read as {kind}: {_cause(error)}"
-        ) from None
-    column = "text" if kind == "text" else config.data.text_column
-    if column not in documents.column_names:
-        raise _no_column(config, documents.column_names)
-    feature = documents.features[column]
-    kind_found = getattr(feature, "dtype", "values of several kinds")
-    if kind_found not in ("string", "large_string"):
-        raise _not_text(config, kind_found)
-    return documents.select_columns(column)
+            f"data.text_column={column} is not in {source_of(config)}; its columns are "
+            f"{', '.join(row)}"
+        )
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(
+            f"data.text_column={column} of {source_of(config)} holds {type(text).__name__}, not "
+            "text; name a column of strings"
+        )
+    return text
+
+
+def _is_training(text: str | None, limit: int) -> bool:
+    return text is not None and text != "" and split.place(split.digest([text])) >= limit
 
 
 def _open_hub(config: Config) -> datasets.IterableDataset:
     data = config.data
     try:
-        return datasets.load_dataset(data.name, data.subset, split=data.split, streaming=True)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        builder = datasets.load_dataset_builder(data.name, data.subset)
+        files = [str(file) for file in (builder.config.data_files or {}).get(data.split, [])]
+        kind = next((k for k, of in OWN_READERS.items() if isinstance(builder, of)), "")
+        # `datasets` wants the same columns in all files; here only one matters.
+        if {kind_of(file) for file in files} == {kind} and not _has_field(builder):
+            stream = datasets.IterableDataset.from_generator(
+                _records, gen_kwargs={"files": files, "kind": kind, "column": data.text_column}
+            )
+            stream.info.download_checksums = _sizes(files)
+            return stream
+        return builder.as_streaming_dataset(split=data.split)
+    except (*UNREADABLE, NotImplementedError) as error:
         raise ConfigError(
             f"{source_of(config)} data.subset={data.subset} data.split={data.split} cannot be "
-            f"opened on the hub: {_cause(error)}"
+            f"opened on the hub: {_cause(error)}{about_the_cache(error)}"
         ) from None
 
 
-def data_files(path: str | None) -> tuple[str, list[str]]:
-    """The kind of local data (text, json or parquet) and its files, sorted. Raises ConfigError."""
-    if path is None:
-        files = _standard_library()
-        if not files:
-            raise ConfigError("data.path=null: this Python has no library source; set data.path")
-        return "text", list(map(str, files))
-    found = Path(path).expanduser()
-    if found.is_dir():
-        files = [p for p in found.rglob("*") if _suffix(p) in FOLDER_KINDS and p.is_file()]
-        files = [p for p in files if not _hidden(p.relative_to(found))]
-        wanted = f"no {', '.join(FOLDER_KINDS)} file in this folder; name a file or a glob"
-    else:
-        names = [str(found)] if found.exists() else glob.glob(str(found), recursive=True)
-        files = [p for p in map(Path, names) if p.is_file()]
-        wanted = "no such file; name a file, a folder or a glob"
-    if not files:
-        raise ConfigError(f"data.path={path}: {wanted}")
-    kinds = sorted({FOLDER_KINDS.get(_suffix(p), "text") for p in files})
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"data.path={path} mixes {' and '.join(kinds)} files; name one kind with a glob, "
-            "such as 'folder/**/*.jsonl'"
-        )
-    return kinds[0], sorted(map(str, files))
+def _has_field(builder: datasets.DatasetBuilder) -> bool:
+    """Whether the data set's card says that its records lie inside a field of its JSON."""
+    return isinstance(builder, Json) and builder.config.field is not None
 
 
-def _standard_library() -> list[Path]:
-    files: list[Path] = []
-    for folder, inner, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        inner[:] = [name for name in inner if name not in NOT_CORPUS]  # do not even walk those
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files)
+def _records(files: list[str], kind: str, column: str) -> Iterator[dict[str, str]]:
+    for file in files:
+        for document in read_documents(kind, file, column):
+            yield {column: "".join(document)}
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
+def _sizes(files: list[str]) -> dict[str, Any]:
+    """The size of each file in bytes, where it is told; by its name without the hub's revision."""
+    sizes: dict[str, Any] = {}
+    for file in files:
+        try:
+            system, path = fsspec.core.url_to_fs(file)
+            size = system.size(path)
+        except Exception:  # whatever the file system raises: it is only for the fingerprint
+            size = None
+        sizes[re.sub(r"@[^/]*", "", file)] = {"num_bytes": size}
+    return sizes
 
 
 def source_of(config: Config) -> str:
@@ -182,18 +181,15 @@ def source_of(config: Config) -> str:
     return f"data.path={config.data.path or 'null (the standard library)'}"
 
 
-def _no_column(config: Config, columns: list[str]) -> ConfigError:
-    return ConfigError(
-        f"data.text_column={config.data.text_column} is not in {source_of(config)}; its columns "
-        f"are {', '.join(columns)}"
-    )
-
-
-def _not_text(config: Config, kind: str) -> ConfigError:
-    return ConfigError(
-        f"data.text_column={config.data.text_column} of {source_of(config)} holds {kind}, not "
-        "text; name a column of strings"
-    )
+def check_documents(config: Config, count: int, held_out: int) -> None:
+    """Raise ConfigError where there are no documents, or none to train on."""
+    if count == 0:
+        raise ConfigError(f"{source_of(config)} holds no documents; name data that is not empty")
+    if count == held_out:  # or all the same
+        raise ConfigError(
+            f"data.valid_fraction={config.data.valid_fraction} of the {count} documents of "
+            f"{source_of(config)} leaves none to train on; lower it, or add documents that differ"
+        )
 
 
 def _cause(error: BaseException) -> str:

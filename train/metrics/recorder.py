@@ -69,11 +69,13 @@ class Recorder:
         self.progress.finish(self.last, summary, self.run_dir)
 
 
-def describe(config: Config, ranks: Ranks, runs_on: str, first_step: int) -> Recorder | None:
+def describe(
+    config: Config, ranks: Ranks, runs_on: str, data: str, first_step: int
+) -> Recorder | None:
     """Say what runs where: in the run's folder, to W&B and on the terminal.
 
-    `runs_on` is who carries out the path on this machine. Returns rank 0's Recorder, for the steps
-    after `first_step`; the other ranks have none.
+    `runs_on` is who carries out the path on this machine, `data` what is read. Returns rank 0's
+    Recorder, for the steps after `first_step`; the other ranks have none.
     """
     if not ranks.is_first:
         return None
@@ -85,6 +87,7 @@ def describe(config: Config, ranks: Ranks, runs_on: str, first_step: int) -> Rec
     recorder.progress.start(
         {
             **facts(config, ranks, environment["device_name"], runs_on),
+            "data": data,
             "tracking": recorder.tracker.describe(),
             "start": f"step {first_step} of {config.train.steps}"
             + (f", from {run_dir / 'checkpoints'}" if first_step else ""),

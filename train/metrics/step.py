@@ -1,6 +1,6 @@
 """What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ class Gathered(TypedDict):
     expert_load: list[torch.Tensor]
     auxiliary: dict[str, torch.Tensor]
     counts: dict[str, Count]
+    relayouts: NotRequired[dict[str, int]]
+    """In checkpoints from before they were one of the counts."""
     bytes_sent: int
 
 
@@ -98,7 +100,10 @@ class StepMetrics:
         tracker = get_moe_layer_wise_logging_tracker()
         for name, values in state["auxiliary"].items():
             tracker[name] = {"values": values.to(device)}
-        for name, value in state["counts"].items():
+        counts = dict(state["counts"])
+        if "relayouts" in state:
+            counts["relayouts"] = state["relayouts"]
+        for name, value in counts.items():
             here = value.to(device) if isinstance(value, torch.Tensor) else value
             setattr(self.runtime.counts, name, here)
         self.runtime.dispatcher.bytes_sent = state["bytes_sent"]

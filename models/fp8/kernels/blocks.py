@@ -6,7 +6,8 @@ the plain expression and are therefore spelled out:
 
 - `a / b` in a kernel is a fast division, off by up to two units in the last place. A scale that is
   rounded down to a power of two must come from the correctly rounded quotient (`div_rn`), or a
-  block whose quotient is a power of two loses an octave.
+  block whose quotient is a power of two loses an octave. (With Triton 3.6 on an H100 the fast one
+  gave the same scale for every float32, all of them tried. Nothing promises that.)
 - A maximum may or may not skip NaN, so NaN is taken out before.
 """
 

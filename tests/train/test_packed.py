@@ -1,0 +1,218 @@
+"""The cache of packed data: made once, found again, whole or not there; and what it takes."""
+
+import json
+import multiprocessing
+import os
+import stat
+from pathlib import Path
+
+import datasets
+import pytest
+
+from scripts.train_tokenizer import train_bpe
+from tests.train.test_data import configure, one_line, own_cache, write_jsonl  # noqa: F401
+from train.config import Config, ConfigError
+from train.data import batches as data
+from train.data import packed
+from train.data.tokenizer import ByteTokenizer
+
+TEXTS = [f"document {i}: " + f"word{i} é " * (5 + i % 7) for i in range(40)]
+
+
+def cached() -> list[Path]:
+    return sorted((Path(datasets.config.HF_DATASETS_CACHE) / "packed").glob("*"))
+
+
+def whole() -> list[Path]:
+    return [path for path in cached() if path.is_dir()]
+
+
+def test_of_ranks_that_load_at_once_one_packs(tmp_path, monkeypatch):
+    """The others wait for it, and read the same."""
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+    encode = ByteTokenizer.encode
+
+    def counted(self, texts):
+        with (tmp_path / "packed_by").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return encode(self, texts)
+
+    def load(queue) -> None:
+        queue.put(data.load(config).fingerprint())
+
+    monkeypatch.setattr(ByteTokenizer, "encode", counted)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=load, args=(queue,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0]["documents"] == 40
+    assert all(one == found[0] for one in found)
+    assert len(set((tmp_path / "packed_by").read_text().split())) == 1
+
+
+def test_a_process_that_was_killed_while_it_packed_leaves_nothing_in_the_way(tmp_path):
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+    before = data.load(config).fingerprint()
+    (folder,) = whole()
+    folder.rename(folder.with_name(f"{folder.name}.unfinished"))
+    (folder.with_name(f"{folder.name}.unfinished") / "facts.json").unlink()
+    assert data.load(config).fingerprint() == before
+    assert whole() == [folder]
+
+
+@pytest.mark.parametrize("what", ["text", "tokenizer", "seq_len", "valid_fraction", "text_column"])
+def test_other_data_is_packed_again(tmp_path, what):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    keys = {
+        "seq_len": "model.seq_len=18",
+        "valid_fraction": "data.valid_fraction=0.3",
+        "text_column": "data.text_column=other",
+    }
+    first = data.load(configure(f"data.path={path}"))
+    if what == "text":  # of the same size
+        path.write_text(path.read_text().replace("document 7", "Document 7"))
+    if what == "text_column":
+        rows = [{"text": text, "other": text[::-1]} for text in TEXTS]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        first = data.load(configure(f"data.path={path}"))
+    if what == "tokenizer":
+        train_bpe(iter(TEXTS), 300).save(str(tmp_path / "t.json"))
+        keys["tokenizer"] = f"data.tokenizer={tmp_path / 't.json'}"
+    second = data.load(configure(f"data.path={path}", *filter(None, [keys.get(what)])))
+    assert first.train["tokens"][:].tolist() != second.train["tokens"][:].tolist()
+
+
+def test_a_damaged_cache_is_one_line(tmp_path):
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+    data.load(config)
+    (folder,) = whole()
+    for name in ("train.arrow", "facts.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"")
+        with pytest.raises(ConfigError, match="is damaged") as error:
+            data.load(config)
+        assert f"{folder}" in one_line(error)
+        assert "remove that folder" in one_line(error)
+        (folder / name).write_bytes(kept)
+
+
+def test_a_cache_that_cannot_be_written_names_hf_home(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(
+        ConfigError, match="set HF_HOME to a folder that can be written and has room"
+    ) as error:
+        data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
+    assert str(tmp_path / "file" / "cache") in one_line(error)
+
+
+def test_a_full_disk_names_hf_home_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed._Writer, "_flush", full)
+        with pytest.raises(ConfigError, match="No space left on device") as error:
+            data.load(configure(f"data.path={path}"))
+    assert "HF_HOME" in one_line(error)
+    assert not whole()
+    data.load(configure(f"data.path={path}"))
+
+
+def test_a_cache_of_somebody_else_is_read(tmp_path):
+    """Shared, and not to be written by whoever trains."""
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+    data.load(config)
+    for path in cached():
+        if path.name.endswith(".lock"):
+            path.unlink()
+    folder = whole()[0].parent
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        data.load(config)
+        assert not [path for path in cached() if path.name.endswith(".lock")]
+    finally:
+        folder.chmod(stat.S_IRWXU)
+
+
+def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    survey = packed.survey
+
+    then = [TEXTS]
+
+    def and_then(*args):
+        found = survey(*args)
+        write_jsonl(path, then[0])
+        return found
+
+    monkeypatch.setattr(packed, "survey", and_then)
+    for then[0] in (TEXTS[:-1], [*TEXTS, "one more"]):
+        write_jsonl(path, TEXTS)
+        with pytest.raises(ConfigError, match="changed while they were read"):
+            data.load(configure(f"data.path={path}"))
+
+
+def peak_memory(config: Config) -> int:
+    """Bytes that loading adds to a process of its own at most."""
+
+    def load(queue) -> None:
+        # `ru_maxrss` would be the parent's, which the child begins with.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = high_water()
+        data.load(config)
+        queue.put(high_water() - before)
+
+    def high_water() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=load, args=(queue,))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="measures by Linux's /proc"
+)
+@pytest.mark.parametrize("lines", ["short", "none"])
+def test_memory_does_not_grow_with_a_text_file(tmp_path, lines):
+    """About 100 bytes of it for each byte of text, in one piece."""
+    end = "\n" if lines == "short" else " "
+    text = "".join(f"line {i} of a text with words {i * i}{end}" for i in range(120_000))
+    train_bpe(iter([text[:100_000]]), 1000).save(str(tmp_path / "t.json"))
+    (tmp_path / "a.txt").write_text(text)
+    config = configure(
+        f"data.path={tmp_path / 'a.txt'}",
+        f"data.tokenizer={tmp_path / 't.json'}",
+        "model.vocab_size=1024",
+        "model.seq_len=1024",
+    )
+    assert peak_memory(config) < 200e6
+    assert len(text) * 100 > 450e6  # which one piece would take
+
+
+def test_a_stream_names_hf_home_where_its_cache_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "huggingface"
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(home))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def refused(*args, **kwargs):
+        home.mkdir(parents=True)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refused)
+    with pytest.raises(ConfigError, match=r"Not a directory.*; set HF_HOME") as error:
+        data.load(configure(f"data.name={tmp_path}"))
+    one_line(error)
