@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import Training, run_train
-from tests.support.tiny import argv, checkpoints, differences, repeated, slow_checksums
+from tests.support.tiny import argv, checkpoints, differences, repeated, slow_saves
 from train.checkpoint import checksums
 from train.config import load
 
@@ -35,7 +35,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     sees half a checkpoint, and what is saved is as it was when the save began."""
 
     def slow_disk(rank: int) -> None:
-        slow_checksums(3)
+        slow_saves(3)
 
     run_dir = tmp_path / "a"
     keys = argv(tmp_path, "a", "train.steps=400", "checkpoint.every=2", "checkpoint.keep=400")

@@ -1,0 +1,56 @@
+"""Whether a run that is resumed reads what it was trained on: a fingerprint of data and tokenizer.
+
+    saved = corpus.fingerprint()                    # plain values, kept with a checkpoint
+    for line in differences(saved, corpus.fingerprint()): ...
+
+It is of contents, so the same data at another path has the same one. All of a stream is not read
+before it is trained on: its fingerprint is of its files' names and sizes and of the documents held
+out.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import datasets
+
+from train.data import split
+
+HASHES = {
+    "text": "the text of the documents",
+    "files": "the files of the stream",
+    "held-out text": "the text of the documents held out",
+    "tokenizer": "the tokenizer or its end-of-document token",
+}
+"""Values that say nothing to a reader, in words."""
+
+
+def of_stream(stream: datasets.IterableDataset, held_out: datasets.Dataset) -> dict[str, Any]:
+    """The fingerprint of a stream without its tokenizer's part."""
+    sizes = stream.info.download_checksums or {}
+    named = [f"{PurePosixPath(file).name} {about['num_bytes']}" for file, about in sizes.items()]
+    (texts,) = held_out[:].values()
+    return {
+        "files": split.digest(f"{one}\n" for one in named).hex(),
+        "number of files": stream.num_shards,
+        "documents held out": len(texts),
+        "held-out text": split.digest(f"{text}\0" for text in texts).hex(),
+    }
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words; nothing where the data is the same."""
+    found = []
+    for key in {**there, **now}:
+        before, after = there.get(key), now.get(key)
+        if before == after:
+            continue
+        if key in HASHES:
+            found.append(f"{HASHES[key]} changed")
+        else:
+            found.append(f"{key}: {_shown(before)} there, {_shown(after)} now")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
