@@ -9,6 +9,7 @@ AFTER_S = 3.0
 """What takes less is not worth a line."""
 EVERY_S = 10.0
 """Between two lines."""
+GB = 1e9
 
 
 class Count:
@@ -42,8 +43,8 @@ def said(
         wait = AFTER_S
         while not ended.wait(wait):
             seconds = time.monotonic() - begin
-            part = "" if done is None else f"{_gb(min(done(), total))} of "
-            _print(f"{what}: {part}{_gb(total)}, {seconds:.0f} s so far")
+            part = "" if done is None else f"{min(done(), total) / GB:.2f} of "
+            _print(f"{what}: {part}{total / GB:.2f} GB, {seconds:.0f} s so far")
             wait = EVERY_S
 
     thread = threading.Thread(target=speak, name="progress", daemon=True)
@@ -55,11 +56,7 @@ def said(
         thread.join()
     seconds = time.monotonic() - begin
     if seconds > AFTER_S:
-        _print(f"{what}: {_gb(total)} in {seconds:.0f} s")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+        _print(f"{what}: {total / GB:.2f} GB in {seconds:.0f} s")
 
 
 def _print(line: str) -> None:

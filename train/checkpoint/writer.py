@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from io import IOBase
 from pathlib import Path
-from typing import IO, TypedDict, cast
+from typing import IO, BinaryIO, TypedDict, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -91,8 +91,10 @@ class Writer(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        self.hashing.raise_error()
+        try:
+            super().finish(metadata, results)
+        finally:
+            self.hashing.raise_error()  # rather than what followed from it
         self.config.save(self.folder / checksums.CONFIG)
         text = json.dumps(dict(self.about), indent=2) + "\n"
         checksums.write_durably(self.folder / checksums.ABOUT, text)
@@ -127,11 +129,18 @@ class HashingFileSystem(FileSystem):
             return
         path = Path(path)
         try:
-            with path.open("wb") as file, closing(checksums.HashingStream(file)) as hashing:
+            with self._open(path) as file, closing(checksums.HashingStream(file)) as hashing:
                 yield cast(IOBase, hashing)
             self.sums[path.name], self.sizes[path.name] = hashing.hexdigest(), hashing.size
         except Exception as error:
             self.error = self.error or error
+
+    def _open(self, path: Path) -> BinaryIO:
+        try:
+            return path.open("wb")
+        except OSError as error:
+            self.error = self.error or error
+            return Path(os.devnull).open("wb")  # for DCP, which does not know yet
 
     def raise_error(self) -> None:
         """Raise what kept a file from being written, if anything did."""
