@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.checkpoint import checksums
-from train.checkpoint.files import finished, step_of
+from train.checkpoint.files import finished, is_of_model, step_of
 from train.config import Config, ConfigError, load
 
 PREFIX = "training.model."
@@ -57,7 +57,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
     state = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(PREFIX) and isinstance(meta, dcp.metadata.TensorStorageMetadata)
+        if name.startswith(PREFIX)
+        and is_of_model(name)
+        and isinstance(meta, dcp.metadata.TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group, which is meant

@@ -28,7 +28,10 @@ def test_a_copy_is_of_the_moment(monkeypatch):
     monkeypatch.setattr(host_copy, "_copy", slowly)
     copy = HostCopy(torch.device("cpu"))
     try:
-        state = {"a": torch.arange(6.0), "b": {"n": 3, "t": torch.tensor(1.0), "pair": (1, 2.0)}}
+        state: dict[str, Any] = {
+            "a": torch.arange(6.0),
+            "b": {"n": 3, "t": torch.tensor(1.0), "pair": (1, 2.0)},
+        }
         first = copy.begin(state)
         copy.wait_before_update()
         state["a"].zero_()
@@ -135,12 +138,9 @@ def test_files_that_another_node_has_are_missed(tmp_path):
             quick = writer.Writer.write_data
 
             def elsewhere(self: writer.Writer, plan: Any, planner: Any) -> Any:
-                shared, self.path = self.path, tmp_path / "of another node"
-                self.path.mkdir(exist_ok=True)
-                self.folder = self.path
-                found = quick(self, plan, planner)
-                self.path = shared
-                return found
+                self.path = self.folder = tmp_path / "of another node"
+                self.folder.mkdir(exist_ok=True)
+                return quick(self, plan, planner)
 
             writer.Writer.write_data = elsewhere  # type: ignore[method-assign]
 
@@ -197,7 +197,7 @@ def test_what_is_quick_is_not_said(capsys):
 
 def test_a_hash_is_of_what_was_written(tmp_path):
     """In pieces of any size, larger than what is hashed at once too."""
-    pieces = [b"a", b"b" * 100, bytes(range(256)) * 70_000, b"", torch.arange(99).numpy().data]
+    pieces: list[bytes] = [b"a", b"b" * 100, bytes(range(256)) * 70_000, b"", b"cd"]
     with (tmp_path / "f").open("wb") as file:
         stream = checksums.HashingStream(file)
         for piece in pieces:
