@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scripts import terminal
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import draw_gaps, draw_losses, save_png
@@ -143,4 +144,4 @@ def _beside(folders: Sequence[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)
