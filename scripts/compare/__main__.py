@@ -70,7 +70,7 @@ def print_table(console: Console, runs: Sequence[Run], table: Sequence[Row]) -> 
     for run in runs:
         shown.add_column(escape(run.name), justify="right", overflow="fold", min_width=6)
     for row in table:
-        shown.add_row(row.label, *(cell.text for cell in row.cells))
+        shown.add_row(escape(row.label), *(escape(cell.text) for cell in row.cells))
     console.print(shown)
 
 
