@@ -1,4 +1,4 @@
-"""The whole model of a run in one safetensors file: its weights in float32, its config, its step.
+"""The whole model of a run in one safetensors file: weights in float32, config, tokenizer, step.
 
     python -m scripts.export runs/NAME --out model.safetensors [--step 200]
 
@@ -12,65 +12,103 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scripts import terminal
 from train.checkpoint import checksums
-from train.checkpoint.files import finished, step_of
+from train.checkpoint.files import finished, folder_of, is_of_model, step_of
 from train.config import Config, ConfigError, load
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 PREFIX = "training.model."
 """Of the model's weights in a checkpoint, beside the optimizer's."""
+
+
+class Model(NamedTuple):
+    """What the file holds."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    step: int
+    tokenizer: Tokenizer | None
+    """None in a file that has none."""
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
     """The checkpoint that a run's folder and a step mean, the newest whole one without a step; or
     `path` itself if it is one. Raises ConfigError."""
     if (path / checksums.NAME).is_file():
+        if step is not None and step != _about(path)["step"]:
+            raise ConfigError(
+                f"--step {step}: {path} is the checkpoint of step {_about(path)['step']}; leave "
+                "--step out, or name the run's folder"
+            )
         return path
-    found = finished(path / "checkpoints")
-    if step is not None:
-        found = [one for one in found if step_of(one) == step]
-    for one in reversed(found):
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; name a run's folder or a checkpoint's")
+    there = finished(folder_of(path))
+    for one in reversed(there if step is None else [p for p in there if step_of(p) == step]):
         damage = checksums.damage(one)
         if damage is None:
             return one
-        print(f"damaged checkpoint {one}: {damage}; the one before it is tried")
+        after = "the one before it is tried" if step is None else "it is the only one of its step"
+        print(f"damaged checkpoint {one}: {damage}; {after}", file=sys.stderr)
     which = "checkpoint" if step is None else f"checkpoint of step {step}"
-    there = ", ".join(str(step_of(one)) for one in finished(path / "checkpoints")) or "none"
-    raise ConfigError(f"{path} has no whole {which}; it has steps: {there}")
+    steps = ", ".join(str(step_of(one)) for one in there) or "none"
+    raise ConfigError(f"{path} has no whole {which}; it has steps: {steps}")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
     """Weights, config and step of a checkpoint, whatever number of ranks wrote it.
 
-    Raises ConfigError where it is damaged.
+    Raises ConfigError where it is damaged, or of a version that this one cannot read.
     """
     damage = checksums.damage(folder)
     if damage is not None:
         raise ConfigError(f"damaged checkpoint {folder}: {damage}")
+    config, about = load(folder / checksums.CONFIG), _about(folder)
     reader = dcp.FileSystemReader(folder)
-    state = {
-        name: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for name, meta in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(PREFIX) and isinstance(meta, dcp.metadata.TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group, which is meant
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    about = json.loads((folder / "training.json").read_text())
+    try:
+        state = {
+            name: torch.empty(meta.size, dtype=meta.properties.dtype)
+            for name, meta in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(PREFIX)
+            and is_of_model(name)
+            and isinstance(meta, dcp.metadata.TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group, which is meant
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # of many kinds: it unpickles
+        raise ConfigError(
+            f"{folder} cannot be read by this version of PyTorch and of this code: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
     weights = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    return weights, load(folder / "config.yaml"), about["step"]
+    return weights, config, about["step"]
 
 
-def write(path: Path, weights: dict[str, Tensor], config: Config, step: int) -> None:
+def write(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    step: int,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write the file; whole, or not at all. Raises ConfigError."""
+    if path.is_dir() or not path.name:
+        raise ConfigError(f"--out {path} is a folder; name the file to write, in it or elsewhere")
     new = path.with_name(f"{path.name}.unfinished")
     metadata = {"config": config.model_dump_json(), "step": str(step), "format": "pt"}
+    if tokenizer is not None:
+        metadata["tokenizer"] = json.dumps(_made_of(tokenizer))
     try:
         save_file(weights, new, metadata)
         new.replace(path)
@@ -79,8 +117,13 @@ def write(path: Path, weights: dict[str, Tensor], config: Config, step: int) -> 
         raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+def read(path: Path) -> Model:
     """What `write` was given. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder; write its model to a file first: "
+            f"python -m scripts.export {path} --out model.safetensors"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -89,7 +132,37 @@ def read(path: Path) -> tuple[dict[str, Tensor], Config, int]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if "config" not in metadata:
         raise ConfigError(f"{path} was not written by scripts.export: it holds no config")
-    return weights, Config.model_validate_json(metadata["config"]), int(metadata["step"])
+    try:
+        config = Config.model_validate_json(metadata["config"])
+        made_of = json.loads(metadata.get("tokenizer", "null"))
+        tokenizer = None if made_of is None else _made_from(made_of)
+        return Model(weights, config, int(metadata["step"]), tokenizer)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+        raise ConfigError(
+            f"{path} holds a config that this version does not know ({keys}); use the version of "
+            "this code that wrote it"
+        ) from None
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ConfigError(
+            f"{path} holds a tokenizer or step that cannot be read: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _made_of(tokenizer: Tokenizer) -> list[str]:
+    """Texts that make the tokenizer again, so that the file needs no other; none for bytes."""
+    return [*tokenizer.__reduce__()[1]] if isinstance(tokenizer, FileTokenizer) else []
+
+
+def _made_from(texts: list[str]) -> Tokenizer:
+    return FileTokenizer(*texts) if texts else ByteTokenizer()
+
+
+def _about(folder: Path) -> dict[str, int]:
+    try:
+        return json.loads((folder / checksums.ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"damaged checkpoint {folder}: {checksums.ABOUT}: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = find_checkpoint(options.run, options.step)
         weights, config, step = read_checkpoint(folder)
-        write(options.out, weights, config, step)
+        try:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+        except ConfigError as error:
+            print(f"warning: the file will hold no tokenizer: {error}", file=sys.stderr)
+            tokenizer = None
+        write(options.out, weights, config, step, tokenizer)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,4 +194,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

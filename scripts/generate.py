@@ -7,17 +7,23 @@ Every token is predicted from all before it, without a cache: short, and slow fo
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from models.config import PATH_NAMES
 from models.gpt import GPT, build_gpt
 from models.moe.runtime import why_not
+from scripts import terminal
 from scripts.export import read
 from train import parallel
 from train.config import Config, ConfigError
 from train.data.tokenizer import Tokenizer, load_tokenizer
+
+Number = TypeVar("Number", int, float)
 
 
 def load_model(
@@ -28,8 +34,19 @@ def load_model(
     Experts compute by `moe_path`, by default the one the model was trained on. Starts a process
     group of this process alone. Raises ConfigError.
     """
-    weights, config, _ = read(path)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
+    weights, config, _, tokenizer = read(path)
+    if tokenizer is None:  # an older file, or one whose tokenizer was gone
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{config.model.vocab_size}; data.tokenizer={config.data.tokenizer} is not what it "
+            "was trained with"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; leave --device out")
+    if moe_path is not None and moe_path not in PATH_NAMES:
+        raise ConfigError(f"--path {moe_path}: no such path; known: {', '.join(PATH_NAMES)}")
     # Every token is to be served, each by the experts that its router chooses.
     moe = config.moe.model_copy(
         update={
@@ -44,7 +61,11 @@ def load_model(
         raise ConfigError(reason)
     ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
     model = build_gpt(config.model, moe, ranks.device, config.train.seed)
-    model.load_state_dict(weights, strict=False)
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} does not fit its own config: {reason}") from None
     missing = {name for name, _ in model.named_parameters()} - weights.keys()
     if missing:
         raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
@@ -86,6 +107,19 @@ def complete(
         yield token
 
 
+def _number(kind: type[Number], most: float) -> Callable[[str], Number]:
+    """A reader of numbers from 0 to `most`, for argparse."""
+
+    def read_number(text: str) -> Number:
+        with suppress(ValueError):
+            value = kind(text)
+            if 0 <= value <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from 0 to {most:g}")
+
+    return read_number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
     parser = argparse.ArgumentParser(
@@ -95,12 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, help="a file that scripts.export has written")
     parser.add_argument("prompt")
-    parser.add_argument("--tokens", type=int, default=200, help="how many at most (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokens", type=_number(int, 1e9), default=200, help="how many at most (200)"
+    )
+    parser.add_argument(
+        "--temperature", type=_number(float, 1e9), default=0.8, help="0: the likeliest (0.8)"
+    )
+    parser.add_argument("--seed", type=_number(int, 2**63 - 1), default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
     options = parser.parse_args(arguments)
+    # What of the prompt is no UTF-8 comes as characters that nothing can encode.
+    prompt = options.prompt.encode("utf-8", "replace").decode()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, tokenizer, config = load_model(options.model, device, options.path)
@@ -108,13 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = complete(
-        *(model, tokenizer, options.prompt, options.tokens, config.model.seq_len),
+        *(model, tokenizer, prompt, options.tokens, config.model.seq_len),
         *(options.temperature, options.seed),
     )
-    print(options.prompt + tokenizer.decode(list(found)))
+    print(prompt + tokenizer.decode(list(found)))
     parallel.stop()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

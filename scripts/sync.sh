@@ -10,6 +10,8 @@
 # lines that had arrived arrive again, with the same steps and values: `wandb sync` only appends.
 set -euo pipefail
 
+SAY_EVERY_S=10
+
 all=no
 if [ "${1:-}" = --all ]; then
   all=yes
@@ -30,11 +32,37 @@ if ! command -v wandb >/dev/null; then
   fi
 fi
 
+# W&B itself tries for five minutes, a piece, without a word. Where a proxy is set only that can tell.
+reach() {
+  local url host port
+  url=${WANDB_BASE_URL:-$(wandb status 2>/dev/null | sed -n 's/.*"base_url": "\([^"]*\)".*/\1/p')}
+  url=${url:-https://api.wandb.ai}
+  host=${url#*://}
+  host=${host%%/*}
+  port=443
+  case $url in http://*) port=80 ;; esac
+  if [ -z "${WANDB_API_KEY:-}${WANDB_IDENTITY_TOKEN_FILE:-}" ] &&
+    ! grep -qsF "${host%%:*}" "${NETRC:-$HOME/.netrc}"; then
+    no_key
+  fi
+  case $host in *:*) port=${host##*:} host=${host%:*} ;; esac
+  if [ -n "${HTTPS_PROXY:-}${https_proxy:-}${HTTP_PROXY:-}${http_proxy:-}${ALL_PROXY:-}${all_proxy:-}" ] ||
+    timeout 10 bash -c "exec 3<>/dev/tcp/$host/$port" 2>/dev/null; then
+    return 0
+  fi
+  echo "sync: $url cannot be reached from here; nothing was sent, the same command tries again" >&2
+  exit 1
+}
+no_key() {
+  echo "sync: no API key for W&B; run \`wandb login\` or set WANDB_API_KEY" >&2
+  exit 2
+}
+
 # offline-run-DATE_TIME-ID: sorted by name, whatever folder they are in.
 pieces=$(find "$@" -type d -name 'offline-run-*' | sed 's|.*/\(offline-run-[^/]*\)$|\1 &|' | sort | cut -d' ' -f2-)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-sent=0 there=0 waiting=0 failed=0 held=" "
+sent=0 there=0 waiting=0 failed=0 held=" " reached=no
 
 while IFS= read -r piece; do
   [ -n "$piece" ] || continue
@@ -63,11 +91,30 @@ while IFS= read -r piece; do
       sleep 1
     done
   fi
+  if [ "$reached" = no ]; then
+    reach
+    reached=yes
+  fi
   # wandb's exit status and its marker say that all is well when the server has refused the data.
   # A record that a kill cut short is complete as it is.
   status=0
-  wandb sync "$piece" >"$log" 2>&1 </dev/null || status=$?
-  errors=$(grep ERROR "$log" | grep -v -e 'ends with an incomplete record' -e 'next record: EOF' || true)
+  wandb sync "$piece" >"$log" 2>&1 </dev/null &
+  sending=$!
+  SECONDS=0
+  while kill -0 "$sending" 2>/dev/null; do
+    sleep 0.2
+    if [ "$SECONDS" -ge "$SAY_EVERY_S" ]; then
+      echo "$piece: still sending: $(tail -n 1 "$log")"
+      SECONDS=0
+    fi
+  done
+  wait "$sending" || status=$?
+  if grep -q 'No API key configured' "$log"; then
+    no_key
+  fi
+  # Where its own log is says nothing of what is the matter.
+  errors=$(grep -e ERROR -e '^Error: ' "$log" | grep -v -e 'ends with an incomplete record' \
+    -e 'next record: EOF' -e 'Find detailed error logs' || true)
   if [ "$status" -eq 0 ] && [ -z "$errors" ] && grep -q -e 'Finished syncing' -e ERROR "$log"; then
     touch "$record.synced"
     echo "$piece: sent"

@@ -1,6 +1,8 @@
 """The exported file holds the model that was trained, and completes a prompt."""
 
 import io
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,13 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scripts.export import main as export
+from scripts.export import read, write
 from scripts.generate import main as generate
+from scripts.train_tokenizer import train_bpe
 from tests.support.ranks import read_metrics, run_alone, run_train
 from tests.support.tiny import argv
-from train.config import load
+from tests.train.test_same_run import sign
+from train import parallel
+from train.config import ConfigError, load
+from train.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +94,144 @@ def test_generate_completes_a_prompt(run_dir, tmp_path):
     assert drawn != complete("--temperature", "1", "--tokens", "20", "--seed", "2")
 
 
+def run_generate(*arguments: object, **environment: str) -> tuple[int, str, str]:
+    command: list[str | bytes] = [sys.executable, "-m", "scripts.generate"]
+    command += [os.fsencode(str(one)) for one in arguments]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, timeout=120
+    )
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+def test_the_file_holds_its_tokenizer(run_dir, tmp_path):
+    """It completes a prompt where the tokenizer that it was trained with is not."""
+    tokenizer = tmp_path / "tokenizer.json"
+    texts = ["def a(b): return b", "\N{LATIN SMALL LETTER E WITH ACUTE}t\xe9"] * 20
+    train_bpe(iter(texts), 260).save(str(tokenizer))
+    keys = ["train.steps=1", f"data.tokenizer={tokenizer}", "parallel.expert_parallel=1"]
+    assert run_train(1, argv(tmp_path, "a", *keys)) == [0]
+    file = tmp_path / "model.safetensors"
+    assert export([str(tmp_path / "a"), "--out", str(file)]) == 0
+    want = load_tokenizer(str(tokenizer))
+    tokenizer.unlink()
+    got = read(file).tokenizer
+    assert got is not None
+    assert (got.eod, got.vocab_size) == (want.eod, want.vocab_size)
+    assert [list(ids) for ids in got.encode(texts)] == [list(ids) for ids in want.encode(texts)]
+    code, out, err = run_generate(file, "def a", "--tokens", "3", "--device", "cpu")
+    assert code == 0, err
+    assert out.startswith("def a")
+    # Without the file the weights can still be had.
+    assert export([str(tmp_path / "a"), "--out", str(file)]) == 0
+    assert read(file).tokenizer is None
+    assert generate([str(file), "x", "--device", "cpu"]) == 2
+
+
+@pytest.fixture(scope="module")
+def model_file(run_dir, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
+    assert export([str(run_dir), "--out", str(file)]) == 0
+    return file
+
+
+def test_any_prompt_and_any_terminal(model_file):
+    for prompt, encoding in (("d\u00e9f \u4e16", "ascii"), ("d\udce9f", "utf-8"), ("", "latin-1")):
+        options = ("--tokens", "8", "--device", "cpu")
+        code, out, err = run_generate(model_file, prompt, *options, PYTHONIOENCODING=encoding)
+        assert code == 0, err
+        assert err == ""
+        assert out.startswith(prompt[:1])
+        if encoding == "ascii":
+            assert out.startswith("d?f ?")
+
+
+def test_nobody_reads_on(model_file):
+    """As of `| head`."""
+    command = f"{sys.executable} -m scripts.generate {model_file} x --tokens 2 --device cpu"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} 2>&1 >&- | cat; {command} | true"],
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_bad_options_of_generate_are_one_line(run_dir, model_file, tmp_path, capsys, monkeypatch):
+    weights, config, step, tokenizer = read(model_file)
+    other = tmp_path / "other"
+
+    def written(weights, config=config):
+        write(other, weights, config, step, tokenizer)
+        return str(other)
+
+    for arguments, says in (
+        ([str(model_file), "x", "--path", "fp8"], "--path fp8: no such path; known: bf16, fp8_"),
+        ([str(model_file), "x", "--device", "cuda"], "--device cuda: PyTorch sees no GPU here"),
+        ([str(run_dir), "x"], f"python -m scripts.export {run_dir} --out"),
+        ([str(tmp_path / "none"), "x"], "none cannot be read"),
+        ([written({"output_layer.weight": weights["output_layer.weight"]}), "x"], "lacks weights"),
+    ):
+        assert (
+            generate([*arguments, *([] if "--device" in arguments else ["--device", "cpu"])]) == 2
+        )
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+        parallel.stop()
+    for option in (
+        "--tokens=-1",
+        "--temperature=nan",
+        "--temperature=-1",
+        "--seed=99999999999999999999",
+    ):
+        with pytest.raises(SystemExit) as ended:
+            generate([str(model_file), "x", option])
+        assert ended.value.code == 2
+        assert "from 0 to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({}, "was not written by scripts.export"),
+        ({"config": '{"sparkle": 3}', "step": "1"}, "a config that this version does not know"),
+        ({"config": "CONFIG", "step": "x"}, "that cannot be read"),
+        ({"config": "CONFIG", "step": "1", "tokenizer": '["{}", "a", 3]'}, "that cannot be read"),
+    ],
+)
+def test_a_file_of_somebody_else_is_one_line(model_file, tmp_path, metadata, says):
+    config = read(model_file).config.model_dump_json()
+    file = tmp_path / "a"
+    values = {key: value.replace("CONFIG", config) for key, value in metadata.items()}
+    save_file({"a": torch.ones(1)}, file, values)
+    with pytest.raises(ConfigError, match=says):
+        read(file)
+
+
+def test_a_checkpoint_of_another_version_is_one_line(run_dir, tmp_path, capsys):
+    """Its .metadata is a pickle, of classes that this PyTorch may not have."""
+    folder = shutil.copytree(run_dir / "checkpoints" / "step_00000040", tmp_path / "c")
+    (folder / ".metadata").write_bytes(b"cnowhere\nNothing\n.")
+    sign(folder)
+    assert export([str(folder), "--out", str(tmp_path / "x")]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be read by this version" in err
+    assert err.count("\n") == 1
+
+
 def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.write_text("no model")
+    newest = run_dir / "checkpoints" / "step_00000040"
+    assert export([str(newest), "--step", "40", "--out", str(tmp_path / "y")]) == 0
+    capsys.readouterr()
     for arguments, says in (
-        (["none", "--out", "x"], "none has no whole checkpoint; it has steps: none"),
+        (["none", "--out", "x"], "none: no such folder"),
+        (["tests", "--out", "x"], "tests has no whole checkpoint; it has steps: none"),
+        ([str(newest), "--step", "20", "--out", "x"], "is the checkpoint of step 40; leave"),
+        ([str(run_dir), "--out", str(tmp_path)], "is a folder; name the file to write"),
+        ([str(run_dir), "--out", ""], "is a folder; name the file to write"),
         (
             [str(run_dir), "--step", "7", "--out", "x"],
             "no whole checkpoint of step 7; it has",

@@ -135,6 +135,53 @@ def test_without_a_usable_key_nothing_is_marked(runs: Path, server: tuple[FakeWa
     assert not list(runs.glob("**/*.synced"))
 
 
+def test_without_a_key_that_is_said(
+    runs: Path, tmp_path: Path, server: tuple[FakeWandb, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, url = server
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    for netrc in (None, "machine elsewhere login user password x"):
+        if netrc:
+            (tmp_path / ".netrc").write_text(netrc)
+        done = sync(url, runs, key="")
+        assert done.returncode == 2
+        assert done.stderr == ("sync: no API key for W&B; run `wandb login` or set WANDB_API_KEY\n")
+    # Where a key seems to be there, W&B says it, in a log of many lines.
+    (tmp_path / ".netrc").write_text("# machine 127.0.0.1 is not ours")
+    done = sync(url, runs, key="")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no API key for W&B" in done.stderr
+    assert fake.runs == {}
+
+
+def test_without_a_network_that_is_said_at_once(runs: Path) -> None:
+    begin = time.monotonic()
+    done = sync("http://127.0.0.1:9", runs)
+    assert time.monotonic() - begin < 15
+    assert done.returncode == 1
+    assert done.stderr.startswith("sync: http://127.0.0.1:9 cannot be reached from here; nothing")
+    assert done.stderr.count("\n") == 1
+    assert not list(runs.glob("**/*.synced"))
+
+
+def test_what_takes_long_is_said(
+    runs: Path, tmp_path: Path, server: tuple[FakeWandb, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's own command tries for minutes where nobody answers any more."""
+    _, url = server
+    (tmp_path / "wandb").write_text("#!/bin/sh\necho setting up run x\nsleep 2\n")
+    (tmp_path / "wandb").chmod(0o755)
+    script = Path("scripts/sync.sh").read_text().replace("SAY_EVERY_S=10", "SAY_EVERY_S=1")
+    (tmp_path / "sync.sh").write_text(script)
+    environment = {**os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    command = ["bash", str(tmp_path / "sync.sh"), str(runs / "other")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "still sending: setting up run x" in done.stdout
+    assert done.returncode == 1
+
+
 def test_a_growing_record_waits(tmp_path: Path, server: tuple[FakeWandb, str]) -> None:
     fake, url = server
     tracker = record(tmp_path / "live", range(1, 4), finish=False)

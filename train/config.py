@@ -176,6 +176,8 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = 0
     """Steps between two checkpoints; 0 saves at the end alone."""
+    at_end: bool = True
+    """Save after the last step, whatever `every` is. A signal to stop saves in any case."""
     keep: PositiveInt = 2
     """Checkpoints that are kept, the newest."""
     keep_every: NonNegativeInt = 0

@@ -140,8 +140,7 @@ def train_steps(
             meter.step(tokens_per_step, data_seconds)
 
         stopping = safety.stop.agreed()
-        saving = due.save or stopping
-        if due.log or due.validate or saving:
+        if due.log or due.validate or due.save or due.is_last or stopping:
             training.guard.check()
         row: dict[str, float] = {}
         if due.log:
@@ -155,7 +154,7 @@ def train_steps(
         if recorder and due.log and recorder.wants_picture(number):
             with meter.pause():
                 recorder.picture(metrics.routing.row(number))
-        if saving:
+        if due.save and not stopping:
             with meter.pause():
                 checkpointer.save(number, metrics.state())
         if stopping and not due.is_last:
@@ -165,8 +164,11 @@ def train_steps(
                 f"stopped by {stopping} after step {number} of {config.train.steps}, which is "
                 "saved; the same command goes on from there"
             )
-    # It can have begun past its last step: train.steps was lowered, and the newest one damaged.
-    checkpointer.finish(training.done, metrics.state())
+    if config.checkpoint.at_end:
+        # It can have begun past its last step: train.steps was lowered, and the newest one damaged.
+        checkpointer.finish(training.done, metrics.state())
+    else:
+        checkpointer.wait()
 
 
 class Due(NamedTuple):
@@ -175,12 +177,14 @@ class Due(NamedTuple):
     log: bool
     validate: bool
     save: bool
+    """While training goes on; at the end or on a signal it is saved in any case."""
     is_last: bool
 
 
 def due_after(number: int, config: Config) -> Due:
     """What the config asks for after step `number`, counted from 1; after the last one, all."""
     is_last = number == config.train.steps
+    checkpoint = config.checkpoint
 
     def every(steps: int) -> bool:
         return steps > 0 and (number % steps == 0 or is_last)
@@ -188,7 +192,9 @@ def due_after(number: int, config: Config) -> Due:
     return Due(
         log=every(config.train.log_every),
         validate=every(config.train.valid_every),
-        save=every(config.checkpoint.every) or is_last,
+        save=bool(checkpoint.every)
+        and number % checkpoint.every == 0
+        and not (is_last and checkpoint.at_end),
         is_last=is_last,
     )
 

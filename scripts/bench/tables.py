@@ -8,6 +8,7 @@ from scripts.bench.results import Result, Row, Spread
 ABSENT = "–"  # noqa: RUF001
 
 COMPARED = (
+    "computed in",
     "final train loss",
     "final valid loss",
     "train loss gap to bf16",

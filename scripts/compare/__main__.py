@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scripts import terminal
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import draw_gaps, draw_losses, save_png
@@ -69,7 +70,7 @@ def print_table(console: Console, runs: Sequence[Run], table: Sequence[Row]) -> 
     for run in runs:
         shown.add_column(escape(run.name), justify="right", overflow="fold", min_width=6)
     for row in table:
-        shown.add_row(row.label, *(cell.text for cell in row.cells))
+        shown.add_row(escape(row.label), *(escape(cell.text) for cell in row.cells))
     console.print(shown)
 
 
@@ -143,4 +144,4 @@ def _beside(folders: Sequence[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

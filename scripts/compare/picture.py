@@ -29,7 +29,7 @@ def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
     """Training loss as lines, validation loss as dots, by tokens."""
     for run, style in zip(runs, _styles(runs), strict=True):
         loss, valid = run.series("loss/train"), run.series("loss/valid")
-        axes.plot(run.tokens(list(loss)), list(loss.values()), label=run.name, **style)
+        axes.plot(run.tokens(list(loss)), list(loss.values()), label=_plain(run.name), **style)
         axes.plot(run.tokens(list(valid)), list(valid.values()), "o", color=style["color"], ms=4)
     dots = any(run.series("loss/valid") for run in runs)
     axes.set_title("Training loss" + (" (dots: validation)" if dots else ""))
@@ -42,10 +42,15 @@ def draw_gaps(axes: Axes, runs: Sequence[Run], baseline: Arm) -> None:
     for run, style in zip(runs, _styles(runs), strict=True):
         pairs = common_losses(run, partner(run, baseline))
         gaps = [(ours - theirs) / theirs * 100 for _, ours, theirs in pairs]
-        axes.plot(run.tokens([step for step, _, _ in pairs]), gaps, label=run.name, **style)
-    axes.set_title(f"Gap of the training loss to {baseline.name}")
+        axes.plot(run.tokens([step for step, _, _ in pairs]), gaps, label=_plain(run.name), **style)
+    axes.set_title(f"Gap of the training loss to {_plain(baseline.name)}")
     axes.set_xlabel("tokens")
     axes.set_ylabel("gap, %")
+
+
+def _plain(name: str) -> str:
+    """Between two dollars matplotlib would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _styles(runs: Sequence[Run]) -> list[Style]:

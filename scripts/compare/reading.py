@@ -79,6 +79,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             "CPU means nothing, and no path's speed on a GPU follows from it. Losses and relayout "
             "counts hold on any device."
         )
+    if note := _other_functions(runs):
+        found.append(note)
     for what, values in environment_differences(runs):
         if what == "machine":
             found.append(
@@ -98,6 +100,25 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             "steps that both runs have."
         )
     return found
+
+
+def _other_functions(runs: Sequence[Run]) -> str | None:
+    """Which runs dropped rows that others computed with: `moe.capacity` is not for every path."""
+    most = {run.name: max(run.finite("moe/dropped_rows"), default=0) for run in runs}
+    dropped = [
+        f"{name} dropped up to {rows:,.0f} rows a step" for name, rows in most.items() if rows
+    ]
+    if not dropped or len(runs) == 1:
+        return None
+    none = [name for name, rows in most.items() if not rows]
+    others = f", {', '.join(none)} none" if none else ""
+    capacity = dict.fromkeys(f"{run.config.moe.capacity}" for run in runs)
+    return (
+        f"The runs computed different functions: with moe.capacity={' and '.join(capacity)} "
+        f"{', '.join(dropped)}{others}. What a path does with moe.capacity is its own matter, so "
+        "their losses and speeds are not of the same work; leave it out, or raise it until nothing "
+        "is dropped."
+    )
 
 
 def _seeds_are_equal(runs: Sequence[Run]) -> bool:

@@ -51,6 +51,16 @@ class Run:
         return self.environment.get("device") or (None if named == "auto" else named)
 
     @property
+    def computed_in(self) -> str:
+        """What was computed in, `fp32` or `bf16`, whatever the path is called.
+
+        On a CPU FP8 is emulated in it.
+        """
+        if self.config.train.dtype != "auto":
+            return self.config.train.dtype
+        return {"cpu": "fp32", "cuda": "bf16"}.get(self.device or "", "not known")
+
+    @property
     def machine(self) -> str:
         name = self.environment.get("device_name") or self.device or "unknown device"
         ranks = self.environment.get("world_size")
@@ -91,8 +101,9 @@ def read_run(folder: Path) -> Run:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            row["progress/step"]
-        except (ValueError, KeyError, TypeError):
+            if not _is_row(row):
+                raise ValueError
+        except ValueError:
             if number == len(lines):
                 break  # being written right now, or cut off by a crash
             raise InputError(
@@ -108,6 +119,15 @@ def read_run(folder: Path) -> Run:
     if not isinstance(environment, dict):
         environment = {}
     return Run(folder.resolve().name, config, rows, environment, folder)
+
+
+def _is_row(row: object) -> bool:
+    """Numbers by metric, None for one that was not finite."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("progress/step")) is int
+        and all(value is None or isinstance(value, int | float) for value in row.values())
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -276,9 +296,12 @@ def expert_load(run: Run) -> tuple[int, list[list[float]]] | None:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            return row["progress/step"], row["moe/expert_load"]
+            load = [[float(value) for value in layer] for layer in row["moe/expert_load"]]
+            step = int(row["progress/step"])
         except (ValueError, KeyError, TypeError):
             continue  # half a line of a run that was killed
+        if load and all(layer and all(map(math.isfinite, layer)) for layer in load):
+            return step, load
     return None
 
 

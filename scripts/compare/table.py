@@ -55,6 +55,11 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
     rows = [
         Row("path", [Cell(path) for path in paths], "config.yaml: moe.path"),
         Row(
+            "computed in",
+            [Cell(_computed_in(run)) for run in runs],
+            "config.yaml: train.dtype; auto is bf16 on a GPU and fp32 on a CPU",
+        ),
+        Row(
             "steps",
             [Cell(str(run.rows[-1]["progress/step"])) for run in runs],
             "last progress/step",
@@ -93,6 +98,11 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         ),
     ]
     return [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
+
+
+def _computed_in(run: Run) -> str:
+    emulated = run.device == "cpu" and run.path.startswith("fp8")
+    return f"{run.computed_in}, FP8 emulated" if emulated else run.computed_in
 
 
 def _row(runs: Sequence[Run], label: str, figure: Figure, form: str, source: str) -> Row:

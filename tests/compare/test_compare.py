@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +17,7 @@ from rich.console import Console
 
 from scripts.compare.__main__ import main
 from scripts.compare.arms import arm_of, group_arms
+from scripts.compare.page.html import Html, fill, join
 from scripts.compare.reading import reading, warnings
 from scripts.compare.runs import choose_baseline, profiled_rows, read_run, read_runs, step_parts
 from scripts.compare.table import make_table
@@ -388,3 +392,92 @@ def test_a_stalled_step_is_not_the_breakdown(tmp_path: Path) -> None:
     assert step_parts(run) == {"time/combine_ms": 5.0, "time/other_ms": 11.5}
     assert profiled_rows(run)[1] == 4
     assert step_parts(replace(run, rows=rows[4:])) == {}
+
+
+EVIL = "<img src=x onerror=alert(1)>\"'& {x}"
+
+
+def test_no_value_of_a_run_is_html(tmp_path: Path) -> None:
+    """Whatever a run's files hold, and whatever its folder is called."""
+    run = {"name": "a", "group": EVIL}
+    speed = {"throughput/tokens_per_sec": 5.0}
+    folders = [
+        write_run(tmp_path / "runs" / name, path, metrics=speed, config={"run": run})
+        for name, path in ((f"a{EVIL}", "bf16"), ("$x$[b]", "fp8_direct"))
+    ]
+    environment = json.loads((folders[0] / "environment.json").read_text())
+    environment |= {"commit": EVIL, "device_name": EVIL, "world_size": EVIL}
+    environment["versions"] = {EVIL: EVIL}
+    (folders[0] / "environment.json").write_text(json.dumps(environment))
+    loads: list[object] = [[[1.0, EVIL]], [[1.0, 1.0]], [[]], EVIL]
+    for load in loads:
+        for step in (10, EVIL):
+            row = {"progress/step": step, "moe/expert_load": load}
+            (folders[0] / "routing.jsonl").write_text(json.dumps(row) + "\n")
+            status, output = run_main(*folders, "--out", tmp_path / "out")
+            assert status == 0
+            assert "$x$[b]" in output
+            page = (tmp_path / "out" / "compare.html").read_text()
+            assert "<img" not in page
+            shown = load == [[1.0, 1.0]] and step == 10
+            assert ('id="routing"' in page) == shown, (load, step)
+
+
+def test_a_row_that_is_no_numbers_is_bad_input(tmp_path: Path, capsys: Any) -> None:
+    folder = write_run(tmp_path / "a", "bf16")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for row in ({"progress/step": EVIL}, {"progress/step": 1, "loss/train": EVIL}, [1], 5):
+        (folder / "metrics.jsonl").write_text("\n".join([json.dumps(row), *lines]) + "\n")
+        assert run_main(folder)[0] == 2
+        assert "metrics.jsonl line 1 is not a row of metrics" in capsys.readouterr().err
+
+
+def test_templates_escape_by_default() -> None:
+    assert fill("<b>{x}</b>", x="<i>") == "<b>&lt;i&gt;</b>"
+    assert fill('<b title="{x}">', x="\"'") == '<b title="&quot;&#x27;">'
+    assert fill("{x}", x=fill("<i>{y:.1f}</i>", y=1)) == "<i>1.0</i>"
+    assert fill("{x:>5}", x="<") == "    &lt;"
+    assert join(["<", Html("<br>")], Html("&")) == "&lt;&<br>"
+
+
+def test_runs_that_dropped_rows_computed_another_function(tmp_path: Path) -> None:
+    limited = {"moe": {"capacity": 1.25}}
+    folders = [
+        write_run(tmp_path / name, path, metrics={"moe/dropped_rows": rows}, config=limited)
+        for name, path, rows in (("a", "bf16", 3.0), ("b", "fp8_baseline", 0.0))
+    ]
+    (warning,) = warnings_of(folders)
+    assert "computed different functions: with moe.capacity=1.25 a dropped up to 3 rows" in warning
+    assert "a step, b none" in warning
+    folders[0] = write_run(
+        tmp_path / "c", "bf16", metrics={"moe/dropped_rows": 0.0}, config=limited
+    )
+    assert warnings_of(folders) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "says"),
+    [
+        ("cpu", "auto", ["fp32", "fp32, FP8 emulated"]),
+        ("cpu", "bf16", ["bf16", "bf16, FP8 emulated"]),
+        ("cuda", "auto", ["bf16", "bf16"]),
+        (None, "auto", ["not known", "not known"]),
+    ],
+)
+def test_what_was_computed_in_is_said(
+    tmp_path: Path, device: str | None, dtype: str, says: list[str]
+) -> None:
+    config = {"train": {"dtype": dtype}}
+    folders = [
+        write_run(tmp_path / name, path, device=device, config=config)
+        for name, path in (("a", "bf16"), ("b", "fp8_compact"))
+    ]
+    assert table_of(folders)["computed in"] == says
+
+
+def test_a_terminal_that_is_not_utf_8(three: list[Path]) -> None:
+    command = [sys.executable, "-m", "scripts.compare", *map(str, three)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compare.html" in done.stdout

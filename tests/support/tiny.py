@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ranks import read_metrics
-from train.checkpoint import checksums
+from train.checkpoint.writer import Writer
 
 TINY_MODEL = [
     "configs/demo_cpu.yaml",
@@ -65,15 +65,15 @@ def differences(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]
     ]
 
 
-def slow_checksums(seconds: float) -> None:
-    """Makes every save of this process take so much longer."""
-    quick = checksums.write
+def slow_saves(seconds: float) -> None:
+    """Makes every save of this process begin to write so much later than it was begun."""
+    quick = Writer.write_data
 
-    def slow(folder: Path) -> None:
+    def slow(self: Writer, plan: Any, planner: Any) -> Any:
         time.sleep(seconds)
-        quick(folder)
+        return quick(self, plan, planner)
 
-    checksums.write = slow
+    Writer.write_data = slow  # type: ignore[method-assign]
 
 
 def checkpoints(run_dir: Path) -> list[int]:

@@ -2,13 +2,19 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
+from scripts.export import read_checkpoint
 from tests.support.ranks import Training, run_train
-from tests.support.tiny import argv, checkpoints, differences, repeated, slow_checksums
-from train.checkpoint import checksums
+from tests.support.tiny import argv, checkpoints, differences, repeated, slow_saves
+from train.checkpoint import checksums, files
+from train.checkpoint.writer import Writer
 from train.config import load
 
 ALONE = "parallel.expert_parallel=1"
@@ -35,7 +41,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     sees half a checkpoint, and what is saved is as it was when the save began."""
 
     def slow_disk(rank: int) -> None:
-        slow_checksums(3)
+        slow_saves(3)
 
     run_dir = tmp_path / "a"
     keys = argv(tmp_path, "a", "train.steps=400", "checkpoint.every=2", "checkpoint.keep=400")
@@ -72,6 +78,14 @@ def alter(path: Path) -> None:
     path.write_bytes(data)
 
 
+def drop_line(name: str) -> Callable[[Path], None]:
+    def drop(path: Path) -> None:
+        kept = [line for line in path.read_text().splitlines() if not line.endswith(f"  {name}")]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    return drop
+
+
 @pytest.mark.parametrize(
     ("harm", "file", "says"),
     [
@@ -84,6 +98,10 @@ def alter(path: Path) -> None:
         (Path.unlink, "checksums.sha256", "checksums.sha256 cannot be read"),
         (truncate, "checksums.sha256", None),  # the last line's end alone
         (lambda path: path.write_text(""), "checksums.sha256", ".metadata is not in"),
+        (lambda path: path.write_text(path.read_text()[:-30]), "checksums.sha256", "is not a list"),
+        (drop_line("rank_00001.pt"), "checksums.sha256", "rank_00001.pt is not in"),
+        (drop_line("__0_0.distcp"), "checksums.sha256", "__0_0.distcp is not in"),
+        (drop_line("config.yaml"), "checksums.sha256", "config.yaml is not in"),
     ],
 )
 def test_any_damage_is_found(tmp_path, saved, harm, file, says):
@@ -95,6 +113,103 @@ def test_any_damage_is_found(tmp_path, saved, harm, file, says):
     assert (found is None) if says is None else (found is not None and says in found)
     # As two ranks that divide the files find it.
     assert any(checksums.damage(folder, share, 2) for share in (0, 1)) == (says is not None)
+
+
+FOREIGN = (".DS_Store", "._config.yaml", ".nfs0000000001", "model.safetensors", "config.yaml~")
+
+
+def put_foreign_files(folder: Path) -> None:
+    for name in FOREIGN:
+        (folder / name).write_text("not ours")
+    (folder / ".snapshot").mkdir()
+
+
+def test_files_that_are_not_ours_are_no_damage(tmp_path, saved):
+    """They cost no progress, and what somebody has put there is not deleted with the checkpoint."""
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    put_foreign_files(folder_of(run_dir, 4))
+    above = run_dir / "checkpoints"
+    (above / "step_00000009").write_text("a file")
+    (above / "notes.unfinished").mkdir()
+    (above / "step_00000008.unfinished").mkdir()
+    (above / "step_00000008.unfinished" / "__0_0.distcp").write_text("half")
+    for share in (0, 1):
+        assert checksums.damage(folder_of(run_dir, 4), share, 2) is None
+    keys = argv(tmp_path, "a", "train.steps=6", "checkpoint.keep=1", "checkpoint.every=5")
+    with Training(2, keys, tmp_path / "log") as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    assert "damaged" not in log
+    assert "start     step 4 of 6" in log
+    left = {path.name for path in above.iterdir()}
+    assert left == {"step_00000006", "step_00000009", "notes.unfinished", "step_00000004.not_ours"}
+    kept = {path.name for path in (above / "step_00000004.not_ours").iterdir()}
+    assert kept == {"model.safetensors", "config.yaml~", ".snapshot"}
+
+
+def test_files_that_are_not_ours_are_not_signed(tmp_path):
+    """What lies there while a checkpoint is written may be gone at the next moment."""
+
+    def a_busy_folder(rank: int) -> None:
+        quick = Writer.write_data
+
+        def busy(self: Writer, plan: Any, planner: Any) -> Any:
+            if rank == 0:
+                put_foreign_files(self.folder)
+                (self.folder / "__0_9.distcp").write_text("of a save that was cut short")
+            return quick(self, plan, planner)
+
+        Writer.write_data = busy  # type: ignore[method-assign]
+
+    keys = argv(tmp_path, "a", ALONE, "train.steps=1")
+    with Training(1, keys, tmp_path / "log", a_busy_folder) as training:
+        assert training.exit_codes() == [0]
+    folder = folder_of(tmp_path / "a", 1)
+    assert not set(checksums.read(folder)) & {*FOREIGN, "__0_9.distcp"}
+    assert not (folder / "__0_9.distcp").exists()
+    for name in FOREIGN:
+        (folder / name).unlink()
+    assert checksums.damage(folder) is None
+
+
+def test_steps_have_as_many_digits_as_they_need(tmp_path):
+    for step in (99_999_999, 100_000_000, 7):
+        files.checkpoint_of(tmp_path, step).mkdir()
+    assert [files.step_of(path) for path in files.finished(tmp_path)] == [7, 99999999, 100000000]
+
+
+@pytest.mark.parametrize(("first", "then"), [(False, True), (True, False), (True, True)])
+def test_from_a_cpu_to_a_gpu_and_back(tmp_path, monkeypatch, first, then):
+    """TransformerEngine's norms and linears have the state of their FP8 recipe beside the weights,
+    and PyTorch's have none."""
+    keys = ["train.steps=2", "checkpoint.every=2", "checkpoint.keep=9", "model.qk_norm=true"]
+    for as_on_a_gpu, steps in ((first, 2), (then, 4)):
+        with monkeypatch.context() as patch:
+            if as_on_a_gpu:
+                patch.setattr(torch.nn.RMSNorm, "get_extra_state", lambda norm: torch.ones(5))
+                patch.setattr(torch.nn.RMSNorm, "set_extra_state", lambda norm, state: None)
+            more = [f"train.steps={steps}", "optim.schedule=constant"]
+            with Training(2, argv(tmp_path, "a", *keys, *more), tmp_path / "log") as training:
+                assert training.exit_codes() == [0, 0]
+        newest = folder_of(tmp_path / "a", steps)
+        assert "extra_state" not in str(dcp.FileSystemReader(newest).read_metadata())
+        names = read_checkpoint(newest)[0]
+        assert any("norm" in name for name in names)
+        assert not any("extra_state" in name for name in names)
+    assert "start     step 2 of 4" in training.log.read_text()
+
+
+def test_extra_state_of_older_checkpoints_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "is_of_model", lambda key: True)
+    monkeypatch.setattr(torch.nn.RMSNorm, "get_extra_state", lambda norm: torch.ones(5))
+    monkeypatch.setattr(torch.nn.RMSNorm, "set_extra_state", lambda norm, state: None)
+    assert run_train(2, argv(tmp_path, "a", "train.steps=2")) == [0, 0]
+    monkeypatch.undo()
+    newest = folder_of(tmp_path / "a", 2)
+    assert "extra_state" in str(dcp.FileSystemReader(newest).read_metadata())
+    assert not any("extra_state" in name for name in read_checkpoint(newest)[0])
+    assert run_train(2, argv(tmp_path, "a", "train.steps=3")) == [0, 0]
+    assert checkpoints(tmp_path / "a") == [2, 3]
 
 
 def test_the_usual_tool_reads_the_checksums(saved):

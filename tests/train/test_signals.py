@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import Training, read_metrics, run_train
-from tests.support.tiny import argv, checkpoints, repeated, slow_checksums
+from tests.support.tiny import argv, checkpoints, repeated, slow_saves
 
 STEPS = "train.steps=400"
 
@@ -69,7 +69,7 @@ def test_a_second_signal_exits_at_once(tmp_path):
 
 
 def slow_save(rank: int) -> None:
-    slow_checksums(30)
+    slow_saves(30)
 
 
 def test_two_signals_close_together_are_one(tmp_path):

@@ -16,8 +16,10 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +33,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from models.gpt import GPT
-from train.checkpoint import checksums, rng
-from train.checkpoint.files import HostCopy, OfOneRank, Writer, finished, newest, rank_file
+from train.checkpoint import checksums, files, progress, rng
+from train.checkpoint.host_copy import HostCopy
+from train.checkpoint.same_run import check_checkpoint
+from train.checkpoint.writer import OfOneRank, Writer
 from train.config import Config, ConfigError
 from train.failure import TrainingFailed
 from train.metrics.step import Gathered
@@ -54,44 +58,51 @@ class Checkpointer:
         ranks: Ranks,
         model: GPT,
         optimizer: torch.optim.Optimizer,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = run_dir / "checkpoints"
-        self.config, self.ranks = config, ranks
+        """`fingerprint` is that of the data; see `train.data.fingerprint`."""
+        self.folder = files.folder_of(run_dir)
+        self.config, self.ranks, self.fingerprint = config, ranks, fingerprint
         self.state = _ModelAndOptimizer(model, optimizer)
         self.saved: int | None = None
         """Step of the last save that was begun."""
         self._stalls: list[float] = []
         self._pending: Future | None = None
-        self._copy = HostCopy(pinned=ranks.device.type == "cuda")
+        self._copy = HostCopy(ranks.device)
+        optimizer.register_step_pre_hook(lambda *_: self._copy.wait_before_update())
         # A group of its own, since a save talks while the training does.
         self.group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=config.parallel.timeout_s)
         )
         if ranks.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob("*.unfinished"):
-                shutil.rmtree(left_over)
+            files.drop_left_overs(self.folder)
         dist.barrier(group=self.group)
 
     def restore(self) -> tuple[int, Gathered | None]:
         """Load the newest whole checkpoint, cut for the ranks that are here now.
 
         Returns its step (0 without one), and what this rank passed to `save` as `metrics` if there
-        were as many ranks then. Raises ConfigError if there are checkpoints, all of them damaged,
-        and TrainingFailed if a whole one cannot be loaded.
+        were as many ranks then. Raises ConfigError if it is of another run, or if there are
+        checkpoints, all of them damaged, and TrainingFailed if a whole one cannot be loaded.
         """
-        path = self._newest_whole()
+        path, damaged = self._newest_whole()
         if path is None:
             return 0, None
+        self._check_same_run(path)
+        if self.ranks.is_first:
+            _set_aside(damaged)
+        size = files.size_of(path)
         try:
-            dcp.load({"training": self.state}, checkpoint_id=path, process_group=self.group)
+            with progress.said(f"loading {path.name}", size, speaks=self.ranks.is_first):
+                dcp.load({"training": self.state}, checkpoint_id=path, process_group=self.group)
         except FAILURES as error:
             raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
-        about = json.loads((path / "training.json").read_text())
+        about = json.loads((path / checksums.ABOUT).read_text())
         self.saved = about["step"]
         if about["world_size"] != self.ranks.world_size:
             return about["step"], None
-        own: OfOneRank = torch.load(path / rank_file(self.ranks.rank), weights_only=True)
+        own: OfOneRank = torch.load(path / files.rank_file(self.ranks.rank), weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
         return about["step"], own["metrics"]
 
@@ -103,22 +114,30 @@ class Checkpointer:
         """
         begin = time.perf_counter()
         self.wait()
+        self._begin(step, metrics, self._copy)
+        self._stalls.append(time.perf_counter() - begin)
+
+    def _begin(self, step: int, metrics: Gathered | None, copy: HostCopy | None) -> None:
+        """Start to write. Without `copy` nothing may change until that is done."""
         self.saved = step
-        final = self.folder / f"step_{step:08d}"
-        about = {
+        batch = self.config.global_batch(self.ranks.world_size)
+        about: dict[str, object] = {
             "step": step,
             "world_size": self.ranks.world_size,
-            "global_batch": self.config.global_batch(self.ranks.world_size),
-            "sequences": step * self.config.global_batch(self.ranks.world_size),
+            "global_batch": batch,
+            "sequences": step * batch,
         }
+        if self.fingerprint is not None:
+            about["data"] = dict(self.fingerprint)
         own: OfOneRank = {"rng": rng.state(self.ranks.device), "metrics": metrics}
-        writer = Writer(final, self.config, about, self.ranks.rank, own, self._copy)
+        final = files.checkpoint_of(self.folder, step)
+        size = self.state.size // self.ranks.world_size
+        writer = Writer(final, self.config, about, self.ranks.rank, own, copy, size)
         pending = dcp.async_save(
             {"training": self.state}, storage_writer=writer, process_group=self.group
         )
-        assert isinstance(pending, Future)  # another kind has to be asked for
-        self._pending = pending
-        self._stalls.append(time.perf_counter() - begin)
+        # A state that is still being copied comes back with a future of its own.
+        self._pending = pending if isinstance(pending, Future) else pending.upload_completion
 
     def metrics(self) -> dict[str, float]:
         """How long a save since the last call kept the training from its next step, on average."""
@@ -132,13 +151,20 @@ class Checkpointer:
         """Wait until what was begun is on disk; why it is not, in a few words, if it failed."""
         if self._pending is None:
             return None
+        assert self.saved is not None
+        path = files.checkpoint_of(self.folder, self.saved)
+        half = files.unfinished(path)
         try:
-            self._pending.result()
+            with progress.said(
+                *(f"saving {path.name}", self.state.size, lambda: files.size_of(half)),
+                self.ranks.is_first,
+            ):
+                self._pending.result()
         except FAILURES as error:
             reason = _cause(error)
             if self.ranks.is_first:
-                shutil.rmtree(self.folder / f"step_{self.saved:08d}.unfinished", ignore_errors=True)
-                whole = newest(self.folder)
+                shutil.rmtree(half, ignore_errors=True)
+                whole = files.newest(self.folder)
                 log.warning(
                     "the checkpoint of step %d was not saved (%s); the newest is %s",
                     self.saved,
@@ -152,10 +178,13 @@ class Checkpointer:
         return None
 
     def finish(self, step: int, metrics: Gathered | None = None) -> None:
-        """Have step `step` on disk when this returns. Raises TrainingFailed if that cannot be."""
+        """Have step `step` on disk when this returns. Raises TrainingFailed if that cannot be.
+
+        Written from where it is, without a copy: no training goes on meanwhile.
+        """
         self.wait()
         if self.saved != step:
-            self.save(step, metrics)
+            self._begin(step, metrics, copy=None)
             reason = self.wait()
             if reason:
                 raise TrainingFailed(
@@ -163,44 +192,67 @@ class Checkpointer:
                     "make room and start again, which goes on from the one before"
                 )
 
-    def _newest_whole(self) -> Path | None:
-        """Every rank checks a share of the files; all come to the same answer."""
-        listed = [finished(self.folder)]
+    def _newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and a line for each damaged one that is newer.
+
+        Every rank checks a share of the files; all come to the same answer.
+        """
+        listed = [files.finished(self.folder)]
         dist.broadcast_object_list(listed, group=self.group)
         damaged: list[str] = []
+        rank, ranks = self.ranks.rank, self.ranks.world_size
         for path in reversed(listed[0]):
-            problems: list[str | None] = [None] * self.ranks.world_size
-            mine = checksums.damage(path, self.ranks.rank, self.ranks.world_size)
-            dist.all_gather_object(problems, mine, group=self.group)
+            problems: list[str | None] = [None] * ranks
+            count, share = progress.Count(), files.size_of(path) // ranks
+            with progress.said(f"checking {path.name}", share, count.get, self.ranks.is_first):
+                mine = checksums.damage(path, rank, ranks, count.add)
+                dist.all_gather_object(problems, mine, group=self.group)
             problem = next(filter(None, problems), None)
             if problem is None:
-                if self.ranks.is_first:
-                    self._set_aside(damaged)
-                return path
+                return path, damaged
             damaged.append(f"{path}: {problem}")
         if damaged:
             raise ConfigError(
                 f"every checkpoint is damaged ({'; '.join(damaged)}); to start anew, move the "
                 "folder away or choose another run.name"
             )
-        return None
+        return None, []
 
-    def _set_aside(self, damaged: list[str]) -> None:
-        for line in damaged:
-            log.warning("damaged checkpoint %s; it is renamed, and the one before it taken", line)
-            path = Path(line.partition(": ")[0])
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    def _check_same_run(self, path: Path) -> None:
+        """Raise ConfigError, on all ranks, if a checkpoint is of another run."""
+        refused: list[str | None] = [None]
+        if self.ranks.is_first:
+            try:
+                check_checkpoint(path, self.config, self.ranks.world_size, self.fingerprint)
+            except ConfigError as error:
+                refused = [str(error)]
+        dist.broadcast_object_list(refused, group=self.group)
+        if refused[0] is not None:
+            raise ConfigError(refused[0])
+
+
+def _set_aside(damaged: list[str]) -> None:
+    for line in damaged:
+        log.warning("damaged checkpoint %s; it is renamed, and the one before it taken", line)
+        path = Path(line.partition(": ")[0])
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 class _ModelAndOptimizer(Stateful):
     """Model and optimizer as one state, under parameter names instead of numbers."""
 
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    # Not strict: what `files.is_of_model` leaves out is not missed.
+    options = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
+
+    @property
+    def size(self) -> int:
+        """About so many bytes, on all ranks together: a weight has two running means."""
+        return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def state_dict(self) -> STATE_DICT_TYPE:
         is_new = not self.optimizer.state
@@ -208,6 +260,7 @@ class _ModelAndOptimizer(Stateful):
         if is_new:  # PyTorch has made the state by a step without gradients, which does not count
             for of_one in self.optimizer.state.values():
                 of_one["step"].zero_()
+        model = {key: value for key, value in model.items() if files.is_of_model(key)}
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: STATE_DICT_TYPE) -> None:
@@ -216,13 +269,16 @@ class _ModelAndOptimizer(Stateful):
             name = key.rpartition(".")[2]
             if key.startswith("param_groups.") and name in ("fused", "foreach", "capturable"):
                 state["optimizer"][key] = self.optimizer.defaults[name]
-        set_state_dict(
+        result = set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=self.options,
         )
+        missing = [key for key in result.missing_keys if files.is_of_model(key)]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"weights missing: {missing}, not known: {result.unexpected_keys}")
         self.model.forget_prepared_weights()
 
 

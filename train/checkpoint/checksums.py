@@ -1,66 +1,161 @@
-"""SHA-256 of every file of a folder, in the format of `sha256sum`.
-
-Each rank hashes the files it wrote, the first one puts the lists together:
+"""SHA-256 of every file of a checkpoint, in the format of `sha256sum`.
 
     cd runs/<name>/checkpoints/step_00000200 && sha256sum -c checksums.sha256
+
+A file is hashed while it is written: reading it again afterwards would take as long again. Only
+files that a training writes count. What else lies in the folder, such as `.DS_Store`, `.nfs...` or
+somebody's export, is not ours to judge.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 NAME = "checksums.sha256"
+METADATA, CONFIG, ABOUT = ".metadata", "config.yaml", "training.json"
+REQUIRED = (METADATA, CONFIG, ABOUT)
+"""Every checkpoint has these, beside the files of its ranks."""
 
+_OURS = re.compile(r"\.metadata|config\.yaml|training\.json|__\d+_\d+\.distcp|rank_\d+\.pt")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
+MOST_THREADS = 8
+"""Of one rank: more make no disk faster."""
+_CHUNK = 1 << 24
+"""Bytes hashed at a time: what is counted between two looks at the progress."""
+_WORTH_A_THREAD = 1 << 20
 
 
-def write_part(folder: Path, part: str, files: Iterable[str]) -> None:
-    """Hash `files` of the folder into a list that `write` will include."""
-    lines = [f"{_hash(folder / name)}  {name}\n" for name in sorted(files)]
-    write_durably(folder / f"{part}.{NAME}", "".join(lines))
+class HashingStream:
+    """A file that is written from its beginning to its end, and hashed meanwhile."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        """Bytes so far."""
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), _CHUNK):
+            chunk = view[begin : begin + _CHUNK]
+            if len(chunk) < _WORTH_A_THREAD:
+                self._hash.update(chunk)
+                self._file.write(chunk)
+            else:  # neither holds Python's lock
+                hashing = self._thread.submit(self._hash.update, chunk)
+                try:
+                    self._file.write(chunk)
+                finally:
+                    hashing.result()  # the memory is the caller's
+            self.size += len(chunk)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._file.close()
+
+    def hexdigest(self) -> str:
+        """Of all that was written."""
+        return self._hash.hexdigest()
 
 
-def write(folder: Path) -> None:
-    """Make the folder's list from the parts, and of the files that no part names."""
-    lines: dict[str, str] = {}
-    parts = sorted(folder.glob(f"*.{NAME}"))
-    for part in parts:
-        lines |= {line.split("  ")[1]: line for line in part.read_text().splitlines()}
-        part.unlink()
-    for path in folder.iterdir():
-        if path.name not in lines:
-            lines[path.name] = f"{_hash(path)}  {path.name}"
-    write_durably(folder / NAME, "".join(f"{lines[name]}\n" for name in sorted(lines)))
+def is_ours(name: str) -> bool:
+    """Whether a training writes files of this name into a checkpoint."""
+    return name == NAME or _OURS.fullmatch(name) is not None
 
 
-def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with the folder, in a few words, or None.
+def write(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the list of the folder: checksums by file name."""
+    write_durably(folder / NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
-    Hashing takes long, so `shares` ranks can divide the files among them.
-    """
+
+def read(folder: Path) -> dict[str, str]:
+    """Checksums by file name. Raises ValueError, in a few words, where there are none."""
     try:
-        lines = (folder / NAME).read_text().splitlines()
+        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return f"{NAME} cannot be read"
+        raise ValueError(f"{NAME} cannot be read") from None
     wanted: dict[str, str] = {}
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None:
-            return f"{NAME} is not a list of checksums"
+            raise ValueError(f"{NAME} is not a list of checksums")
         wanted[match[2]] = match[1]
+    return wanted
+
+
+def damage(
+    folder: Path, share: int = 0, shares: int = 1, read_bytes: Callable[[int], None] | None = None
+) -> str | None:
+    """What is wrong with the folder, in a few words, or None.
+
+    Hashing takes long, so `shares` ranks can divide the files among them. `read_bytes` is told of
+    every so many bytes.
+    """
+    try:
+        wanted = read(folder)
+        there = {path.name for path in folder.iterdir()}
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder.name}: {error.strerror}"
+    for name in sorted(wanted.keys() - there):
+        return f"{name} is missing"
     # A list that was cut off at the end of a line names too few.
-    found = {path.name for path in folder.iterdir()} - {NAME}
-    for name in sorted(found ^ wanted.keys()):
-        return f"{name} is missing" if name in wanted else f"{name} is not in {NAME}"
-    for name in sorted(wanted)[share::shares]:
-        try:
-            if _hash(folder / name) != wanted[name]:
-                return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+    ours = {name for name in there if is_ours(name)} - {NAME}
+    for name in sorted({*REQUIRED, *ours} - wanted.keys()):
+        return f"{name} is not in {NAME}"
+    names = sorted(wanted)[share::shares]
+    with ThreadPoolExecutor(threads(len(names))) as pool:
+        problems = pool.map(lambda name: _damage_of(folder, name, wanted[name], read_bytes), names)
+        return next(filter(None, problems), None)
+
+
+def damage_of(folder: Path, *names: str) -> str | None:
+    """What is wrong with these files of the folder alone, in a few words, or None."""
+    try:
+        wanted = read(folder)
+    except ValueError as error:
+        return str(error)
+    for name in names:
+        if name not in wanted:
+            return f"{name} is not in {NAME}"
+        if (problem := _damage_of(folder, name, wanted[name])) is not None:
+            return problem
     return None
+
+
+def hash_file(path: Path, read_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    found, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(view[:count])
+            if read_bytes is not None:
+                read_bytes(count)
+    return found.hexdigest()
+
+
+def threads(most: int) -> int:
+    """How many threads of this rank may hash or write at once, of `most` that have something to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(most, (cores or 1) // ranks, MOST_THREADS))
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -71,6 +166,11 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _damage_of(
+    folder: Path, name: str, want: str, read_bytes: Callable[[int], None] | None = None
+) -> str | None:
+    try:
+        found = hash_file(folder / name, read_bytes)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None if found == want else f"{name} is not what was written"

@@ -1,107 +1,35 @@
-"""A checkpoint's folder: how it is written, found, and dropped when it is old."""
+"""A run's folder of checkpoints: how they are called, found, and dropped when they are old."""
 
-import json
 import logging
 import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
-
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 
 from train.checkpoint import checksums
-from train.checkpoint.rng import RandomState
-from train.config import CheckpointConfig, Config
-from train.metrics.step import Gathered
+from train.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = ".unfinished"
+_TEMPORARY = re.compile(r"config\.yaml\.tmp|rank_\d+\.checksums\.sha256")
+"""In a checkpoint that did not become whole; the second of older versions."""
 
 
-class OfOneRank(TypedDict):
-    """What a checkpoint holds for one rank alone."""
-
-    rng: RandomState
-    metrics: Gathered | None
+def folder_of(run_dir: Path) -> Path:
+    """Holds the checkpoints of a run."""
+    return run_dir / "checkpoints"
 
 
-class HostCopy:
-    """Copies of a state's tensors in the host's memory, in the same place every time.
-
-    DCP's own stager makes new ones for every save, which takes ten times as long as the copying.
-    """
-
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-        self._copy: STATE_DICT_TYPE | None = None
-
-    def __call__(self, state: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
-        """A copy; the one before it is gone."""
-        if self._copy is None:
-            self._copy = _create_cpu_state_dict(state, pin_memory=self._pinned)
-        return _copy_state_dict(state, self._copy)
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint after so many steps, there or not."""
+    return folder / f"step_{step:08d}"
 
 
-class Writer(dcp.FileSystemWriter):
-    """DCP's writer of files, which adds ours, the checksums, and the name at the end.
-
-    `write_data` runs on every rank and `finish` on the first one when all have written; both in
-    the background. An error in either reaches every rank through DCP.
-    """
-
-    def __init__(
-        self,
-        final: Path,
-        config: Config,
-        about: dict[str, int],
-        rank: int,
-        own: OfOneRank,
-        copy: HostCopy,
-    ) -> None:
-        """`about` becomes training.json, `own` is saved for this rank alone."""
-        self.folder = final.with_name(f"{final.name}.unfinished")
-        super().__init__(self.folder)
-        self.final, self.config, self.about = final, config, about
-        self.own_rank, self.own = rank, own
-        self.copy = copy
-
-    def stage(self, state_dict):
-        return self.copy(state_dict)
-
-    def write_data(self, plan, planner):
-        try:
-            return self._write(plan, planner)
-        except RuntimeError as error:
-            # torch.save reports a full disk as an error in its own book-keeping.
-            raise _what_the_system_said(error) or error from None
-
-    def _write(self, plan, planner):
-        written = super().write_data(plan, planner)
-        name = rank_file(self.own_rank)
-        with (self.folder / name).open("wb") as file:
-            torch.save(self.own, file)
-            file.flush()
-            os.fsync(file.fileno())
-        files = {result.storage_data.relative_path for result in written.value()}
-        checksums.write_part(self.folder, f"rank_{self.own_rank}", {name, *files})
-        return written
-
-    def finish(self, metadata, results) -> None:
-        super().finish(metadata, results)
-        self.config.save(self.folder / "config.yaml")
-        checksums.write_durably(
-            self.folder / "training.json", json.dumps(self.about, indent=2) + "\n"
-        )
-        checksums.write(self.folder)
-        _sync(self.folder)
-        self.folder.rename(self.final)
-        _sync(self.final.parent)
-        _drop_old(self.final.parent, self.config.checkpoint)
+def unfinished(path: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return path.with_name(f"{path.name}{_UNFINISHED}")
 
 
 def newest(folder: Path) -> tuple[int, Path] | None:
@@ -114,7 +42,8 @@ def finished(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or damaged."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -127,28 +56,68 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.pt"
 
 
-def _drop_old(folder: Path, config: CheckpointConfig) -> None:
+def is_of_model(key: str) -> bool:
+    """Whether a key of a module's state is the model's, and not of whoever computes it here.
+
+    TransformerEngine's modules keep the state of their FP8 recipe beside the weights. A CPU has
+    none, and what it has saved is to be loaded on a GPU.
+    """
+    return not key.endswith("_extra_state")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files so far."""
+    total = 0
+    with suppress(OSError):  # one that is renamed at this moment
+        for path in folder.iterdir():
+            total += path.stat().st_size
+    return total
+
+
+def drop_left_overs(folder: Path) -> None:
+    """Delete what saves left that never became whole."""
+    for path in folder.glob(f"step_*{_UNFINISHED}"):
+        if _NAME.fullmatch(path.name.removesuffix(_UNFINISHED)) and path.is_dir():
+            delete(path)
+
+
+def drop_old(folder: Path, config: CheckpointConfig) -> None:
+    """Delete the checkpoints that the config does not keep."""
     for old in finished(folder)[: -config.keep]:
         if config.keep_every and step_of(old) % config.keep_every == 0:
             continue
         try:
             # Renamed first, so that a kill in the middle leaves no half of one under its name.
-            shutil.rmtree(old.rename(folder / f"{old.name}.unfinished"))
+            half = old.rename(unfinished(old))
         except OSError as error:  # no reason to call the new one a failure
             log.warning("the old checkpoint %s could not be deleted: %s", old, error.strerror)
+        else:
+            delete(half)
 
 
-def _sync(folder: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a checkpoint, whole or half. What somebody else put into its folder stays there, under
+    a name of its own; but for hidden files, such as a desktop's or a file system's."""
+    try:
+        for file in list(path.iterdir()):
+            name = file.name
+            ours = checksums.is_ours(name) or _TEMPORARY.fullmatch(name) or name.startswith(".")
+            if ours and not file.is_dir():
+                file.unlink(missing_ok=True)
+        if any(path.iterdir()):
+            aside = path.with_name(f"{path.name.removesuffix(_UNFINISHED)}.not_ours")
+            path.rename(aside)
+            log.warning("the checkpoint %s is deleted; what else was in it is in %s", path, aside)
+        else:
+            path.rmdir()
+    except OSError as error:
+        log.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
+
+
+def sync_folder(folder: Path) -> None:
     """Have a folder's names on disk, not only its files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _what_the_system_said(error: BaseException | None) -> OSError | None:
-    """The error of the operating system that led to this one."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -14,7 +14,7 @@ from typing import NotRequired, TypedDict
 from scripts.compare.arms import Arm
 from scripts.compare.colors import COLORS, WIDE
 from scripts.compare.page import parts, sections
-from scripts.compare.page.sections import text
+from scripts.compare.page.html import Html, fill, join
 from scripts.compare.reading import on_cpu, partner, reading, warnings
 from scripts.compare.runs import Run
 from scripts.compare.table import Row
@@ -23,6 +23,41 @@ HERE = Path(__file__).parent
 
 Values = dict[int, float]
 """By step."""
+
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+{css}</style></head><body>
+<h1>Runs compared: {title}</h1>
+<p class="sub">{summary}</p>
+<p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
+are re-arranged (a relayout) more or less often.</p>
+{notes}
+{verdicts}
+<section id="reading"><h2>What it says</h2><ul>{said}</ul></section>
+<section id="figures"><h2>Figures</h2>
+<p>Each is made from the metric named beside it, in the run's metrics.jsonl. Below a median stands
+the middle half of the logged steps.</p>{table}</section>
+<section id="curves"><h2>Curves</h2>
+<div class="controls"><span id="legend" class="controls"></span>
+<span id="tools" class="controls"></span></div>
+<p class="small">Point at a curve to read it, click a run to hide it, drag to zoom.</p>
+<div id="charts" class="charts"></div>
+<noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
+it.</p></noscript></section>
+{breakdown}
+{routing}
+<section id="differences"><h2>What differs between the runs</h2>
+{differences}</section>
+<section id="method"><h2>How it is counted</h2>{method}</section>
+<section id="origin"><h2>Where it comes from</h2>{origin}</section>
+<script type="application/json" id="data">{data}</script>
+<script>
+{script}</script>
+</body></html>
+"""
 
 
 class Curve(TypedDict):
@@ -59,49 +94,34 @@ class Data(TypedDict):
 
 def make_html(
     runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, rows: Sequence[Row], out: Path
-) -> str:
+) -> Html:
     """The page, to be written into the folder `out`, from which it links to the runs' files."""
     css = (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    title = text(" / ".join(dict.fromkeys(run.path for run in runs)))
-    notes = "".join(f'<p class="warn">{text(note)}</p>' for note in warnings(runs))
-    sentences = reading(runs, arms, baseline)
-    said = "".join(f"<li>{text(line).replace(' %', '&nbsp;%')}</li>" for line in sentences)
+    space = Html("&nbsp;%")
+    said = (
+        fill("<li>{line}</li>", line=join(line.split(" %"), space))
+        for line in reading(runs, arms, baseline)
+    )
     # A name must not end the script that the data is in.
     data = json.dumps(make_data(runs, baseline), allow_nan=False).replace("<", "\\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-{path_colors()}{css}</style></head><body>
-<h1>Runs compared: {title}</h1>
-<p class="sub">{sections.summary(runs)}</p>
-<p>A path is how tokens get from the router to their experts: in BF16, or in FP8 with scales that
-are re-arranged (a relayout) more or less often.</p>
-{notes}
-{sections.verdicts(runs, arms, baseline)}
-<section id="reading"><h2>What it says</h2><ul>{said}</ul></section>
-<section id="figures"><h2>Figures</h2>
-<p>Each is made from the metric named beside it, in the run's metrics.jsonl. Below a median stands
-the middle half of the logged steps.</p>{sections.table(runs, rows)}</section>
-<section id="curves"><h2>Curves</h2>
-<div class="controls"><span id="legend" class="controls"></span>
-<span id="tools" class="controls"></span></div>
-<p class="small">Point at a curve to read it, click a run to hide it, drag to zoom.</p>
-<div id="charts" class="charts"></div>
-<noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
-it.</p></noscript></section>
-{parts.breakdown(runs)}
-{parts.routing(runs)}
-<section id="differences"><h2>What differs between the runs</h2>
-{sections.differences(runs)}</section>
-<section id="method"><h2>How it is counted</h2>{sections.method(runs, baseline)}</section>
-<section id="origin"><h2>Where it comes from</h2>{sections.origin(runs, out)}</section>
-<script type="application/json" id="data">{data}</script>
-<script>
-{script}</script>
-</body></html>
-"""
+    return fill(
+        TEMPLATE,
+        title=" / ".join(dict.fromkeys(run.path for run in runs)),
+        css=Html(path_colors() + css),
+        summary=sections.summary(runs),
+        notes=join(fill('<p class="warn">{note}</p>', note=note) for note in warnings(runs)),
+        verdicts=sections.verdicts(runs, arms, baseline),
+        said=join(said),
+        table=sections.table(runs, rows),
+        breakdown=parts.breakdown(runs),
+        routing=parts.routing(runs),
+        differences=sections.differences(runs),
+        method=sections.method(runs, baseline),
+        origin=sections.origin(runs, out),
+        data=Html(data),
+        script=Html(script),
+    )
 
 
 def path_colors() -> str:

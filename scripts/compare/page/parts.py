@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from scripts.compare.page.sections import dot, text
+from scripts.compare.page.html import NOTHING, Html, fill, join
+from scripts.compare.page.sections import CELL, HEAD, LINE, TABLE, dot
 from scripts.compare.runs import (
     METRICS_FILE,
     ROUTING_FILE,
@@ -18,11 +19,11 @@ PART_COLOURS = 19
 """`--part0` to `--part18` in the style sheet."""
 
 
-def breakdown(runs: Sequence[Run]) -> str:
+def breakdown(runs: Sequence[Run]) -> Html:
     """Profiled steps as stacked bars on one scale, and as a table; empty without any."""
     measured = [(run, parts) for run in runs if (parts := step_parts(run))]
     if not measured:
-        return ""
+        return NOTHING
     names = list(dict.fromkeys(name for _, parts in measured for name in parts))
     # What costs the most comes first, so that colours and the legend go to what matters.
     names.sort(key=lambda name: -max(parts.get(name, 0) for _, parts in measured))
@@ -35,58 +36,67 @@ def breakdown(runs: Sequence[Run]) -> str:
     colours[RELAYOUT] = "var(--relayout)"
     bars = []
     for run, parts in measured:
-        segments = "".join(
-            f'<i style="width:{parts[name] / longest * 100:.3f}%;background:{colours[name]}" '
-            f'title="{text(part_label(name))}: {parts[name]:.3g} ms"></i>'
+        segments = [
+            fill(
+                '<i style="width:{width:.3f}%;background:{colour}" '
+                'title="{part}: {ms:.3g} ms"></i>',
+                width=parts[name] / longest * 100,
+                colour=colours[name],
+                part=part_label(name),
+                ms=parts[name],
+            )
             for name in names
             if parts.get(name)
+        ]
+        bar = fill(
+            '<div class="bar"><span>{dot}{run}</span><div class="stack" role="img" '
+            'aria-label="{run}: {total:.1f} ms">{segments}</div><b>{total:,.1f} ms</b></div>',
+            dot=dot(run),
+            run=run.name,
+            total=sum(parts.values()),
+            segments=join(segments),
         )
-        total = sum(parts.values())
-        bars.append(
-            f'<div class="bar"><span>{dot(run)}{text(run.name)}</span>'
-            f'<div class="stack" role="img" aria-label="{text(run.name)}: {total:.1f} ms">'
-            f"{segments}</div><b>{total:,.1f} ms</b></div>"
+        bars.append(bar)
+    legend = [
+        fill(
+            '<span><i class="swatch" style="background:{colour}"></i>{part}</span>',
+            colour=colours[name],
+            part=part_label(name),
         )
-    legend = "".join(
-        f'<span><i class="swatch" style="background:{colours[name]}"></i>'
-        f"{text(part_label(name))}</span>"
         for name in names
-    )
-    heads = "".join(f'<th scope="col">{text(run.name)}</th>' for run, _ in measured)
-    lines = "".join(
-        f'<tr><th scope="row">{text(part_label(name))}<small>{text(name)}</small></th>'
-        + "".join(
-            f"<td>{parts[name]:,.2f}</td>" if name in parts else "<td>&ndash;</td>"
-            for _, parts in measured
-        )
-        + "</tr>"
-        for name in names
-    )
+    ]
+    lines = [
+        _line(part_label(name), name, [parts.get(name) for _, parts in measured]) for name in names
+    ]
     sums = [sum(parts.values()) for _, parts in measured]
     every = [median("time/step_ms")(run) for run, _ in measured]
-    for label, source, values in (
-        ("sum of the parts", "a profiled step", sums),
-        ("step", "time/step_ms, median of all steps", every),
-    ):
-        cells = "".join(
-            f"<td>{value:,.2f}</td>" if value is not None else "<td>&ndash;</td>"
-            for value in values
-        )
-        lines += f'<tr><th scope="row">{label}<small>{source}</small></th>{cells}</tr>'
+    lines.append(_line("sum of the parts", "a profiled step", sums))
+    lines.append(_line("step", "time/step_ms, median of all steps", every))
     counts = (
         f"{len(counted)} of {all_profiled} in {run.name}"
         for run, _ in measured
         for counted, all_profiled in [profiled_rows(run)]
     )
-    return (
-        f'<section id="breakdown"><h2>Where a step\'s time goes</h2><p>Milliseconds of rank 0, '
-        f"means over the middle half of the profiled steps by length "
-        f"({text(', '.join(counts))}), from "
-        f"{METRICS_FILE}.</p>{''.join(bars)}"
-        f'<p class="legend">{legend}</p><details><summary>In figures, ms</summary>'
-        f'<div class="scroll"><table><thead><tr><th scope="col">part</th>{heads}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div></details></section>"
+    heads = join(fill(HEAD, name=run.name) for run, _ in measured)
+    return fill(
+        '<section id="breakdown"><h2>Where a step\'s time goes</h2><p>Milliseconds of rank 0, '
+        "means over the middle half of the profiled steps by length ({counts}), from "
+        '{file}.</p>{bars}<p class="legend">{legend}</p><details><summary>In figures, ms</summary>'
+        "{table}</details></section>",
+        counts=", ".join(counts),
+        file=METRICS_FILE,
+        bars=join(bars),
+        legend=join(legend),
+        table=fill(TABLE, style="", corner="part", heads=heads, body=join(lines)),
     )
+
+
+def _line(label: str, source: str, values: Sequence[float | None]) -> Html:
+    """A line of the table of parts."""
+    name = fill("{label}<small>{source}</small>", label=label, source=source)
+    dash = Html("&ndash;")
+    shown = (dash if value is None else f"{value:,.2f}" for value in values)
+    return fill(LINE, name=name, cells=join(fill(CELL, value=value) for value in shown))
 
 
 def part_label(name: str) -> str:
@@ -94,36 +104,52 @@ def part_label(name: str) -> str:
     return name.removeprefix("time/").removesuffix("_ms").replace("_", " ")
 
 
-def routing(runs: Sequence[Run]) -> str:
+def routing(runs: Sequence[Run]) -> Html:
     """The last heat map of each run's expert load; empty without any."""
     maps = [(run, found) for run in runs if (found := expert_load(run))]
     if not maps:
-        return ""
+        return NOTHING
     figures = []
     for run, (step, load) in maps:
-        rows = "".join(
-            f'<div class="experts"><span>{layer}</span>'
-            + "".join(
-                f'<i style="--load:{_shade(value)};--side:var(--{"more" if value > 1 else "less"})"'
-                f' title="layer {layer}, expert {expert}: {value:.2f} of the mean"></i>'
-                for expert, value in enumerate(values)
+        rows = [
+            fill(
+                '<div class="experts"><span>{layer}</span>{experts}</div>',
+                layer=layer,
+                experts=join(
+                    fill(
+                        '<i style="--load:{shade};--side:var(--{side})" '
+                        'title="layer {layer}, expert {expert}: {value:.2f} of the mean"></i>',
+                        shade=_shade(value),
+                        side="more" if value > 1 else "less",
+                        layer=layer,
+                        expert=expert,
+                        value=value,
+                    )
+                    for expert, value in enumerate(values)
+                ),
             )
-            + "</div>"
             for layer, values in enumerate(load)
+        ]
+        figure = fill(
+            '<figure class="heat"><figcaption>{dot}{run}, step {step}: '
+            "busiest expert {most:.2f} of the mean</figcaption>"
+            '<div role="img" aria-label="Expert load of {run}">{rows}</div></figure>',
+            dot=dot(run),
+            run=run.name,
+            step=step,
+            most=max(max(values) for values in load),
+            rows=join(rows),
         )
-        most = max(max(values) for values in load)
-        figures.append(
-            f'<figure class="heat"><figcaption>{dot(run)}{text(run.name)}, step {step}: '
-            f"busiest expert {most:.2f} of the mean</figcaption>"
-            f'<div role="img" aria-label="Expert load of {text(run.name)}">{rows}</div></figure>'
-        )
-    return (
+        figures.append(figure)
+    return fill(
         '<section id="routing"><h2>Expert load</h2><p>A row per layer, a column per expert: the '
         "tokens that it got over the mean of its layer. "
         '<i class="swatch" style="background:var(--less)"></i>fewer '
         '<i class="swatch" style="background:var(--more)"></i>more, in full colour at none and '
-        f"at twice the mean. From {ROUTING_FILE}.</p>"
-        f'<div class="heats">{"".join(figures)}</div></section>'
+        "at twice the mean. From {file}.</p>"
+        '<div class="heats">{figures}</div></section>',
+        file=ROUTING_FILE,
+        figures=join(figures),
     )
 
 

@@ -1,0 +1,21 @@
+"""What a command prints reaches any terminal, or ends quietly where nobody reads it."""
+
+import signal
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from typing import NoReturn
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """`main` as a process of its own; the exit status is what it returns.
+
+    A character that the terminal has not becomes `?`. A closed pipe, as of `| head`, ends the
+    process without a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())
