@@ -36,7 +36,7 @@ from train.config import Config, ConfigError
 from train.data.faults import explained
 from train.data.sources import data_files, load_documents, source_of
 from train.data.tokenizer import Tokenizer, is_file, load_tokenizer
-from train.failure import ignore_in_worker
+from train.safety import workers
 
 PREFETCH = 4
 """Batches that each worker keeps ready."""
@@ -263,7 +263,7 @@ def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> It
 def _start_worker(worker: int) -> None:
     # The threads of the tokenizers library do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    ignore_in_worker()
+    workers.begin()
 
 
 def _sample_numbers(config: Config, step: int, rank: int, world_size: int) -> Iterator[range]:
