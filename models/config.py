@@ -20,6 +20,10 @@ FreeOnResume = Annotated[T, FREE_ON_RESUME]
 """Marks a key, or a whole section, that may change when a run is resumed: its type is otherwise T.
 All other keys make it another run, which is refused."""
 
+SAID_ON_RESUME = "may change on resume, which is said"
+SaidOnResume = Annotated[T, SAID_ON_RESUME]
+"""As FreeOnResume, for a key that what is trained depends on: the start says what changed."""
+
 
 class Section(BaseModel):
     """A section of the config: an unknown key or a wrong type is an error, never a guess."""

@@ -27,6 +27,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models.config import ModelConfig, MoEConfig
 from models.cpu_attention import CausalAttention, RotaryPositions
@@ -60,6 +61,11 @@ class GPT(GPTModel):
         """After a change of the parameters: experts quantize theirs once between two of them."""
         for layer in self.moe_layers():
             layer.experts.forget_prepared()
+
+    def local_expert_weights(self) -> list[Tensor]:
+        """This rank's part of the experts' master weights, float32."""
+        weights = (p for layer in self.moe_layers() for p in layer.experts.parameters())
+        return [w.to_local() if isinstance(w, DTensor) else w for w in weights]
 
     @property
     def runtime(self) -> Runtime:

@@ -7,11 +7,11 @@ command again; 1 anything else. torchrun itself exits with 1 whatever its ranks 
 
 import argparse
 import logging
+import os
 import sys
 import time
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
+from train import launch
 from train.checkpoint import run_lock
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env
 from train.failure import explain, refuse_while_stopped, run_process
@@ -45,6 +45,7 @@ def train(path: str, overrides: list[str]) -> None:
     """Check everything that can be checked before anything starts, then train."""
     # Before anything takes time: a restart by torchrun after a stop comes here again.
     refuse_while_stopped()
+    launch.check()
     config = load(path, overrides)
     check_world(config, world_size_from_env())
     # These take seconds to import, which a spelling mistake need not wait for.
@@ -63,8 +64,15 @@ def train(path: str, overrides: list[str]) -> None:
 
 def run() -> None:
     """The training as a process of its own."""
-    # `record` hands the error to torchrun, which prints it last, after all ranks have ended.
-    run_process(record(main))
+    run_process(_recorded if "TORCHELASTIC_ERROR_FILE" in os.environ else main)
+
+
+def _recorded() -> int | None:
+    # Here, because it takes a second, which a spelling mistake without torchrun need not wait for.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # It hands the error to torchrun, which prints it last, after all ranks have ended.
+    return record(main)()
 
 
 if __name__ == "__main__":

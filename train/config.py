@@ -22,7 +22,15 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from models.config import FREE_ON_RESUME, FreeOnResume, ModelConfig, MoEConfig, Section
+from models.config import (
+    FREE_ON_RESUME,
+    SAID_ON_RESUME,
+    FreeOnResume,
+    ModelConfig,
+    MoEConfig,
+    SaidOnResume,
+    Section,
+)
 from train import config_file
 
 
@@ -58,17 +66,17 @@ class ParallelConfig(Section):
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(gt=0)
+    lr: SaidOnResume[float] = Field(gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: SaidOnResume[Literal["cosine", "wsd", "constant"]] = "cosine"
     """After warm-up: cosine decay, warmup-stable-decay (linear at the end), or none."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: SaidOnResume[NonNegativeInt] = 0
     """Steps of linear warm-up."""
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    decay_fraction: SaidOnResume[float] = Field(default=0.2, gt=0, le=1)
     """wsd: the share of all steps, at the end, in which the rate falls."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: SaidOnResume[float] = Field(default=0.1, ge=0, le=1)
     """Last learning rate as a share of the peak."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: SaidOnResume[float] = Field(default=0.1, ge=0)
     """For matrices; norms and biases have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the gradient's running mean."""
@@ -76,7 +84,7 @@ class OptimConfig(Section):
     """Decay of the squared gradient's running mean."""
     eps: float = Field(default=1e-8, gt=0)
     """What AdamW adds to the divisor."""
-    clip_grad: float = Field(default=1.0, ge=0)
+    clip_grad: SaidOnResume[float] = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
     prepare_weights: FreeOnResume[bool] = False
     """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
@@ -113,6 +121,9 @@ class TrainConfig(Section):
     on_nonfinite: FreeOnResume[Literal["stop", "skip"]] = "stop"
     """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
     the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
+    nonfinite_limit: FreeOnResume[PositiveInt] = 10
+    """Skipped steps in a row after which the training stops all the same; between the first of them
+    and the next good step nothing is saved, but on a signal."""
     profile: FreeOnResume[bool] = False
     """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
     GEMMs, combine, communication, optimizer."""
@@ -260,6 +271,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     run = tree.setdefault("run", {})
+    given = set(run) if isinstance(run, dict) else set()
     if isinstance(run, dict):
         run.setdefault("group", path.stem)
         # Without a name a run is called after what makes it different from its neighbours.
@@ -267,9 +279,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         moe_path = moe.get("path", "bf16") if isinstance(moe, dict) else "bf16"
         run.setdefault("name", _file_name(f"{path.stem}-{moe_path}"))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+    # A name that nobody gave is a default, before which W&B's own variables come.
+    config.run.model_fields_set.intersection_update(given)
+    return config
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -324,7 +339,7 @@ def describe_keys() -> str:
         lines.append(f"\n{section}: {' '.join((model.__doc__ or '').split())}")
         for key, field in model.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
-            free = f"; {FREE_ON_RESUME}" if is_free(section, key) else ""
+            free = f"; {mark}" if (mark := mark_of(section, key)) else ""
             about = " ".join((field.description or "").split())
             lines.append(f"  {section}.{key} ({default}{free}) {about}".rstrip())
     return "\n".join(lines)
@@ -332,8 +347,19 @@ def describe_keys() -> str:
 
 def is_free(section: str, key: str) -> bool:
     """Whether `section.key` may change when a run is resumed; it is marked at the key."""
+    return mark_of(section, key) is not None
+
+
+def is_said(section: str, key: str) -> bool:
+    """Whether the start says that `section.key` has changed since the checkpoint."""
+    return mark_of(section, key) == SAID_ON_RESUME
+
+
+def mark_of(section: str, key: str) -> str | None:
+    """What a key may do when a run is resumed; None for what makes it another run."""
     whole, part = Config.model_fields[section], _section(section).model_fields[key]
-    return FREE_ON_RESUME in (*whole.metadata, *part.metadata)
+    marks = (*whole.metadata, *part.metadata)
+    return next((mark for mark in (SAID_ON_RESUME, FREE_ON_RESUME) if mark in marks), None)
 
 
 def _section(name: str) -> type[BaseModel]:

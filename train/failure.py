@@ -1,5 +1,6 @@
 """How a training ends before its last step, each as one line and an exit code of its own."""
 
+import errno
 import gc
 import os
 import signal
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.config import ConfigError
+from train.safety import output
+from train.safety.parent import end_with_torchrun
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Those that ask a training to stop."""
 
 STOP_FILE = "TRAIN_STOP_FILE"
@@ -23,8 +26,11 @@ see their exit codes, such as a batch script around torchrun. Where the file app
 stops as after a signal; whatever made it stop, once it has saved it writes `saved` into the file,
 which says: requeue me. While the file is there, nothing starts."""
 
-PATIENCE_S = 5.0
+PATIENCE_S = 3.0
 """How long a rank waits for another one to say what is the matter."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""A disk that is full, a quota that is used up, a file system that is read-only."""
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says when the other side of a connection has ended."""
@@ -74,18 +80,30 @@ def explain(error: Exception) -> Ending:
     if WORKER_IS_GONE in text:
         return Ending(
             f"error: rank {rank}: a process that prepares data died ({' '.join(text.split())}); "
-            "where memory ran out, lower data.workers; started again, the training goes on from "
-            "the newest checkpoint",
+            "where memory ran out, that of /dev/shm too, lower data.workers; started again, the "
+            "training goes on from the newest checkpoint",
             1,
+        )
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return Ending(
+            f"error: rank {rank}: {error.filename or 'a file of the run'} cannot be written "
+            f"({error.strerror}); make room and start again, which goes on from the newest "
+            "checkpoint",
+            1,
+            after_the_first,
         )
     if any(sign in text for sign in PEER_IS_GONE):
-        return Ending(
-            f"error: rank {rank} lost another rank, whose end is reported by itself, torchrun or "
-            "the system; started again, the training goes on from the newest checkpoint",
-            1,
-            PATIENCE_S,
-        )
+        return Ending(lost_another(rank), 1, PATIENCE_S)
     return Ending(None, None, PATIENCE_S if "NCCL" in text else 0.0)
+
+
+def lost_another(rank: int | str, which: str = "") -> str:
+    """What a rank says that ends because another one, or that one, has ended."""
+    name = f" (rank {which})" if which else ""
+    return (
+        f"error: rank {rank} lost another rank{name}, whose end is reported by itself, torchrun or "
+        "the system; started again, the training goes on from the newest checkpoint"
+    )
 
 
 def stop_file() -> Path | None:
@@ -100,16 +118,13 @@ def refuse_while_stopped() -> None:
         raise Preempted(f"{STOP_FILE}={path} is there already, so nothing was started")
 
 
-def ignore_in_worker() -> None:
-    """For a data worker: its training stops it in good time, and a signal to all processes of a
-    job must not take the data away from the step that is to be ended."""
-    signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def run_process(main: Callable[[], int | None]) -> None:
     """`main` as a process: the exit code is what it returns, and 1 after an error."""
+    output.protect()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Before the first step Ctrl-C just ends the process, as SIGTERM does, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_torchrun()
     try:
         code = main()
     except Exception:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.distributed.fsdp import FSDPModule
 
+from models.fp8 import overflow
 from models.gpt import GPT, build_gpt
 from train import parallel
+from train.agreement import agree
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.same_run import already_trained
 from train.config import Config
 from train.data.batches import Batch, Corpus
 from train.failure import Preempted, TrainingFailed
@@ -31,6 +32,7 @@ from train.metrics.throughput import Meter, peak_bf16_flops
 from train.optim import (
     build_optimizer,
     clip_gradients,
+    follow_keys,
     learning_rate,
     set_learning_rate,
     takes_grad_scale,
@@ -38,7 +40,9 @@ from train.optim import (
 from train.parallel import Ranks
 from train.preflight import resolve_device, resolve_dtype
 from train.profiling.step import PartMaker, StepProfiler, untimed
+from train.safety import workers
 from train.safety.guards import Safety
+from train.safety.lifeline import Lifeline
 from train.safety.nonfinite import LossGuard
 from train.safety.watchdog import MARGIN_S
 
@@ -61,21 +65,34 @@ class Training:
     def __post_init__(self) -> None:
         accumulation = self.config.accumulation(self.ranks.world_size)
         self.metrics = StepMetrics(self.model, accumulation)
-        self.guard = LossGuard(self.config, self.ranks)
+        self.guard = LossGuard(self.config, self.ranks, self.model)
 
 
 def train(config: Config, corpus: Corpus) -> None:
     """Train to `config.train.steps`, from the run folder's newest checkpoint if it has one."""
-    if already_trained(config):
+    timeout_s = config.parallel.timeout_s + MARGIN_S
+    peers = parallel.meet(timeout_s)
+    if agree(peers, config, corpus):  # the run is finished
         return
-    device, timeout_s = resolve_device(config), config.parallel.timeout_s
-    ranks = parallel.start(
-        device, config.parallel.expert_parallel, config.train.seed, timeout_s + MARGIN_S
-    )
+    with Lifeline(peers) as lifeline:
+        ranks = parallel.start(
+            resolve_device(config),
+            config.parallel.expert_parallel,
+            config.train.seed,
+            timeout_s,
+            peers,
+        )
+        train_together(config, corpus, ranks, lifeline)
+        parallel.stop()
+
+
+def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifeline) -> None:
+    """All that the ranks do as one group."""
     model, optimizer = build(config, ranks)
 
     checkpointer = Checkpointer(config.run_dir, config, ranks, model, optimizer)
     first_step, gathered = checkpointer.restore()
+    follow_keys(optimizer, config.optim)
     training = Training(config, ranks, model, optimizer, done=first_step)
     if gathered:
         training.metrics.load_state(gathered)
@@ -88,17 +105,20 @@ def train(config: Config, corpus: Corpus) -> None:
         config.train.warmup_steps,
         peak_bf16_flops(device_name(ranks.device)),
     )
-    with Safety(config, ranks, model) as safety:
+    batches = corpus.train_batches(ranks.rank, ranks.world_size, first_step)
+    with Safety(config, ranks, model, lifeline) as safety:
         try:
-            train_steps(training, corpus, checkpointer, meter, recorder, safety)
+            train_steps(training, corpus, batches, checkpointer, meter, recorder, safety)
         except BaseException as error:
+            lifeline.leave()
             give_up(error, recorder, safety)
             raise
+        finally:
+            workers.end(batches)
     if recorder:
         recorder.finish(meter.summary())
     model.runtime.dispatcher.close()
     dist.barrier()
-    parallel.stop()
 
 
 def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
@@ -114,6 +134,7 @@ def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
 def train_steps(
     training: Training,
     corpus: Corpus,
+    batches: Iterator[Batch],
     checkpointer: Checkpointer,
     meter: Meter,
     recorder: Recorder | None,
@@ -125,7 +146,6 @@ def train_steps(
     profiler = StepProfiler(
         training.model, config.train, ranks.device, config.run_dir, ranks.is_first
     )
-    batches = corpus.train_batches(ranks.rank, ranks.world_size, training.done)
     meter.start()
     while training.done < config.train.steps:
         number = training.done + 1
@@ -140,7 +160,9 @@ def train_steps(
             meter.step(tokens_per_step, data_seconds)
 
         stopping = safety.stop.agreed()
-        if due.log or due.validate or due.save or due.is_last or stopping:
+        # What was good is not rotated away by what may be lost already.
+        saving = due.save and not stopping and not training.guard.skipped_in_a_row
+        if due.log or due.validate or saving or due.is_last or stopping:
             training.guard.check()
         row: dict[str, float] = {}
         if due.log:
@@ -154,7 +176,7 @@ def train_steps(
         if recorder and due.log and recorder.wants_picture(number):
             with meter.pause():
                 recorder.picture(metrics.routing.row(number))
-        if due.save and not stopping:
+        if saving:
             with meter.pause():
                 checkpointer.save(number, metrics.state())
         if stopping and not due.is_last:
@@ -258,6 +280,9 @@ def validate(training: Training, corpus: Corpus) -> float:
         for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
             found = losses(model, batch.to(ranks.device), training.config)
             total += torch.stack([found.sum().double(), total.new_tensor(found.numel())])
+    hidden = overflow.note_on(ranks.device)
+    total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
+    hidden.zero_()
     dist.all_reduce(total)
     model.train()
     # Nothing else would free gathered weights, since no backward pass follows.

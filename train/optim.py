@@ -103,6 +103,13 @@ def build_optimizer(
     return adamw(decaying, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
+def follow_keys(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+    """After a checkpoint was loaded, whose groups hold the values of then: those of `config`."""
+    for group in optimizer.param_groups:
+        if group["params"][0].ndim > 1:
+            group["weight_decay"] = config.weight_decay
+
+
 def clip_gradients(
     parameters: list[nn.Parameter], max_norm: float, optimizer: torch.optim.Optimizer | None = None
 ) -> Tensor:

@@ -16,6 +16,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,11 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from models.gpt import GPT
+from train.failure import TrainingFailed
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,43 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> Ranks:
-    """Join the other ranks that torchrun or SLURM started, or be the only one."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+class Peers(NamedTuple):
+    """The processes that were started together, before they are a process group."""
+
+    store: dist.Store
+    """Where they find each other; keys of its own for whoever talks through it."""
+    rank: int
+    world_size: int
+
+
+def meet(timeout_s: int) -> Peers:
+    """Wait for the other ranks that torchrun started, or be the only one.
+
+    Raises TrainingFailed where they cannot be found.
+    """
+    if "RANK" not in os.environ:
+        return Peers(dist.HashStore(), 0, 1)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        store = _store_of_a_restart()
+        if store is None:
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainingFailed(
+            f"rank {rank} cannot meet the others at MASTER_ADDR:MASTER_PORT={where}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+    store.set_timeout(timeout)
+    return Peers(store, rank, world_size)
+
+
+def start(
+    device_type: str, expert_parallel: int, seed: int, timeout_s: int, peers: Peers | None = None
+) -> Ranks:
+    """Make one process group of the ranks that have met, or meet now."""
+    store, rank, world_size = peers or meet(timeout_s)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     timeout = datetime.timedelta(seconds=timeout_s)
     device = torch.device(device_type)
@@ -59,17 +96,14 @@ def start(device_type: str, expert_parallel: int, seed: int, timeout_s: int) -> 
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
-    if "RANK" in os.environ:
-        bind = device if device_type == "cuda" else None
-        store = _store_of_a_restart()
-        # -1: PyTorch reads it off the environment, as the address of the store that it then uses.
-        rank, ranks = (int(os.environ["RANK"]), world_size) if store is not None else (-1, -1)
-        dist.init_process_group(
-            backend, timeout=timeout, device_id=bind, store=store, rank=rank, world_size=ranks
-        )
-    else:
-        alone = dist.HashStore()
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device_type == "cuda" and "RANK" in os.environ else None,
+    )
 
     # megatron-core's modules find their groups here; its expert-parallel ranks are neighbours too.
     parallel_state.initialize_model_parallel(

@@ -1,12 +1,21 @@
 """Whether a run can start on this machine: what cannot is one line before anything starts."""
 
 import os
+import shutil
+from pathlib import Path
 
 import torch
 
 from models.moe.runtime import why_not
 from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError
+from train.data.batches import PREFETCH
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where data workers leave their batches; a container has 64 MB of it unless asked for more."""
+
+BYTES_PER_TOKEN = 3 * 8
+"""Of a batch: three int64 a token."""
 
 
 def check(config: Config) -> None:
@@ -14,6 +23,7 @@ def check(config: Config) -> None:
     device = resolve_device(config)
     if device == "cuda":
         check_gpus()
+    check_shared_memory(config)
     if config.train.deterministic:
         make_deterministic()
     if device == "cuda" and resolve_dtype(config, device) is not torch.bfloat16:
@@ -58,8 +68,30 @@ def resolve_device(config: Config) -> str:
     return config.train.device
 
 
+def check_shared_memory(config: Config) -> None:
+    """Raise ConfigError where the batches that data workers keep ready have no room."""
+    if not SHARED_MEMORY.is_dir():  # not Linux
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    # Each worker's, and one that is being trained on.
+    batches = config.data.workers * PREFETCH + 1 if config.data.workers else 0
+    batch = config.train.micro_batch * config.model.seq_len * BYTES_PER_TOKEN
+    needed = batches * batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > free:
+        raise ConfigError(
+            f"data.workers={config.data.workers} needs {needed / 1e6:,.1f} MB of shared memory for "
+            f"the batches of this machine's ranks, and {SHARED_MEMORY} has {free / 1e6:,.1f} MB "
+            "free; give it more (docker run --shm-size=8g), or set data.workers=0"
+        )
+
+
 def check_gpus() -> None:
     """Raise ConfigError where a machine has fewer GPUs than processes: each needs its own."""
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "LOCAL_RANK is not in the environment, so every process would take the first GPU; "
+            "start with torchrun, which sets it"
+        )
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > gpus:
         raise ConfigError(

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from models.fp8 import kernels as kernels
-from models.fp8 import reference
+from models.fp8 import overflow, reference
 from models.fp8.tensor import Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 
@@ -129,3 +129,24 @@ def test_refusals(device):
         kernels.swiglu_backward(h, h, probs)
     with pytest.raises(ValueError, match="multiple of 128"):
         kernels.swiglu_quantize(h[:, :200], probs, Layout.COMPACT)
+
+
+def test_infinities_are_noted(device):
+    """By each kernel what the reference notes, and nothing of padding."""
+    note = overflow.note_on(torch.zeros(0, device=device).device)
+    for row, prob, infinite in ((0, 1.0, False), (37, 0.0, True), (37, 0.5, True), (5, 1e-3, True)):
+        da, h, probs = problem((70, 256), torch.bfloat16, device)
+        probs[row] = prob
+        h[row], da[row] = 1, 1
+        if infinite:
+            h[row, 300], da[row, 200] = torch.inf, torch.inf
+        for name, *arguments in (
+            ("swiglu", h, probs),
+            ("swiglu_quantize", h, probs, Layout.GEMM_READY),
+            ("swiglu_backward", da, h, probs),
+            ("swiglu_backward_quantize", da, h, probs, Layout.COMPACT),
+        ):
+            for operations in (reference, kernels):
+                note.zero_()
+                getattr(operations, name)(*arguments)
+                assert bool(note) == (infinite and prob != 0), (name, row, prob)

@@ -1,8 +1,11 @@
 """Run by tests under torchrun: training in which rank 1 fails in its third step, by itself or with
-PLANNED=kill as if somebody had killed it. Started again by torchrun it does not fail."""
+PLANNED=kill as if somebody had killed it. With PLANNED=spin the other rank then hears nothing, as
+in a collective of NCCL. Started again by torchrun it does not fail."""
 
 import os
 import signal
+import time
+from pathlib import Path
 
 from train import __main__ as entry
 from train import loop
@@ -17,7 +20,11 @@ def step(*args):
     if steps == 3 and os.environ["RANK"] == "1":
         if os.environ.get("PLANNED") == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if "FAILED_AT" in os.environ:
+            Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
         raise RuntimeError("the planted failure of rank 1")
+    while steps == 3 and os.environ.get("PLANNED") == "spin":
+        time.sleep(0.01)
     return real_step(*args)
 
 

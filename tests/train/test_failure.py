@@ -24,6 +24,13 @@ from train.failure import PATIENCE_S, Preempted, TrainingFailed, explain
             1,
             (PATIENCE_S, PATIENCE_S),
         ),
+        (
+            OSError(28, "No space left on device", "runs/a/config.yaml"),
+            "error: rank {rank}: runs/a/config.yaml cannot be written (No space left on device)",
+            1,
+            (0, PATIENCE_S),
+        ),
+        (OSError(2, "No such file"), None, None, (0, 0)),
         (RuntimeError("NCCL error"), None, None, (PATIENCE_S, PATIENCE_S)),
         (ValueError("a mistake of ours"), None, None, (0, 0)),
     ],

@@ -164,7 +164,10 @@ def test_a_data_worker_that_dies(tmp_path):
     with Training(2, keys, tmp_path / "log") as training:
         training.wait_until(lambda: checkpoints(run_dir))
         own = training.processes[1].pid
-        (worker,) = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        (worker,) = [
+            c for c in children if Path(f"/proc/{c}/comm").read_text() == "pt_data_worker\n"
+        ]
         os.kill(int(worker), signal.SIGKILL)
         codes = training.exit_codes()
     assert codes[1] == 1

@@ -208,3 +208,37 @@ def test_a_save_before_the_first_update_changes_nothing(tmp_path, monkeypatch, k
         runs.append(repeated(tmp_path / f"every-{every}"))
     assert runs[0][4]["loss/train"] > 0
     assert not differences(*runs)
+
+
+def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
+    """As after NaN, whose line says: lower optim.lr. What the keys come to is what is trained."""
+    keys = ["parallel.expert_parallel=1", "train.steps=4", "checkpoint.every=2"]
+    train(tmp_path, "a", 1, *keys, "optim.schedule=constant", "optim.weight_decay=0")
+    for name, more, says in (
+        ("a", ["optim.schedule=constant", "optim.weight_decay=0"], None),
+        ("rate", ["optim.lr=0.0001", "optim.weight_decay=0"], "optim.lr=0.0001 (was 0.0005)"),
+        ("decay", ["optim.schedule=constant", "optim.weight_decay=50"], "optim.weight_decay=50"),
+    ):
+        if name != "a":
+            shutil.copytree(tmp_path / "a", tmp_path / name)
+        forget(tmp_path / name, 2)
+        with Training(1, argv(tmp_path, name, *keys, *more), tmp_path / "log") as training:
+            assert training.exit_codes() == [0]
+        log = training.log.read_text()
+        changed = [line for line in log.splitlines() if line.startswith("changed")]
+        assert (says in changed[0]) if says else not changed
+    before, rate, decay = (repeated(tmp_path / name) for name in ("a", "rate", "decay"))
+    assert rate[2] == decay[2] == before[2]
+    assert rate[3]["optim/lr"] == pytest.approx(0.0001, rel=0.5)
+    assert before[3]["optim/lr"] == decay[3]["optim/lr"] == 0.0005
+    # The loss of step 3 is that of the weights before its update.
+    assert decay[3]["loss/train"] == before[3]["loss/train"]
+    assert abs(decay[4]["loss/train"] - before[4]["loss/train"]) > 1e-3
+
+
+@pytest.mark.parametrize("key", ["optim.beta1=0.8", "optim.eps=1e-6", "data.valid_fraction=0.1"])
+def test_another_training_is_refused(tmp_path, capsys, monkeypatch, key):
+    train(tmp_path, "a", 1, "parallel.expert_parallel=1", "train.steps=1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main([*argv(tmp_path, "a", "parallel.expert_parallel=1", "train.steps=2"), key]) == 2
+    assert key.partition("=")[0] in capsys.readouterr().err

@@ -30,7 +30,7 @@ def logged(run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
 def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     keys = argv(tmp_path, "a", STEPS, "data.workers=1")
     with Training(2, keys, tmp_path / "log") as training:
@@ -52,6 +52,36 @@ def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     rows = {step: row for step, row in repeated(tmp_path / "a").items() if step <= max(whole)}
     assert rows == {step: whole[step] for step in rows}
     assert len(rows) >= saved + 2
+
+
+def test_nohup_means_it(tmp_path):
+    """It has the training ignore SIGHUP before it begins."""
+
+    def nohup(rank: int) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log", nohup) as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        for rank in (0, 1):
+            training.signal(rank, signal.SIGHUP)
+        step = logged(tmp_path / "a")
+        training.wait_until(lambda: logged(tmp_path / "a") >= step + 3)
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
+    def slow_start(rank: int) -> None:
+        from train import loop
+
+        loop.build = lambda *_: time.sleep(60)  # type: ignore[assignment]
+        (tmp_path / f"rank {rank}").touch()
+
+    with Training(2, argv(tmp_path, "a", STEPS), tmp_path / "log", slow_start) as training:
+        training.wait_until(lambda: len(list(tmp_path.glob("rank *"))) == 2)
+        time.sleep(2)
+        for rank in (0, 1):
+            training.signal(rank, signal.SIGINT)
+        assert training.exit_codes(20) == [-signal.SIGINT] * 2
+    assert "Traceback" not in training.log.read_text()
 
 
 def test_a_second_signal_exits_at_once(tmp_path):

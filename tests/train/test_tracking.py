@@ -1,6 +1,7 @@
 """W&B: what it records offline, and that no failure of it reaches the training."""
 
 import json
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from train.config import Config
+from train.config import Config, load
 from train.metrics import tracking
 from train.metrics.environment import Environment
 from train.metrics.tracking import Tracker, resolve_mode
@@ -33,8 +34,9 @@ ENVIRONMENT: Environment = {
 @pytest.fixture(autouse=True)
 def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither the developer's key nor their settings reach a test."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
@@ -144,6 +146,44 @@ def test_offline_run_holds_everything(
     assert next(r.exit.exit_code for r in found if r.HasField("exit")) == 0
     output = capfd.readouterr()
     assert "wandb" not in output.out + output.err  # the terminal belongs to the training
+
+
+VARIABLES = {
+    "WANDB_PROJECT": "their-project",
+    "WANDB_NAME": "their name",
+    "WANDB_RUN_GROUP": "their-group",
+    "WANDB_TAGS": "c,d",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], ("their-project", "their name", "their-group", ["c", "d"])),
+        (
+            ["tracking.project=p", "run.name=n", "run.group=g", "run.tags=[t]"],
+            ("p", "n", "g", ["t"]),
+        ),
+    ],
+)
+def test_variables_of_wandb_win_over_defaults_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], said: tuple[Any, ...]
+) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    given: dict[str, Any] = {}
+
+    def init(**kwargs: Any) -> FakeRun:
+        given.update(kwargs)
+        return FakeRun()
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = load("configs/demo_cpu.yaml", overrides)
+    Tracker(config, tmp_path)
+    found = (given["project"], given["name"], given["group"], list(given["tags"]))
+    assert found == said
+    if not overrides:
+        assert config.run.name == "demo_cpu-bf16", "the folder's name is not W&B's"
 
 
 def test_resumed_run_keeps_its_id_and_a_new_one_does_not(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.support.ranks import read_metrics, run_train
+from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import TWO_LAYERS
 from train.__main__ import main
 from train.config import load
@@ -278,6 +278,17 @@ def test_empty_and_short_data(tmp_path, capsys, monkeypatch):
             == 2
         )
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_path_with_markup_in_it_is_printed_as_it_is(tmp_path):
+    """Rich would take `[/b]` for the end of something bold, and `:boom:` for a picture."""
+    folder = tmp_path / "a[/b] :boom: [red]"
+    keys = ["train.steps=1", "parallel.expert_parallel=1", f"run.dir={folder}", "run.name=a"]
+    with Training(1, [*TWO_LAYERS, *keys], tmp_path / "log") as training:
+        assert training.exit_codes() == [0], training.log.read_text()
+    log = training.log.read_text()
+    assert f"run       {folder}/a\n" in log
+    assert f"everything is in {folder}/a: " in log
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -47,7 +47,7 @@ from train.data.sources import (
     source_of,
 )
 from train.data.tokenizer import Tokenizer, is_local, load_tokenizer
-from train.failure import ignore_in_worker
+from train.safety import workers
 
 PREFETCH = 4
 """Batches that each worker keeps ready."""
@@ -319,7 +319,7 @@ def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> It
 def _start_worker(worker: int) -> None:
     # The threads of the tokenizers library do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    ignore_in_worker()
+    workers.begin()
 
 
 def _sample_numbers(config: Config, step: int, rank: int, world_size: int) -> Iterator[range]:

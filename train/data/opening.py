@@ -16,7 +16,7 @@ try:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
-        from backports import zstd
+        import backports.zstd as zstd
 except ImportError:  # said where a file needs it
     zstd = None  # type: ignore[assignment]
 

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from train.checkpoint.changed import changed_keys
 from train.config import Config
 from train.metrics.environment import Environment, describe_environment
 from train.metrics.metrics_file import LoadRow, MetricsFile
@@ -35,6 +36,7 @@ class Recorder:
         self.file.write(row)
         self.tracker.log(row, step)
         self.progress.line(step, row)
+        self.last.pop("loss/train", None)  # an older one is not how the run ended
         self.last |= row
 
     def wants_picture(self, step: int) -> bool:
@@ -84,6 +86,8 @@ def describe(
     config.save(run_dir / "config.yaml")
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     recorder = Recorder(config, run_dir, environment, first_step)
+    checkpoint = run_dir / "checkpoints" / f"step_{first_step:08d}"
+    changed = changed_keys(checkpoint, config) if first_step else ""
     recorder.progress.start(
         {
             **facts(config, ranks, environment["device_name"], runs_on),
@@ -92,5 +96,6 @@ def describe(
             "start": f"step {first_step} of {config.train.steps}"
             + (f", from {run_dir / 'checkpoints'}" if first_step else ""),
         }
+        | ({"changed": changed} if changed else {})
     )
     return recorder

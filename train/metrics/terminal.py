@@ -18,7 +18,8 @@ class Progress:
     """Rank 0's terminal. The bar is for terminals only; a log file gets the lines."""
 
     def __init__(self, steps: int, first_step: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        # Paths are printed as they are: `[/b]` and `:x:` are no markup.
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.steps = steps
         self.bar = Bar(
             TextColumn("training"),

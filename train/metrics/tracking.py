@@ -11,8 +11,9 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from models.config import Section
 from train.config import Config
 
 if TYPE_CHECKING:  # each takes a second to import, which a disabled run need not pay
@@ -166,15 +167,16 @@ def _start(
 ) -> "Run":
     import wandb
 
+    tags = _set_by("WANDB_TAGS", config.run, "tags")
     run = wandb.init(
         mode=mode,
         id=_run_id(run_dir, resumed),
         resume="allow" if mode == "online" else None,  # offline there is nobody to ask
-        project=config.tracking.project,
-        group=config.run.group,
+        project=_set_by("WANDB_PROJECT", config.tracking, "project"),
+        group=_set_by("WANDB_RUN_GROUP", config.run, "group"),
         job_type=config.moe.path,
-        name=config.run.name,
-        tags=config.run.tags,
+        name=_set_by("WANDB_NAME", config.run, "name"),
+        tags=tags.split(",") if isinstance(tags, str) else tags,
         config={**config.model_dump(mode="json"), "environment": dict(environment or {})},
         dir=str(run_dir),
         settings=wandb.Settings(
@@ -191,6 +193,13 @@ def _start(
     for group in ("optim", "throughput", "memory", "time", "moe"):
         run.define_metric(f"{group}/*", step_metric="progress/step")
     return run
+
+
+def _set_by(variable: str, section: Section, key: str) -> Any:
+    """A key's value where somebody has set it; otherwise that of W&B's own variable, and at last
+    the default."""
+    default = getattr(section, key)
+    return default if key in section.model_fields_set else os.environ.get(variable) or default
 
 
 def _stop_service() -> None:

@@ -3,6 +3,7 @@
 from models.gpt import GPT
 from train.config import Config
 from train.parallel import Ranks
+from train.safety.lifeline import Lifeline
 from train.safety.signals import StopRequest
 from train.safety.watchdog import MARGIN_S, Watchdog
 
@@ -10,10 +11,12 @@ from train.safety.watchdog import MARGIN_S, Watchdog
 class Safety:
     """Open while there are steps: signals ask to stop, and a step that hangs is noticed."""
 
-    def __init__(self, config: Config, ranks: Ranks, model: GPT) -> None:
+    def __init__(self, config: Config, ranks: Ranks, model: GPT, lifeline: Lifeline) -> None:
         timeout_s = config.parallel.timeout_s
         self.stop = StopRequest(ranks, timeout_s + MARGIN_S)
-        self.watchdog = Watchdog(config.run_dir, ranks.rank, ranks.world_size, timeout_s)
+        self.watchdog = Watchdog(
+            config.run_dir, ranks.rank, ranks.world_size, timeout_s, lifeline.leave
+        )
         # In training and in validation; neither has a forward pass as long as the time-out.
         model.register_forward_pre_hook(lambda *_: self.watchdog.beat())
 

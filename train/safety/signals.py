@@ -5,8 +5,8 @@
             ...                      # a step
             if stop.agreed(): ...    # save and leave
 
-SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second signal exits at once. The
-file that TRAIN_STOP_FILE names asks too; see train/failure.py.
+SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second
+signal exits at once. The file that TRAIN_STOP_FILE names asks too; see train/failure.py.
 """
 
 import os
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from train.failure import SIGNALS, STOP_FILE, stop_file
 from train.parallel import Ranks
+from train.safety import output
 
 BY_FILE = 1000
 """In place of a signal's number."""
@@ -47,7 +48,9 @@ class StopRequest:
         # Python runs a handler when its main thread comes back from what it does; a thread that
         # reads the signals' numbers is there even while that waits for another rank forever.
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        # nohup has the training ignore SIGHUP, and means it.
+        ours = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, _nothing) for number in ours}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
@@ -85,7 +88,7 @@ class StopRequest:
             if first is None:
                 first, self._asked = time.monotonic(), received[0]
             elif time.monotonic() - first > ONE_REQUEST_S:
-                os.write(2, f"a second signal, {name}: leaving at once\n".encode())
+                output.last_words(f"a second signal, {name}: leaving at once")
                 os._exit(128 + received[0])
         os.close(self._read)
 

@@ -16,14 +16,16 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
+
+from train.safety import output
 
 MARGIN_S = 60
 """The process groups' own time-outs come this much later, so that they do not speak first."""
@@ -46,7 +48,16 @@ TORCH_DISTRIBUTED = os.path.dirname(dist.__file__)
 class Watchdog:
     """One rank's. `beat` at least once in `timeout_s`; close it when the steps are over."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        on_hang: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_hang` is called when this rank is about to end by itself."""
+        self.on_hang = on_hang
         self.folder = run_dir / "stalled"
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._last = time.monotonic()
@@ -61,7 +72,8 @@ class Watchdog:
         self._file.write(f"{socket.gethostname()}\n")
         self._file.flush()
         # Before SIGALRM ends this process, its stack is on the terminal: nobody else may speak.
-        faulthandler.register(signal.SIGALRM, file=2, all_threads=False, chain=True)
+        where = output.stderr_descriptor()
+        faulthandler.register(signal.SIGALRM, file=where, all_threads=False, chain=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
@@ -99,10 +111,12 @@ class Watchdog:
 
     def _report(self) -> None:
         gather_s = GRACE_S + GATHER_S
+        self.on_hang()
         # Out of the way, but set: the main thread can still come back and take the lock.
         self._set_timers(3 * gather_s, 4 * gather_s)
         faulthandler.dump_traceback(self._file)
-        os.fsync(self._file.fileno())  # for readers on other nodes
+        with suppress(OSError):  # a full disk must not keep this process
+            os.fsync(self._file.fileno())  # for readers on other nodes
         time.sleep(gather_s)
         if self._closed.is_set():
             return
@@ -110,7 +124,7 @@ class Watchdog:
         speakers = (rank for rank, where in present.items() if where.can_speak)
         if self.rank == min(speakers, default=self.rank):
             line = summary(present, self.world_size, self.timeout_s)
-            print(f"error: {line}; stacks are in {self.folder}", file=sys.stderr, flush=True)
+            output.last_words(f"error: {line}; stacks are in {self.folder}")
         else:
             # The one that speaks may have begun later, and would take this one's end for the fault.
             time.sleep(gather_s)

@@ -1,6 +1,7 @@
 """What several kernels do inside: one block of 128 values to E4M3 and its scale, and SwiGLU.
 
-Functions that run in a kernel, on tiles in registers; no memory is touched here. The rules are
+Functions that run in a kernel, on tiles in registers; no memory is touched here, but for the note
+of infinities. The rules are
 those of `models/fp8/reference/quantize.py`, and so are the bits. Two things differ on a GPU from
 the plain expression and are therefore spelled out:
 
@@ -55,6 +56,13 @@ def quantize_rows(x, dtype_max):
     """Blocks `[n, 128]` float32 to E4M3 bytes `[n, 128]` and `scale_inv` `[n]`."""
     scale = scale_from_amax(tl.max(magnitude(x), 1), dtype_max)
     return to_e4m3(x * scale[:, None]), reciprocal(scale)
+
+
+@triton.jit
+def note_infinities(x, note_ptr):
+    """`overflow.look` at a tile: stores that all but never happen cost less than a maximum."""
+    found = tl.abs(x.to(tl.float32)) == float("inf")
+    tl.store(note_ptr + tl.zeros(x.shape, tl.int32), 1, mask=found)
 
 
 @triton.jit

@@ -25,10 +25,12 @@ from models.fp8.kernels.blocks import (
     WIDTH,
     check_whole_blocks,
     dtype_max,
+    note_infinities,
     quantize_rows,
     scale_strides,
     sigmoid,
 )
+from models.fp8.overflow import note_on
 from models.fp8.tensor import BLOCK, E4M3, BlockScaledTensor, Layout, ceil_div, scale_shape
 
 ROWS = 32  # rows of a forward tile, which is 128 wide
@@ -46,7 +48,7 @@ def swiglu(h: Tensor, probs: Tensor) -> Tensor:
     tiles = ceil_div(cols, BLOCK)
     if out.numel():
         _swiglu_kernel[(ceil_div(rows, ROWS) * tiles,)](
-            h.contiguous(), probs, out, None, rows, cols, tiles, 0, 0, rows, 0.0,
+            h.contiguous(), probs, out, None, note_on(h.device), rows, cols, tiles, 0, 0, rows, 0.0,
             QUANTIZE=False, ROWS=ROWS,
         )  # fmt: skip
     return out
@@ -65,8 +67,8 @@ def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTens
     tiles = cols // BLOCK
     if data.numel():
         _swiglu_kernel[(ceil_div(stored, ROWS) * tiles,)](
-            h.contiguous(), probs, data, scale_inv, rows, cols, tiles, stride_row, stride_block,
-            stored, dtype_max(h.dtype), QUANTIZE=True, ROWS=ROWS,
+            h.contiguous(), probs, data, scale_inv, note_on(h.device), rows, cols, tiles,
+            stride_row, stride_block, stored, dtype_max(h.dtype), QUANTIZE=True, ROWS=ROWS,
         )  # fmt: skip
     return BlockScaledTensor(data, scale_inv, layout)
 
@@ -79,8 +81,8 @@ def _activation(gate, up, prob):
 
 @triton.jit
 def _swiglu_kernel(
-    h_ptr, probs_ptr, out_ptr, scale_ptr, rows, cols, tiles, stride_row, stride_block, stored,
-    dtype_max, QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
+    h_ptr, probs_ptr, out_ptr, scale_ptr, note_ptr, rows, cols, tiles, stride_row, stride_block,
+    stored, dtype_max, QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -91,6 +93,7 @@ def _swiglu_kernel(
     up = tl.load(h_ptr + cols + at, mask=real, other=0.0).to(tl.float32)
     prob = tl.load(probs_ptr + row, mask=row < rows, other=0.0)
     a = _activation(gate, up, prob[:, None]).to(h_ptr.dtype.element_ty)
+    note_infinities(a, note_ptr)
 
     out = out_ptr + (row * cols)[:, None] + col[None, :]
     if QUANTIZE:
@@ -114,7 +117,7 @@ def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tenso
     if rows:
         _swiglu_backward_kernel[(ceil_div(rows, BACKWARD_ROWS),)](
             da.contiguous(), h.contiguous(), probs, dh, dprobs, None, None, None,
-            rows, cols, 0, 0, rows, 0.0, QUANTIZE=False, ROWS=BACKWARD_ROWS,
+            note_on(h.device), rows, cols, 0, 0, rows, 0.0, QUANTIZE=False, ROWS=BACKWARD_ROWS,
         )  # fmt: skip
     return dh, dprobs
 
@@ -141,7 +144,7 @@ def swiglu_backward_quantize(
     if data.numel():
         _swiglu_backward_kernel[(ceil_div(stored, BACKWARD_ROWS),)](
             da.contiguous(), h.contiguous(), probs, dh, dprobs, a, data, scale_inv,
-            rows, cols, stride_row, stride_block, stored, dtype_max(h.dtype),
+            note_on(h.device), rows, cols, stride_row, stride_block, stored, dtype_max(h.dtype),
             QUANTIZE=True, ROWS=BACKWARD_ROWS,
         )  # fmt: skip
     return dh, BlockScaledTensor(data, scale_inv, layout), dprobs, a
@@ -161,7 +164,7 @@ def _store_quantized(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    da_ptr, h_ptr, probs_ptr, dh_ptr, dprobs_ptr, a_ptr, data_ptr, scale_ptr,
+    da_ptr, h_ptr, probs_ptr, dh_ptr, dprobs_ptr, a_ptr, data_ptr, scale_ptr, note_ptr,
     rows, cols, stride_row, stride_block, stored, dtype_max,
     QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -183,6 +186,8 @@ def _swiglu_backward_kernel(
         da *= prob
         dgate = (da * up * (s * (1 + gate * (1 - s)))).to(h_ptr.dtype.element_ty)
         dup = (da * silu).to(h_ptr.dtype.element_ty)
+        note_infinities(dgate, note_ptr)
+        note_infinities(dup, note_ptr)
         tl.store(dh_ptr + at, dgate, mask=real)
         tl.store(dh_ptr + cols + at, dup, mask=real)
         if QUANTIZE:

@@ -1,9 +1,13 @@
-"""The experts' activation, weighted by the router: alone, and with its result quantized at once."""
+"""The experts' activation, weighted by the router: alone, and with its result quantized at once.
+
+Infinities in what these functions write are noted; see models/fp8/overflow.py.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.fp8.overflow import look
 from models.fp8.reference.quantize import quantize
 from models.fp8.tensor import BlockScaledTensor, Layout
 
@@ -17,7 +21,7 @@ def swiglu(h: Tensor, probs: Tensor) -> Tensor:
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     gate, up = h.float().chunk(2, dim=1)
-    return (F.silu(gate) * up * probs[:, None]).to(h.dtype)
+    return look((F.silu(gate) * up * probs[:, None]).to(h.dtype))
 
 
 def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +37,7 @@ def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tenso
     dprobs = (da * silu * up).sum(1)
     da = da * probs[:, None]
     dgate = da * up * (s * (1 + gate * (1 - s)))
-    return torch.cat([dgate, da * silu], dim=1).to(h.dtype), dprobs
+    return look(torch.cat([dgate, da * silu], dim=1).to(h.dtype)), dprobs
 
 
 def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:

@@ -1,0 +1,117 @@
+"""What a launcher has set, or has not, is one line before anything starts."""
+
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from tests.support.ranks import Training
+from tests.support.tiny import TINY, argv, checkpoints
+from train import launch, preflight
+from train.config import ConfigError, load
+
+VARIABLES = {*launch.TORCHRUN, *launch.NUMBERS, *launch.OTHERS}
+GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+        ({"PMI_SIZE": "4"}, "mpiexec started 4 processes"),
+        ({"RANK": "0"}, "RANK=0 is in the environment without WORLD_SIZE and MASTER_ADDR and"),
+        (GOOD | {"MASTER_ADDR": ""}, "RANK=1 is in the environment without MASTER_ADDR, which"),
+        (GOOD | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment is no number"),
+        (GOOD | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no number"),
+        (GOOD | {"RANK": "2"}, "RANK=2 is none of the WORLD_SIZE=2 ranks"),
+    ],
+)
+def test_what_a_launcher_left_out(monkeypatch, environment, says):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as error:
+        launch.check()
+    assert says in str(error.value)
+    assert "torchrun" in str(error.value) or "unset it" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, GOOD, GOOD | {"SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_STEP_NUM_TASKS": "1"}],
+)
+def test_what_a_launcher_may_set(monkeypatch, environment):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    launch.check()
+
+
+def test_srun_without_torchrun_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "train", *argv(tmp_path, "a", "train.steps=1")]
+    environment = {"PATH": "", "SLURM_STEP_NUM_TASKS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: srun started 2 processes")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_meeting_point_that_is_nowhere(tmp_path):
+    def plant(rank: int) -> None:
+        import os
+
+        os.environ |= {"MASTER_ADDR": "nowhere.invalid", "WORLD_SIZE": "2", "RANK": "1"}
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+
+    keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=1")
+    with Training(1, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes(120) == [1]
+    log = training.log.read_text()
+    assert "error: rank 1 cannot meet the others at MASTER_ADDR:MASTER_PORT=nowhere.invalid:" in log
+    assert "Traceback" not in log
+
+
+def test_shared_memory_that_is_too_small(monkeypatch):
+    """64 MB, as a container has, are enough for a few small batches and not for many large ones."""
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64e6, 0, 64e6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    keys = [*TINY[1:], "data.workers=8", "train.global_batch=null", "model.seq_len=8192"]
+    preflight.check_shared_memory(load(TINY[0], [*keys, "train.micro_batch=1"]))
+    config = load(TINY[0], [*keys, "train.micro_batch=2"])
+    # 2 x 8192 tokens of 24 bytes, 4 a worker and one in use, on 8 ranks.
+    with pytest.raises(ConfigError, match=r"data\.workers=8 needs 103\.8 MB .* 64\.0 MB free"):
+        preflight.check_shared_memory(config)
+    preflight.check_shared_memory(load(TINY[0], [*keys, "train.micro_batch=2", "data.workers=0"]))
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_training(tmp_path):
+    """As where shared memory is full: at once, and not after parallel.timeout_s."""
+
+    def plant(rank: int) -> None:
+        from multiprocessing.reduction import ForkingPickler
+
+        import torch
+
+        def full(tensor):
+            raise RuntimeError("unable to allocate shared memory: No space left on device (28)")
+
+        ForkingPickler.register(torch.Tensor, full)
+
+    keys = argv(tmp_path, "a", "train.steps=4", "data.workers=1", "parallel.expert_parallel=1")
+    with Training(1, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes(40) == [1]
+    log = training.log.read_text()
+    assert "WARNING: a data worker cannot hand over a batch (unable to allocate" in log
+    assert log.count("error: rank 0: a process that prepares data died") == 1
+    assert "/dev/shm" in log
+    assert "Traceback" not in log
+    assert checkpoints(tmp_path / "a") == []

@@ -1,0 +1,48 @@
+"""How this process was started: torchrun's variables are all there, or none of them."""
+
+import os
+
+from train.config import ConfigError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets, and ranks need to find each other."""
+
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+OTHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+"""What else starts several processes, by the variable that holds their number."""
+
+
+def check() -> None:
+    """Raise ConfigError where several processes would each take itself for the only one."""
+    environment = os.environ
+    if "RANK" not in environment:
+        for variable, launcher in OTHERS.items():
+            number = environment.get(variable, "1")
+            if number not in ("", "0", "1"):
+                raise ConfigError(
+                    f"{launcher} started {number} processes ({variable}={number}), and each would "
+                    f"be a training of its own; let {launcher} start one torchrun a node: torchrun "
+                    "--nproc-per-node N -m train ..., as slurm/train.sbatch does"
+                )
+        return
+    missing = [variable for variable in TORCHRUN if not environment.get(variable)]
+    if missing:
+        raise ConfigError(
+            f"RANK={environment['RANK']} is in the environment without {' and '.join(missing)}, "
+            "which torchrun sets beside it; start with torchrun, or unset RANK"
+        )
+    for variable in NUMBERS:
+        text = environment.get(variable, "0")
+        if not (text.isascii() and text.isdigit()):
+            raise ConfigError(f"{variable}={text} in the environment is no number; unset it")
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if rank >= ranks:
+        raise ConfigError(
+            f"RANK={rank} is none of the WORLD_SIZE={ranks} ranks, which count from 0; start with "
+            "torchrun, which sets both"
+        )

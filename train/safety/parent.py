@@ -1,0 +1,29 @@
+"""A process that must not outlive the one that started it, however that ended.
+
+torchrun's ranks would train on after a `kill -9` of torchrun, on GPUs that whoever killed it takes
+for free; a rank's data workers would hold its connections open, by whose end others notice.
+"""
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the system send this process signal `number` when its parent ends. Linux only."""
+    before = os.getppid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    prctl(PR_SET_PDEATHSIG, int(number))
+    if os.getppid() != before:  # it ended in between
+        os.kill(os.getpid(), number)
+
+
+def end_with_torchrun() -> None:
+    """In a rank: SIGTERM, at which it saves, when torchrun ends. Without torchrun nothing: a
+    training outlives the shell that started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)

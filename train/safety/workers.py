@@ -1,0 +1,42 @@
+"""Data workers, the processes that read ahead: they live exactly as long as the training.
+
+A signal to all processes of a job must not take the data away from the step that is to be ended, so
+workers ignore those that ask a training to stop. PyTorch ends its workers by one of them, and waits
+for what they read; here they are killed instead, which loses nothing.
+"""
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.queues import Queue
+
+from train.failure import SIGNALS
+from train.safety import output
+from train.safety.parent import end_with_parent
+
+_ended: list[object] = []
+
+
+def begin() -> None:
+    """In a worker, before it reads anything."""
+    end_with_parent(signal.SIGKILL)
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # Its default prints a traceback and drops the batch, for which the training then waits.
+    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
+
+
+def _cannot_hand_over(error: Exception, batch: object) -> None:
+    reason = " ".join(str(error).split())
+    output.last_words(f"WARNING: a data worker cannot hand over a batch ({reason})")
+    os._exit(1)  # PyTorch notices that at once
+
+
+def end(batches: object) -> None:
+    """In the training, when it is over: end its workers now, whatever they read."""
+    # PyTorch's own clean-up would take locks with which a worker may have been killed.
+    _ended.append(batches)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes their end for a fault
+    for worker in multiprocessing.active_children():
+        worker.kill()
