@@ -6,6 +6,7 @@ What files people have is in test_data_files.py.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from tests.support.ranks import Training
+from tests.support.tiny import argv
 from train.config import Config, ConfigError, load
 from train.data import batches as data
 from train.data import files, sources
@@ -392,6 +395,29 @@ def test_stream_epochs_differ_in_order(tmp_path, monkeypatch):
     seen = rows(islice(corpus.train_batches(0, 1), 2 * n))
     assert Counter(seen[:n]) == Counter(seen[n:])
     assert seen[:n] != seen[n:]
+
+
+# The start of a run
+
+
+def test_the_start_says_what_is_read(jsonl):
+    line = data.load(configure(f"data.path={jsonl}")).describe()
+    assert line.startswith(f"{jsonl}: 1 json file(s), 40 document(s); ")
+    assert re.search(r"; \d+ training and \d+ validation sequences; tokenizer bytes, 257 t", line)
+
+
+def test_the_start_of_a_stream_says_what_is_read(tmp_path, texts, monkeypatch):
+    stream = open_stream(tmp_path, texts, 1)
+    line = stream_corpus(monkeypatch, stream, "data.subset=part").describe()
+    assert line.startswith("some/name, streamed: subset part, split train; ")
+    assert re.search(r"; \d+ validation sequences; tokenizer bytes, 257 tokens", line)
+
+
+def test_the_line_is_printed(tmp_path):
+    keys = argv(tmp_path, "a", "train.steps=1", "parallel.expert_parallel=1")
+    with Training(1, keys, tmp_path / "log") as training:
+        assert training.exit_codes() == [0]
+    assert re.search(r"data +models: \d+ text file\(s\), \d+ document", training.log.read_text())
 
 
 # Bad input

@@ -4,16 +4,18 @@ import json
 import multiprocessing
 import os
 import stat
+import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 from scripts.train_tokenizer import train_bpe
 from tests.train.test_data import configure, one_line, own_cache, write_jsonl  # noqa: F401
 from train.config import Config, ConfigError
 from train.data import batches as data
-from train.data import packed
+from train.data import packed, sources
 from train.data.tokenizer import ByteTokenizer
 
 TEXTS = [f"document {i}: " + f"word{i} é " * (5 + i % 7) for i in range(40)]
@@ -33,12 +35,16 @@ def test_of_ranks_that_load_at_once_one_packs(tmp_path, monkeypatch):
     encode = ByteTokenizer.encode
 
     def counted(self, texts):
+        time.sleep(0.5)  # or the others come when it is done
         with (tmp_path / "packed_by").open("a") as file:
             file.write(f"{os.getpid()}\n")
         return encode(self, texts)
 
     def load(queue) -> None:
-        queue.put(data.load(config).fingerprint())
+        try:
+            queue.put(data.load(config).fingerprint())
+        except ConfigError as error:
+            queue.put({"error": str(error)})
 
     monkeypatch.setattr(ByteTokenizer, "encode", counted)
     context = multiprocessing.get_context("fork")
@@ -158,6 +164,17 @@ def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatc
             data.load(configure(f"data.path={path}"))
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 1000])
+def test_how_much_is_written_at_once_changes_nothing(tmp_path, monkeypatch, sequences):
+    monkeypatch.setattr(packed, "SEQUENCES", sequences)
+    corpus = data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
+    tokens = corpus.train["tokens"][:].reshape(-1)
+    expected = [*ByteTokenizer().encode(list(sources.training_texts(corpus.config)))]
+    joined = np.concatenate([np.append(ids, ByteTokenizer.eod) for ids in expected])
+    assert len(joined) - 17 < len(tokens) <= len(joined)
+    assert tokens.tolist() == joined[: len(tokens)].tolist()
+
+
 def peak_memory(config: Config) -> int:
     """Bytes that loading adds to a process of its own at most."""
 
@@ -185,18 +202,21 @@ def peak_memory(config: Config) -> int:
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="measures by Linux's /proc"
 )
-@pytest.mark.parametrize("lines", ["short", "none"])
-def test_memory_does_not_grow_with_a_text_file(tmp_path, lines):
+@pytest.mark.parametrize("form", ["lines", "one line", "record"])
+def test_memory_does_not_grow_with_a_text(tmp_path, form):
     """About 100 bytes of it for each byte of text, in one piece."""
-    end = "\n" if lines == "short" else " "
+    end = " " if form == "one line" else "\n"
     text = "".join(f"line {i} of a text with words {i * i}{end}" for i in range(120_000))
     train_bpe(iter([text[:100_000]]), 1000).save(str(tmp_path / "t.json"))
-    (tmp_path / "a.txt").write_text(text)
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    if form == "record":
+        path = write_jsonl(tmp_path / "a.jsonl", [text, *(f"{i} " * 300 for i in range(5))])
     config = configure(
-        f"data.path={tmp_path / 'a.txt'}",
+        f"data.path={path}",
         f"data.tokenizer={tmp_path / 't.json'}",
         "model.vocab_size=1024",
-        "model.seq_len=1024",
+        "model.seq_len=256" if form == "record" else "model.seq_len=1024",
     )
     assert peak_memory(config) < 200e6
     assert len(text) * 100 > 450e6  # which one piece would take

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -173,7 +173,8 @@ def _write(
             done += len(piece)
         if time.monotonic() - said > QUIET_S:
             said = time.monotonic()
-            print(f"packing the data: {done / about.characters:.0%} of its text", flush=True)
+            with suppress(OSError):  # a terminal that is gone is no full cache
+                print(f"packing the data: {done / about.characters:.0%} of its text", flush=True)
     if seen != count:
         raise Unreadable("files changed while they were read; start again")
 
