@@ -90,7 +90,9 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
     """All that the ranks do as one group."""
     model, optimizer = build(config, ranks)
 
-    checkpointer = Checkpointer(config.run_dir, config, ranks, model, optimizer)
+    checkpointer = Checkpointer(
+        config.run_dir, config, ranks, model, optimizer, corpus.fingerprint()
+    )
     first_step, gathered = checkpointer.restore()
     follow_keys(optimizer, config.optim)
     training = Training(config, ranks, model, optimizer, done=first_step)

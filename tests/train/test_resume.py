@@ -1,5 +1,6 @@
 """A run that goes on is the run that never stopped, bit for bit."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -68,6 +69,32 @@ def test_streamed_order_goes_on(tmp_path, monkeypatch):
     whole = repeated(train(tmp_path, "a", 2, *keys, "checkpoint.keep=3"))
     forget(tmp_path / "a", 3)
     assert not differences(repeated(train(tmp_path, "a", 2, *keys)), whole)
+
+
+def documents(folder: Path, word: str) -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"text": f"{word} {n} says {n * n} and {n**3}. " * 5}) for n in range(60)]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_same_data_at_another_path_goes_on_and_other_data_does_not(tmp_path):
+    here, there = documents(tmp_path / "here", "it"), documents(tmp_path / "there", "it")
+    keys = ["parallel.expert_parallel=1", "optim.schedule=constant", "checkpoint.keep=4"]
+    long = train(tmp_path, "long", 1, *keys, f"data.path={here}", "train.steps=4")
+    short = train(tmp_path, "short", 1, *keys, f"data.path={here}", "train.steps=2")
+    train(tmp_path, "short", 1, *keys, f"data.path={there}", "train.steps=4")
+    assert not differences(repeated(short), repeated(long))
+
+    shutil.rmtree(there)
+    documents(there, "another one")  # under the same name
+    again = argv(tmp_path, "short", *keys, f"data.path={there}", "train.steps=6")
+    with Training(1, again, tmp_path / "log") as training:
+        assert training.exit_codes() == [2]
+    line = (tmp_path / "log").read_text().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "the text of the documents changed" in line
+    assert checkpoints(short) == [2, 4]
 
 
 @pytest.mark.slow
