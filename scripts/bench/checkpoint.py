@@ -1,14 +1,20 @@
 """How long a save stops the training: the demo on two processes, saved every fifth step.
 
     python -m scripts.bench.checkpoint [--steps 150]
+    python -m scripts.bench.checkpoint --disk FOLDER [--gb 2] [--device cuda] [--repeats 3]
+    torchrun --nproc-per-node 2 -m scripts.bench.checkpoint --disk FOLDER --gb 11.5 --device cuda
 
-Writes docs/results/checkpoint_demo.json. The stop is what a save keeps the loop from its next step:
-the copy of the weights and the optimizer in memory, and the start of the thread that writes them.
-The first save, which also asks for that memory, is given apart.
+The first writes docs/results/checkpoint_demo.json. The stop is what a save keeps the loop from its
+next step: the beginning of the copy, and the start of the thread that writes it. The first save,
+which also asks for the copy's memory, is given apart.
+
+With --disk: seconds to copy, hash and write a state of --gb on every rank to FOLDER, beside those
+of `dd`; scripts/bench/checkpoint_disk.py says how. Writes docs/results/checkpoint_disk_DEVICE.json.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +38,21 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="measure this disk instead")
+    parser.add_argument("--gb", type=float, default=2.0, help="on every rank (2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="has the state")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="with --disk: where the result goes")
     options = parser.parse_args()
+    if options.disk:
+        from scripts.bench import checkpoint_disk
+
+        device = torch.device(options.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        out = options.out or RESULT.with_name(f"checkpoint_disk_{device.type}.json")
+        return checkpoint_disk.run(device, options.gb, options.disk, options.repeats, out)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node=2", "-m", "train", "configs/demo_cpu.yaml"]

@@ -25,7 +25,9 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 MOST_THREADS = 8
 """Of one rank: more make no disk faster."""
 _CHUNK = 1 << 24
-"""Bytes hashed at a time: what is counted between two looks at the progress."""
+"""Bytes read and hashed at a time."""
+_WRITE_CHUNK = 1 << 26
+"""Bytes written and hashed at a time; larger, since two threads wait for each other after each."""
 _WORTH_A_THREAD = 1 << 20
 
 
@@ -41,8 +43,8 @@ class HashingStream:
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
-        for begin in range(0, len(view), _CHUNK):
-            chunk = view[begin : begin + _CHUNK]
+        for begin in range(0, len(view), _WRITE_CHUNK):
+            chunk = view[begin : begin + _WRITE_CHUNK]
             if len(chunk) < _WORTH_A_THREAD:
                 self._hash.update(chunk)
                 self._file.write(chunk)
