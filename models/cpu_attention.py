@@ -1,6 +1,7 @@
 """What megatron-core needs replaced to run on a CPU: core attention and rotary positions.
 
 Its own attention allocates scratch memory on a GPU, and its rotary embedding moves itself to one.
+On a GPU attention is TransformerEngine's: see `_transformer_engine_parts` in `gpt.py`.
 """
 
 import torch

@@ -19,7 +19,7 @@ if [ ! -f "$config" ]; then
 fi
 folder=${RUNS:-runs/$(basename "$config" .yaml)-$(date +%Y%m%d-%H%M%S)}
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
-names=${MOE_PATHS:-$(python -c 'from models.config import PATH_NAMES; print(*PATH_NAMES)')} || {
+names=${MOE_PATHS:-$(python -c 'from models.config import PATH_NAMES; print(*PATH_NAMES)' 2>/dev/null)} || {
   echo "error: which paths there are, Python says with requirements.txt installed; or set MOE_PATHS" >&2
   exit 2
 }

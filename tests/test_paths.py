@@ -1,5 +1,6 @@
 """There is one list of paths, `models.config.PATH_NAMES`; everything else asks it."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.config import PATH_NAMES
+from models.fp8.operations import Operations
 from models.moe.paths import PATHS
 
 ROOT = Path(__file__).parent.parent
@@ -67,3 +69,34 @@ def test_the_lesson_is_the_difference():
     ((command, shown),) = re.findall(r"^\$ (diff models/.*)\n((?:.*\n)*?)```$", text, re.M)
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert shown == done.stdout
+
+
+def names_used(path: Path) -> set[str]:
+    """Every name and attribute that a file mentions, imports included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.name.rpartition(".")[2])
+        elif isinstance(node, ast.Attribute):
+            # `trip.relayout` is the one that counts.
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            found.add(f"trip.{node.attr}" if owner == "trip" else node.attr)
+    return found
+
+
+def test_only_a_trip_makes_relayouts():
+    """It counts them; a path or a layer that called `tensor.relayout` would not be counted."""
+    users = [p for p in (ROOT / "models").rglob("*.py") if "relayout" in names_used(p)]
+    assert [str(p.relative_to(ROOT)) for p in users] == ["models/moe/dispatch/trip.py"]
+
+
+def test_what_a_gpu_takes_from_others_is_an_operation():
+    """A name misspelt in models/fp8/gpu would leave Triton's function where it was."""
+    for path in (ROOT / "models/fp8/gpu").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign):
+                (target,) = node.targets
+                assert isinstance(target, ast.Name)
+                assert target.id in vars(Operations), f"{path.name}: {target.id}"

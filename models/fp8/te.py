@@ -13,7 +13,7 @@ in every tensor it makes, and the places where it, or whoever calls it, transpos
 
 (GroupedLinear refuses a quantized input, so the caller dequantizes for step 5.) Here the same
 kernels run without those passes: the operations below say which layout they take, and a path makes
-each pass itself, through `relayout`, where it is counted.
+each pass itself, through `trip.relayout`, which counts it.
 
 Import it on a machine with TransformerEngine only. `TELinear` takes the place of `Fp8Linear`
 (linear.py): quantizing all experts at once, as its steps would have it, is not

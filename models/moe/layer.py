@@ -45,6 +45,9 @@ class ExpertParallelMoE(MoELayer):
     this rank's router sent to each expert since it was last set to zero.
     """
 
+    experts: Experts
+    router: Router
+
     def __init__(self, config: GPTConfig, layer_number=None, pg_collection=None) -> None:
         super().__init__(
             config=config,

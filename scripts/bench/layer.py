@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from models.config import PATH_NAMES, PathName
-from models.moe.experts import Runtime
+from models.moe.runtime import Runtime
 from scripts.bench.layer_profile import PASSES, profile_layer
 from scripts.bench.layer_setup import SHAPES, Layer, Shape, fit
 from scripts.bench.machine import describe_machine

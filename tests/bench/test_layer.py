@@ -17,11 +17,11 @@ from scripts.bench.layer import main
 from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
 from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
 from scripts.bench.trace import Event
+from tests.support.paths import EXPECTED
 from tests.support.ranks import run_main
 from train.profiling.moe import PARTS
 
 CPU = torch.device("cpu")
-RELAYOUTS = {"bf16": 0, "fp8_baseline": 5, "fp8_compact": 2, "fp8_direct": 0}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values())
@@ -109,8 +109,8 @@ def check(row: dict, path: str) -> None:
         time = row[f"{name}_ms"]
         assert 0 < time["min"] <= time["median"] <= time["max"]
         parts = row[f"{name}_parts_ms"]
-        assert ("relayout" in parts) == (RELAYOUTS[path] > 0)
-        assert row["profile"][name]["relayouts"]["counted"] == RELAYOUTS[path]
+        assert ("relayout" in parts) == (EXPECTED[path].relayouts > 0)
+        assert row["profile"][name]["relayouts"]["counted"] == EXPECTED[path].relayouts
     assert set(row["forward_parts_ms"]) >= {"dispatch", "permute", "up_projection", "combine"}
     assert set(row["backward_parts_ms"]) >= {"dispatch", "permute", "dgrad", "wgrad", "combine"}
     flops = 6 * row["tokens_per_gpu"] * row["top_k"] * 3 * row["hidden"] * row["ffn"]
@@ -159,7 +159,7 @@ def test_a_profile_shows_the_relayouts_that_are_counted(tmp_path):
         check(row, path)
         for name in ("forward", "backward"):
             found = row["profile"][name]
-            want = RELAYOUTS[path]
+            want = EXPECTED[path].relayouts
             assert found["kernels"] > 10
             assert found["relayouts"]["kernels_in_ranges"] == want, (path, name)
             assert found["relayouts"]["transposing_copies"] == want, (path, name)

@@ -6,8 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from models.fp8 import kernels as kernels
-from models.fp8 import reference
+from models.fp8 import kernels, reference
 from models.fp8.reference.adamw import AdamWStep, adamw
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 

@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from models.fp8 import kernels as kernels
-from models.fp8 import reference
+from models.fp8 import kernels, reference
 from models.fp8.tensor import E4M3, BlockScaledTensor, Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 

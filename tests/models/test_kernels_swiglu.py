@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from models.fp8 import kernels as kernels
-from models.fp8 import overflow, reference
+from models.fp8 import kernels, overflow, reference
 from models.fp8.tensor import Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from models.fp8.reference.adamw import AdamWStep, adamw
 from models.fp8.tensor import BlockScaledWeights
 from models.gpt import build_gpt
-from models.moe.experts import prepare_weights
+from models.moe.experts import _local, prepare_weights
 from models.moe.paths import PATHS
 from tests.support.ranks import read_metrics, run_ranks, run_train
 from tests.support.tiny import argv
@@ -53,7 +53,8 @@ def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
         optimizer.step()
         for layer in model.moe_layers():
             experts = layer.experts
-            up, down = experts.up.to_local(), experts.down.to_local()
+            up, down = (_local(p) for p in (experts.up, experts.down))
+            assert experts._prepared is not None
             want = prepare_weights(up, down, torch.float32, experts.runtime)
             for ours, theirs in zip(experts._prepared, want, strict=True):
                 found += [pair for a, b in zip(ours, theirs, strict=True) for pair in bits(a, b)]

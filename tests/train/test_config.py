@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models.config import PATH_NAMES
 from train.config import Config, ConfigError, check_world, describe_keys, is_free, is_said, load
 
 DEMO = "configs/demo_cpu.yaml"
@@ -153,7 +154,7 @@ def test_a_file_of_another_encoding(tmp_path):
         ("train.steps=1.5", "config key train.steps=1.5: "),
         ("train.steps=0", "config key train.steps=0: input should be greater than 0"),
         ("optim.lr=.nan", "config key optim.lr=nan"),
-        ("moe.path=fp9", "'bf16', 'fp8_baseline', 'fp8_compact' or 'fp8_direct'"),
+        ("moe.path=fp9", f"{', '.join(map(repr, PATH_NAMES[:-1]))} or {PATH_NAMES[-1]!r}"),
         ("model.hidden_size=200", "hidden_size=200 is not a multiple of 128"),
         ("moe.ffn_hidden_size=100", "ffn_hidden_size=100 is not a multiple of 128"),
         ("model.num_kv_heads=3", "num_kv_heads=3 does not divide num_heads=2"),

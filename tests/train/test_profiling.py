@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from models.moe.paths import PATHS
+from tests.support.paths import EXPECTED
 from tests.support.ranks import read_metrics
 from tests.support.tiny import TWO_LAYERS
 from tests.train.test_train import run
@@ -47,9 +48,9 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
         assert row["time/profiled_step_ms"] <= row["time/step_ms"]
         assert row["time/profiled_step_ms"] > 0.5 * row["time/step_ms"]
         expected = NAMES - {"time/relayout_ms", "time/quantize_ms"}
-        if path != "bf16":
+        if "quantize" in EXPECTED[path].parts:
             expected |= {"time/quantize_ms"}
-        assert (times["time/relayout_ms"] > 0) == (path in ("fp8_baseline", "fp8_compact"))
+        assert (times["time/relayout_ms"] > 0) == (EXPECTED[path].relayouts > 0)
         for name in expected:
             assert times[name] > 0, name
     # A trace slows its step down, so that step has no part in the throughput.
@@ -58,7 +59,7 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
     with gzip.open(tmp_path / "profiled" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    steps = set(STEPS) - ({"quantize"} if path == "bf16" else set())
+    steps = set(STEPS) & set(EXPECTED[path].parts)
     assert set(named) >= steps | {"attention", "router", "combine", "wgrad", "optimizer"}
     # Two layers, forward and backward, in each micro-batch.
     micro_batches = 4 // (2 * ranks)

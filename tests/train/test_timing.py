@@ -14,6 +14,7 @@ from models.gpt import GPT
 from models.moe.paths import PATHS
 from scripts.bench.layer_setup import SHAPES, Layer
 from tests.models.test_gpt import build, configure
+from tests.support.paths import EXPECTED
 from tests.support.ranks import run_ranks
 from train import parallel
 from train.profiling.model import replaced, timed_forward
@@ -66,25 +67,6 @@ def test_an_error_inside_a_part_closes_it():
 
 
 TAIL = ["swiglu", "down_projection", "combine", "combine"]
-SENT = ["dispatch", "permute", "permute"]  # the plan of rows, and routing weights by it
-FORWARD = {
-    "bf16": [*SENT, "permute", "up_projection"],
-    "fp8_baseline": [
-        *("quantize", "relayout"),
-        *SENT,
-        "relayout",
-        *("relayout", "permute", "relayout"),
-        *("relayout", "up_projection", "up_projection"),  # dequantize, GEMM
-    ],
-    "fp8_compact": [
-        "quantize",
-        *SENT,
-        *("permute", "relayout"),
-        *("relayout", "up_projection", "up_projection"),
-    ],
-    "fp8_direct": ["quantize", *SENT, "permute", "up_projection"],
-}
-"""A layer's parts as they follow one another, after its weights are ready."""
 
 
 def run_layer(rank: int, path: PathName) -> dict[str, Any]:
@@ -123,10 +105,10 @@ def test_a_layer_is_timed_part_by_part_and_computes_the_same(path):
     assert found["equal"] == [True] * 5
     assert found["passes"] == (2, 2), "the layer's counts are shared"
     forward, backward = found["parts"]
-    assert forward == ["quantize_weights"] * 2 + FORWARD[path] + TAIL
+    assert forward == ["quantize_weights"] * 2 + EXPECTED[path].parts + TAIL
 
     # The gradient takes the same five steps; the plan is there, and step 5 is the dgrad.
-    steps = [part for part in FORWARD[path] if part not in ("dispatch", "permute")]
+    steps = [part for part in EXPECTED[path].parts if part not in ("dispatch", "permute")]
     want = [{"up_projection": "dgrad"}.get(part, part) for part in steps]
     first = backward.index("swiglu")
     again, rest = backward[:first], backward[first:]

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from models.config import PATH_NAMES
+from tests.support.paths import EXPECTED
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import TWO_LAYERS
 from train.__main__ import main
@@ -150,8 +152,7 @@ def test_baseline_and_compact_train_bitwise_equal(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "relayouts"),
-    [("bf16", 0), ("fp8_baseline", 5), ("fp8_compact", 2), ("fp8_direct", 0)],
+    ("path", "relayouts"), [(path, EXPECTED[path].relayouts) for path in PATH_NAMES]
 )
 def test_relayouts_are_counted(tmp_path, path, relayouts):
     rows = run(tmp_path, path, 2, f"moe.path={path}", "train.steps=2", "train.valid_every=1")

@@ -3,7 +3,8 @@
     tokenizer = load_tokenizer("bytes")          # or "tokenizer.json", a folder, a name on the hub
     ids = tokenizer.encode(["a document"])[0]
 
-Encoding adds nothing: the end-of-document token `eod` is put between documents by `train.data`.
+Encoding adds nothing: the end-of-document token `eod` is put between documents by `packed.py`
+and `batches.py`.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""How much arithmetic one token costs, counted from the config alone.
+"""How much arithmetic one token costs, counted from the config alone; MFU is in `throughput.py`.
 
 The conventions are those that MFU is usually quoted with (PaLM, arXiv:2204.02311, appendix B;
 Megatron-LM, arXiv:2104.04473): a matrix of P parameters costs a token 2·P FLOPs forward, because

@@ -50,8 +50,9 @@ class RoutingHealth:
             "moe/max_expert_load": float(self.load.max()),
             "moe/load_entropy": float(entropy.min()),
         }
-        measured = [layer.router.entropy for layer in self.layers]
-        if all(value is not None for value in measured):
+        every = [layer.router.entropy for layer in self.layers]
+        measured = [value for value in every if value is not None]
+        if len(measured) == len(every):
             metrics["moe/router_entropy"] = float(parallel.average(torch.stack(measured)).mean())
         return metrics
 

@@ -1,5 +1,8 @@
 """FP8 GEMM of all local experts in one launch, with scales read where they lie.
 
+`fp8_direct` multiplies with it, where DeepGEMM is not installed. `fp8_baseline` and `fp8_compact`
+multiply with TransformerEngine's (`te.py`), `bf16` with `grouped_mm.py`.
+
     y [P, N] = x [P, K] @ w[e].T     for the rows of expert e; w [E, N, K]
 
 x has a scale for each row and 128 of K, w one for each 128 x 128. A tile of the result is summed
