@@ -69,7 +69,6 @@ def run(device: torch.device, gb: float, folder: Path, repeats: int, out: Path) 
         total = size * ranks / 1e9
         result = {
             **describe_machine(device, ranks),
-            "folder": str(folder),
             "gb": total,
             "threads": checksums.threads(1 + size // BYTES_PER_FILE),
             "first_copy_s": first_copy,
