@@ -110,12 +110,8 @@ class HighPrecisionLinear:
         return self.ops.grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
-class Fp8Linear:
-    """As TransformerEngine's GroupedLinear with its block-scaling recipe.
-
-    Each operand is quantized twice from high precision, along the sum of either GEMM that it is
-    in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
-    """
+class _QuantizedWeights:
+    """Weights in FP8, once an optimizer step, for layers that differ in what they do with rows."""
 
     NEEDS_SEGMENTS_ON_HOST = False
 
@@ -133,6 +129,14 @@ class Fp8Linear:
         dtype: torch.dtype,
     ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
         return self.ops.adamw_quantize(w, grad, mean, square, step, dtype)
+
+
+class Fp8Linear(_QuantizedWeights):
+    """As TransformerEngine's GroupedLinear with its block-scaling recipe.
+
+    Each operand is quantized twice from high precision, along the sum of either GEMM that it is
+    in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
+    """
 
     def forward(
         self, x: Tensor, w: BlockScaledWeights, offsets: Tensor, dtype: torch.dtype
@@ -166,7 +170,7 @@ class Fp8Linear:
         return self.ops.grouped_gemm_wgrad(dy, x, offsets, dtype)
 
 
-class DirectLinear:
+class DirectLinear(_QuantizedWeights):
     """Nothing is quantized twice, and for wgrad nothing is quantized at all.
 
     fprop and dgrad are FP8 GEMMs, and what computes their input writes it in FP8 at once, with
@@ -175,22 +179,6 @@ class DirectLinear:
     for it; of the gradient, which is there when wgrad runs; and of SwiGLU's result, which its
     backward pass computes again, so that none of it is kept.
     """
-
-    NEEDS_SEGMENTS_ON_HOST = False
-
-    def __init__(self, ops: Operations) -> None:
-        self.ops = ops
-
-    def prepare_weights(
-        self, w: Tensor, dtype: torch.dtype
-    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:
-        return self.ops.quantize_weights_both_ways(w, dtype)
-
-    def update_weights(
-        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
-        dtype: torch.dtype,
-    ) -> tuple[BlockScaledWeights, BlockScaledWeights]:  # fmt: skip
-        return self.ops.adamw_quantize(w, grad, mean, square, step, dtype)
 
     def forward(
         self, x: BlockScaledTensor, w: BlockScaledWeights, offsets: Tensor, dtype: torch.dtype
