@@ -22,8 +22,9 @@ from train.metrics.environment import versions
 from train.parallel import Peers
 from train.preflight import resolve_device
 
-MAY_DIFFER = {"run.dir", "data.workers"}
-"""Keys that each rank has for itself. Whether `run.dir` is one folder is tried out."""
+MAY_DIFFER = {"run.dir", "run.group", "run.tags", "data.workers"}
+"""Keys that each rank has for itself, or that rank 0 alone reads. Whether `run.dir` is one folder
+is tried out."""
 
 ONLY_RANK_0 = ("tracking",)
 """Sections that no other rank reads."""
