@@ -22,8 +22,9 @@ from train.metrics.environment import versions
 from train.parallel import Peers
 from train.preflight import resolve_device
 
-MAY_DIFFER = {"run.dir", "data.workers"}
-"""Keys that each rank has for itself. Whether `run.dir` is one folder is tried out."""
+MAY_DIFFER = {"run.dir", "run.group", "run.tags", "data.workers"}
+"""Keys that each rank has for itself, or that rank 0 alone reads. Whether `run.dir` is one folder
+is tried out."""
 
 ONLY_RANK_0 = ("tracking",)
 """Sections that no other rank reads."""
@@ -131,7 +132,6 @@ def not_shared(first: Told, config: Config, rank: int) -> str:
 
 def _told(config: Config, corpus: Corpus) -> Told:
     sections = config.model_dump(mode="json")
-    fingerprint = getattr(corpus, "fingerprint", None)
     return {
         "host": socket.gethostname(),
         "keys": {
@@ -140,7 +140,7 @@ def _told(config: Config, corpus: Corpus) -> Told:
             if section not in ONLY_RANK_0
             for key, value in keys.items()
         },
-        "data": fingerprint() if fingerprint else {},
+        "data": corpus.fingerprint(),
         "versions": versions(),
         "device": resolve_device(config),
         "finished": False,

@@ -120,6 +120,7 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
     if recorder:
         recorder.finish(meter.summary())
     model.runtime.dispatcher.close()
+    lifeline.leave()  # from here on others may end, and with rank 0 perhaps the store
     dist.barrier()
 
 

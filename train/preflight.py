@@ -73,8 +73,9 @@ def check_shared_memory(config: Config) -> None:
     if not SHARED_MEMORY.is_dir():  # not Linux
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
+    workers = config.data.workers if config.data.name is None else min(config.data.workers, 1)
     # Each worker's, and one that is being trained on.
-    batches = config.data.workers * PREFETCH + 1 if config.data.workers else 0
+    batches = workers * PREFETCH + 1 if workers else 0
     batch = config.train.micro_batch * config.model.seq_len * BYTES_PER_TOKEN
     needed = batches * batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if needed > free:

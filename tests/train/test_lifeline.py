@@ -128,28 +128,39 @@ def test_data_workers_end_with_a_killed_rank(tmp_path):
         training.exit_codes()
 
 
+SLOW_WORKER = """
+import time
+from train import __main__ as entry
+from train.data import batches
+
+make, made = batches.make_batch, [0]
+
+def slow(rows, eod):
+    made[0] += 1
+    if made[0] > 3 * 4:  # three steps of four micro-batches
+        time.sleep(300)
+    return make(rows, eod)
+
+batches.make_batch = slow
+entry.run()
+"""
+
+
 def test_a_finished_training_does_not_wait_for_what_a_worker_reads(tmp_path):
-    """One that reads for minutes ends at once, though it ignores the signals of a job."""
-
-    def plant(rank: int) -> None:
-        from train.data import batches
-
-        make, made = batches.make_batch, [0]
-
-        def slow(rows, eod):
-            made[0] += 1
-            if made[0] > 3 * 4:  # three steps of four micro-batches
-                time.sleep(300)
-            return make(rows, eod)
-
-        batches.make_batch = slow
-
+    """One that reads for minutes ends at once, though it ignores the signals of a job. In a real
+    process, since Python waits for its children at the very end."""
     keys = argv(tmp_path, "a", "train.steps=3", "data.workers=1", "parallel.expert_parallel=1")
-    with Training(1, keys, tmp_path / "log", plant) as training:
-        training.wait_until(lambda: checkpoints(tmp_path / "a"))
-        children = every_child(training.processes[0].pid or 0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_WORKER, *keys], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until(lambda: checkpoints(tmp_path / "a"), 120)
+        children = every_child(process.pid)
         begin = time.monotonic()
-        assert training.exit_codes(30) == [0]
+        assert process.wait(30) == 0
         assert time.monotonic() - begin < 4
+    finally:
+        process.kill()
     assert not any(map(lives, children))
-    assert "done in" in training.log.read_text()
+    assert process.stdout
+    assert "done in" in process.stdout.read()

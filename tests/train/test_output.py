@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import hang
+from tests.support.faults import hang, hang_with_the_lock
 from tests.support.ranks import Training
 from tests.support.tiny import argv, checkpoints, repeated, slow_saves
 from train.safety import output
@@ -125,6 +125,23 @@ def test_a_hang_is_ended_without_a_log(tmp_path, log):
         assert training.exit_codes(40) == [1, 1]
 
 
+def test_a_stack_that_nobody_reads_keeps_no_process(tmp_path):
+    """SIGALRM's is written by C code, when no thread of Python's runs."""
+
+    def plant(rank: int) -> None:
+        from train.safety import watchdog
+
+        watchdog.END_S = 4
+        hang_with_the_lock({0})(rank)
+        reader_sleeps()
+
+    keys = argv(
+        tmp_path, "a", "train.steps=9", "parallel.timeout_s=2", "parallel.expert_parallel=1"
+    )
+    with Training(1, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes(30) == [-signal.SIGALRM]
+
+
 @pytest.mark.parametrize("log", [nobody_reads, disk_is_full, closed])
 def test_bad_input_has_its_exit_code_without_a_log(tmp_path, log):
     with Training(1, argv(tmp_path, "a", "moe.top_k=99"), tmp_path / "log", later(log, 0)) as one:
@@ -169,5 +186,8 @@ def test_what_waits_is_not_written_twice_by_a_copy_of_the_process():
         outlet.write(b"")
         os._exit(0)
     os.waitpid(child, 0)
+    os.set_blocking(read, False)
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
     outlet.write(b"")
     assert os.read(read, 5000) == b"x" * 904
