@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from scripts.bench import results, train
 from scripts.bench.stock_megatron import choose_dispatch, transformer_arguments
 from scripts.bench.train import Row, Spec, Window, parse_stacks, rotated
-from tests.support.ranks import _run
+from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
 from train.config import load
 from train.metrics import flops
@@ -36,6 +39,34 @@ def failing_bench(rank: int, argv: list[str]) -> int:
 
     train.build = build
     return train.main(argv)
+
+
+class Uneven:
+    """A stack whose step takes rank 1 longer; nobody waits for anybody."""
+
+    def __init__(self, rank: int) -> None:
+        self.seconds = 0.01 + 0.05 * rank
+        self.dispatch, self.description = "", ""
+
+    def step(self, batches) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return torch.tensor(self.seconds)
+
+    def close(self) -> None: ...
+
+
+def measured(rank: int) -> Window:
+    ranks: Any = SimpleNamespace(device=torch.device("cpu"))
+    batches: Any = [None]
+    return train.measure(Uneven(rank), batches, ranks, warmup=1, steps=3)
+
+
+def test_the_slowest_rank_counts():
+    windows = run_ranks(2, measured)
+    assert windows[0] == windows[1]
+    assert windows[0].step_seconds >= 0.06
+    assert min(windows[0].single_seconds) >= 0.06
+    assert windows[0].final_loss == pytest.approx(0.07), "the ranks' shares add up"
 
 
 def run(tmp_path: Path, ranks: int, *argv: str, target=bench) -> dict:
