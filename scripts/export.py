@@ -42,8 +42,8 @@ class Model(NamedTuple):
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
-    """The whole checkpoint that a run's folder and a step mean, the newest without a step; or `path`
-    itself if it is one. Raises ConfigError."""
+    """The whole checkpoint that a run's folder and a step mean, without a step the newest; or
+    `path` itself if it is one. Raises ConfigError."""
     if (path / checksums.NAME).is_file():
         if step is not None and step != _about(path)["step"]:
             raise ConfigError(
