@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scripts import terminal
-from train.checkpoint import checksums
-from train.checkpoint.files import finished, folder_of, is_of_model, step_of
+from train.checkpoint import checksums, progress
+from train.checkpoint.files import finished, folder_of, is_of_model, size_of, step_of
 from train.config import Config, ConfigError, load
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
-    """The checkpoint that a run's folder and a step mean, the newest whole one without a step; or
+    """The whole checkpoint that a run's folder and a step mean, without a step the newest; or
     `path` itself if it is one. Raises ConfigError."""
     if (path / checksums.NAME).is_file():
         if step is not None and step != _about(path)["step"]:
@@ -50,12 +50,14 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
                 f"--step {step}: {path} is the checkpoint of step {_about(path)['step']}; leave "
                 "--step out, or name the run's folder"
             )
+        if (damage := _damage(path)) is not None:
+            raise ConfigError(f"damaged checkpoint {path}: {damage}")
         return path
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; name a run's folder or a checkpoint's")
     there = finished(folder_of(path))
     for one in reversed(there if step is None else [p for p in there if step_of(p) == step]):
-        damage = checksums.damage(one)
+        damage = _damage(one)
         if damage is None:
             return one
         after = "the one before it is tried" if step is None else "it is the only one of its step"
@@ -66,13 +68,10 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
-    """Weights, config and step of a checkpoint, whatever number of ranks wrote it.
+    """Weights, config and step of a whole checkpoint, whatever number of ranks wrote it.
 
-    Raises ConfigError where it is damaged, or of a version that this one cannot read.
+    Raises ConfigError where it is of a version that this one cannot read.
     """
-    damage = checksums.damage(folder)
-    if damage is not None:
-        raise ConfigError(f"damaged checkpoint {folder}: {damage}")
     config, about = load(folder / checksums.CONFIG), _about(folder)
     reader = dcp.FileSystemReader(folder)
     try:
@@ -83,7 +82,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
             and is_of_model(name)
             and isinstance(meta, dcp.metadata.TensorStorageMetadata)
         }
-        with warnings.catch_warnings():
+        size = sum(t.numel() * t.element_size() for t in state.values())
+        with warnings.catch_warnings(), progress.said("reading the weights", size):
             warnings.simplefilter("ignore")  # that there is no process group, which is meant
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # of many kinds: it unpickles
@@ -156,6 +156,13 @@ def _made_of(tokenizer: Tokenizer) -> list[str]:
 
 def _made_from(texts: list[str]) -> Tokenizer:
     return FileTokenizer(*texts) if texts else ByteTokenizer()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; says how far it is where that takes long."""
+    count = progress.Count()
+    with progress.said(f"checking {folder.name}", size_of(folder), count.get):
+        return checksums.damage(folder, read_bytes=count.add)
 
 
 def _about(folder: Path) -> dict[str, int]:

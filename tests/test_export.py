@@ -209,6 +209,20 @@ def test_a_file_of_somebody_else_is_one_line(model_file, tmp_path, metadata, say
         read(file)
 
 
+def test_a_damaged_checkpoint_is_named(run_dir, tmp_path, capsys):
+    """By its own folder it is refused; in a run the one before it is taken, and that is said."""
+    copy = shutil.copytree(run_dir, tmp_path / "a")
+    newest = copy / "checkpoints" / "step_00000040"
+    with (newest / "__0_0.distcp").open("r+b") as file:
+        file.write(b"not a zip")
+    assert export([str(newest), "--out", str(tmp_path / "x")]) == 2
+    assert "step_00000040: __0_0.distcp is not what was written" in capsys.readouterr().err
+    assert export([str(copy), "--out", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr()
+    assert "the one before it is tried" in said.err
+    assert "after step 20" in said.out
+
+
 def test_a_checkpoint_of_another_version_is_one_line(run_dir, tmp_path, capsys):
     """Its .metadata is a pickle, of classes that this PyTorch may not have."""
     folder = shutil.copytree(run_dir / "checkpoints" / "step_00000040", tmp_path / "c")

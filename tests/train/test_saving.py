@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tests.support.ranks import Training, run_train
 from tests.support.tiny import argv, checkpoints, differences, repeated, slow_saves
@@ -206,9 +205,3 @@ def test_a_hash_is_of_what_was_written(tmp_path):
         stream.close()
     assert (tmp_path / "f").stat().st_size == stream.size
     assert stream.hexdigest() == checksums.hash_file(tmp_path / "f")
-
-
-def test_the_file_system_is_still_pytorchs():
-    """Ours replaces how files are made, and nothing else."""
-    own = {name for name in vars(writer.HashingFileSystem) if not name.startswith("__")}
-    assert own - {"raise_error"} <= set(dir(FileSystem))
