@@ -10,6 +10,7 @@ import pytest
 from tests.support.faults import poison
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import argv, checkpoints, differences, repeated
+from tests.train.test_same_run import sign
 from train import loop
 from train.__main__ import main
 from train.optim import build_optimizer
@@ -95,6 +96,19 @@ def test_the_same_data_at_another_path_goes_on_and_other_data_does_not(tmp_path)
     assert line.startswith("error: ")
     assert "the text of the documents changed" in line
     assert checkpoints(short) == [2, 4]
+
+
+def test_a_checkpoint_that_does_not_name_its_data_is_loaded_with_a_warning(tmp_path):
+    keys = ["parallel.expert_parallel=1", "optim.schedule=constant"]
+    run_dir = train(tmp_path, "a", 1, *keys, "train.steps=1")
+    saved = run_dir / "checkpoints" / "step_00000001"
+    about = json.loads((saved / "training.json").read_text())
+    assert about.pop("data")["tokenizer"]
+    (saved / "training.json").write_text(json.dumps(about))
+    sign(saved)
+    with Training(1, argv(tmp_path, "a", *keys, "train.steps=2"), tmp_path / "log") as training:
+        assert training.exit_codes() == [0]
+    assert "did not note its data: whether this is the same cannot be" in training.log.read_text()
 
 
 @pytest.mark.slow

@@ -100,6 +100,12 @@ class Checkpointer:
             raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
         about = json.loads((path / checksums.ABOUT).read_text())
         self.saved = about["step"]
+        if self.fingerprint is not None and not about.get("data") and self.ranks.is_first:
+            log.warning(
+                "%s is of a version that did not note its data: whether this is the same cannot be "
+                "told, and documents that are held out now may have been trained on",
+                path,
+            )
         if about["world_size"] != self.ranks.world_size:
             return about["step"], None
         own: OfOneRank = torch.load(path / files.rank_file(self.ranks.rank), weights_only=True)
