@@ -103,6 +103,7 @@ def run_generate(*arguments: object, **environment: str) -> tuple[int, str, str]
     return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
 
 
+@pytest.mark.slow
 def test_the_file_holds_its_tokenizer(run_dir, tmp_path):
     """It completes a prompt where the tokenizer that it was trained with is not."""
     tokenizer = tmp_path / "tokenizer.json"
@@ -134,6 +135,7 @@ def model_file(run_dir, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_any_prompt_and_any_terminal(model_file):
     for prompt, encoding in (("d\u00e9f \u4e16", "ascii"), ("d\udce9f", "utf-8"), ("", "latin-1")):
         options = ("--tokens", "8", "--device", "cpu")
@@ -145,6 +147,7 @@ def test_any_prompt_and_any_terminal(model_file):
             assert out.startswith("d?f ?")
 
 
+@pytest.mark.slow
 def test_nobody_reads_on(model_file):
     """As of `| head`."""
     command = f"{sys.executable} -m scripts.generate {model_file} x --tokens 2 --device cpu"

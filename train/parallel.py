@@ -191,6 +191,7 @@ def average(value: Tensor) -> Tensor:
 
 
 def stop() -> None:
-    """Leave the group."""
+    """Leave the groups; `start` may follow, in a copy of this process too."""
     if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -59,6 +59,7 @@ def test_a_rank_that_spins_ends_with_the_one_that_failed(tmp_path, how, with_the
         assert log.count("error: rank 0 lost another rank (rank 1), whose end is reported") == 1
 
 
+@pytest.mark.slow
 def test_torchrun_ends_a_job_in_which_a_rank_fails(tmp_path, monkeypatch):
     """Its own patience with the others is 30 s."""
     monkeypatch.setenv("PLANNED", "spin")

@@ -148,6 +148,7 @@ def test_bad_input_has_its_exit_code_without_a_log(tmp_path, log):
         assert one.exit_codes() == [2]
 
 
+@pytest.mark.slow
 def test_head(tmp_path):
     """A real process, whose reader has seen enough after the first line."""
     keys = argv(tmp_path, "a", "train.steps=4", "parallel.expert_parallel=1")
