@@ -20,6 +20,11 @@ def note_on(device: torch.device) -> Tensor:
 
 
 def look(values: Tensor) -> Tensor:
-    """The same tensor; an infinity in it is noted."""
-    note_on(values.device).logical_or_(values.isinf().any())
+    """The same tensor; an infinity in it is noted. For the CPU, where nothing waits for a look."""
+    if values.numel():
+        low, high = values.aminmax()  # a tenth of the time of `isinf`
+        found = low.isinf() | high.isinf()
+        if low.isnan():  # covers the others
+            found = values.isinf().any()
+        note_on(values.device).logical_or_(found)
     return values
