@@ -45,6 +45,10 @@ class TrainingFailed(Exception):
     exit_code = 1
 
 
+class NotFinite(TrainingFailed):
+    """A loss or gradient is not finite; every rank raises it after the same step."""
+
+
 class Preempted(TrainingFailed):
     """Somebody asked it to stop; everything up to here is saved."""
 

@@ -23,7 +23,7 @@ from train.agreement import agree
 from train.checkpoint.checkpointer import Checkpointer
 from train.config import Config
 from train.data.batches import Batch, Corpus
-from train.failure import Preempted, TrainingFailed
+from train.failure import NotFinite, Preempted, TrainingFailed
 from train.metrics import flops
 from train.metrics.environment import device_name
 from train.metrics.recorder import Recorder, describe
@@ -112,6 +112,8 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
         try:
             train_steps(training, corpus, batches, checkpointer, meter, recorder, safety)
         except BaseException as error:
+            if isinstance(error, NotFinite):  # all ranks are here, and what was good is kept
+                checkpointer.wait()
             lifeline.leave()
             give_up(error, recorder, safety)
             raise

@@ -133,6 +133,16 @@ def test_refusals(device):
 def test_infinities_are_noted(device):
     """By each kernel what the reference notes, and nothing of padding."""
     note = overflow.note_on(torch.zeros(0, device=device).device)
+    # Nothing but the gradient of `up` overflows.
+    da, h, probs = problem((70, 256), torch.bfloat16, device)
+    h[9, :], da[9, 3], probs[9] = 0, 3e38, 1
+    h[9, 3] = 300
+    for operations in (reference, kernels):
+        note.zero_()
+        operations.swiglu(h, probs)
+        assert not note
+        operations.swiglu_backward(da, h, probs)
+        assert note
     for row, prob, infinite in ((0, 1.0, False), (37, 0.0, True), (37, 0.5, True), (5, 1e-3, True)):
         da, h, probs = problem((70, 256), torch.bfloat16, device)
         probs[row] = prob

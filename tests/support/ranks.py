@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils.data._utils import worker
 
 from train import (
     failure,
@@ -260,9 +259,6 @@ def _be_rank(rank: int, world_size: int, ports: Any) -> None:
     torch.set_num_threads(1)
     # No torchrun ends the others when one has ended, so that nobody need let another speak first.
     failure.PATIENCE_S = 0.1
-    # How soon a process that prepares data sees that its rank was killed. It keeps the rank's
-    # connections open until then, and so the other ranks waiting.
-    worker.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.fake_wandb import fake_wandb
 from tests.support.faults import hang, hang_with_the_lock, poison, quick_watchdog
 from tests.support.ranks import Training, read_metrics, run_train
-from tests.support.tiny import TINY, argv, checkpoints, differences, repeated
+from tests.support.tiny import TINY, argv, checkpoints, differences, repeated, slow_saves
 from train.config import ConfigError, load
 
 LONG = "train.steps=2000"
@@ -254,6 +254,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(tmp_path, v
     )
     assert "train.on_nonfinite=skip" in line
     assert checkpoints(tmp_path / "a") == [3], "the weights after it are not worth saving"
+
+
+def test_a_save_under_way_is_finished_before_a_loss_that_is_not_finite_ends_it(tmp_path):
+    def plant(rank: int) -> None:
+        slow_saves(1)
+        poison(4, rank=1, value=float("nan"))(rank)
+
+    keys = argv(tmp_path, "a", "train.steps=20", "train.log_every=1", "checkpoint.every=4")
+    with Training(2, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes() == [1, 1]
+    assert checkpoints(tmp_path / "a") == [4]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.fp8 import overflow
 from models.gpt import GPT
 from train.config import Config
-from train.failure import TrainingFailed
+from train.failure import NotFinite
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class LossGuard:
         self._first.fill_(NEVER)
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= limit:
-            raise TrainingFailed(
+            raise NotFinite(
                 f"{report}; the last of train.nonfinite_limit={limit} skipped steps in a row, in "
                 "which nothing was saved; lower optim.lr and start again, which goes on from the "
                 "newest checkpoint"
@@ -91,12 +91,12 @@ class LossGuard:
         return True
 
     def check(self) -> None:
-        """Raise TrainingFailed on every rank if any has met one. Waits for the device."""
+        """Raise NotFinite on every rank if any has met one. Waits for the device."""
         report = self._report()
         if report:
-            raise TrainingFailed(f"{report}; nothing was saved after it. {ADVICE}")
+            raise NotFinite(f"{report}; nothing was saved after it. {ADVICE}")
         if self._weights_overflow():
-            raise TrainingFailed(
+            raise NotFinite(
                 f"a weight of the experts is not finite in bfloat16 after step {self.step + 1}; "
                 "nothing was saved after it. Lower optim.lr and start again, which goes on from "
                 "the newest checkpoint"
