@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.ranks import Training
 from tests.support.tiny import TINY, argv, checkpoints
-from train import launch, preflight
+from train import launch, loop, preflight
 from train.config import ConfigError, load
 
 VARIABLES = {*launch.TORCHRUN, *launch.NUMBERS, *launch.OTHERS}
@@ -70,6 +70,7 @@ def test_a_meeting_point_that_is_nowhere(tmp_path):
 
         os.environ |= {"MASTER_ADDR": "nowhere.invalid", "WORLD_SIZE": "2", "RANK": "1"}
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+        loop.MARGIN_S = 0  # beside timeout_s
 
     keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=1")
     with Training(1, keys, tmp_path / "log", plant) as training:
