@@ -258,7 +258,7 @@ def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
     for name, more, says in (
         ("a", ["optim.schedule=constant", "optim.weight_decay=0"], None),
         ("rate", ["optim.lr=0.0001", "optim.weight_decay=0"], "optim.lr=0.0001 (was 0.0005)"),
-        ("decay", ["optim.schedule=constant", "optim.weight_decay=50"], "optim.weight_decay=50"),
+        ("decay", ["optim.schedule=constant", "optim.weight_decay=500"], "optim.weight_decay=500"),
     ):
         if name != "a":
             shutil.copytree(tmp_path / "a", tmp_path / name)

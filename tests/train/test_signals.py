@@ -29,11 +29,17 @@ def logged(run_dir: Path) -> int:
     return text.count("\n")
 
 
+def heard(rank: int) -> None:
+    """As in a terminal: under nohup, or behind `&` in a script, the tests have these ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
 def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     keys = argv(tmp_path, "a", STEPS, "data.workers=1")
-    with Training(2, keys, tmp_path / "log") as training:
+    with Training(2, keys, tmp_path / "log", heard) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
         training.signal(1, signal.Signals[name])
         assert training.exit_codes() == [75, 75]
@@ -72,6 +78,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
     def slow_start(rank: int) -> None:
         from train import loop
 
+        heard(rank)
         loop.build = lambda *_: time.sleep(60)  # type: ignore[assignment]
         (tmp_path / f"rank {rank}").touch()
 
