@@ -5,7 +5,7 @@ Weights are [E, N, K]. A path names its class in `LINEAR`; an object of it is ma
 operations that it calls. On a GPU TransformerEngine's own (te.py) takes the place of `Fp8Linear`.
 """
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,13 +71,34 @@ AnyLinear = Linear[Any, Any, Any]
 """One whose types nobody outside needs to know."""
 
 
-class HighPrecisionLinear:
-    """Everything in the dtype of x."""
-
-    NEEDS_SEGMENTS_ON_HOST = False
+class SwigluApart(Generic[Weights, Kept]):
+    """SwiGLU as an operation of its own, and `forward` for both GEMMs around it."""
 
     def __init__(self, ops: Operations) -> None:
         self.ops = ops
+
+    def forward(
+        self, x: Tensor, w: Weights, offsets: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Kept]:
+        """See `Linear.forward`."""
+        raise NotImplementedError
+
+    def down(self, h: Tensor, probs: Tensor, w: Weights, offsets: Tensor) -> tuple[Tensor, Kept]:
+        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
+
+    def up_backward(
+        self, da: Tensor, h: Tensor, probs: Tensor, a: Kept | None, w: Weights, offsets: Tensor
+    ) -> tuple[Tensor, Tensor, Kept, Kept]:
+        assert a is not None
+        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
+        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
+        return dx, dprobs, dh_kept, a
+
+
+class HighPrecisionLinear(SwigluApart[Tensor, Tensor]):
+    """Everything in the dtype of x."""
+
+    NEEDS_SEGMENTS_ON_HOST = False
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         w = w.to(dtype)
@@ -94,17 +115,6 @@ class HighPrecisionLinear:
         self, x: Tensor, w: Tensor, offsets: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         return self.ops.grouped_mm(x, w, offsets), x  # in x's own dtype, which is this one
-
-    def down(self, h: Tensor, probs: Tensor, w: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
-
-    def up_backward(
-        self, da: Tensor, h: Tensor, probs: Tensor, a: Tensor | None, w: Tensor, offsets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert a is not None
-        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
-        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
-        return dx, dprobs, dh_kept, a
 
     def wgrad(self, dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
         return self.ops.grouped_mm_wgrad(dy, x, offsets, dtype)
@@ -131,7 +141,7 @@ class _QuantizedWeights:
         return self.ops.adamw_quantize(w, grad, mean, square, step, dtype)
 
 
-class Fp8Linear(_QuantizedWeights):
+class Fp8Linear(_QuantizedWeights, SwigluApart[BlockScaledWeights, BlockScaledTensor]):
     """As TransformerEngine's GroupedLinear with its block-scaling recipe.
 
     Each operand is quantized twice from high precision, along the sum of either GEMM that it is
@@ -144,25 +154,6 @@ class Fp8Linear(_QuantizedWeights):
         rows = self.ops.quantize(x, Layout.GEMM_READY)
         columns = self.ops.quantize_columns(x, Layout.GEMM_READY)
         return self.ops.grouped_gemm(rows, w, offsets, dtype), columns
-
-    def down(
-        self, h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor
-    ) -> tuple[Tensor, BlockScaledTensor]:
-        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
-
-    def up_backward(
-        self,
-        da: Tensor,
-        h: Tensor,
-        probs: Tensor,
-        a: BlockScaledTensor | None,
-        w: BlockScaledWeights,
-        offsets: Tensor,
-    ) -> tuple[Tensor, Tensor, BlockScaledTensor, BlockScaledTensor]:
-        assert a is not None
-        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
-        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
-        return dx, dprobs, dh_kept, a
 
     def wgrad(
         self, dy: BlockScaledTensor, x: BlockScaledTensor, offsets: Tensor, dtype: torch.dtype

@@ -36,7 +36,7 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
-from models.fp8.operations import Operations
+from models.fp8.linear import SwigluApart
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import E4M3, BlockScaledTensor, Layout
@@ -152,20 +152,16 @@ class Columns:
         return sum(t._columnwise_data.nbytes + t._columnwise_scale_inv.nbytes for t in self.experts)
 
 
-class TELinear:
+class TELinear(SwigluApart[Weights, Columns]):
     """The calls that TransformerEngine's GroupedLinear makes, with its block-scaling recipe.
 
     One quantize kernel an expert, which reads x once and writes rows and columns, and one GEMM an
     expert, on four streams. (A single grouped GEMM needs cuBLAS 13.6 on Hopper.) A `Linear`, see
     `models/fp8/linear.py`. Rows of an expert must be a multiple of 8, and of 128 where a block of
-    scales must not span two experts.
+    scales must not span two experts. Its `ops` are for SwiGLU and AdamW.
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
-
-    def __init__(self, ops: Operations) -> None:
-        """`ops` for SwiGLU and AdamW."""
-        self.ops = ops
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         experts, n, _ = w.shape
@@ -194,17 +190,6 @@ class TELinear:
         for part in quantized:
             part.update_usage(rowwise_usage=False, columnwise_usage=True)
         return out, Columns(quantized)
-
-    def down(self, h: Tensor, probs: Tensor, w: Weights, offsets: Tensor) -> tuple[Tensor, Columns]:
-        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
-
-    def up_backward(
-        self, da: Tensor, h: Tensor, probs: Tensor, a: Columns | None, w: Weights, offsets: Tensor
-    ) -> tuple[Tensor, Tensor, Columns, Columns]:
-        assert a is not None
-        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
-        dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
-        return dx, dprobs, dh_kept, a
 
     def wgrad(self, dy: Columns, x: Columns, offsets: Tensor, dtype: torch.dtype) -> Tensor:
         shape = len(dy.experts), dy.experts[0].size(1), x.experts[0].size(1)
