@@ -36,6 +36,8 @@ class Linear(Protocol[Rows, Weights, Kept]):
     ops: Operations
     NEEDS_SEGMENTS_ON_HOST: bool
     """The host must know `offsets`, and so waits for the device."""
+    DESCRIPTION: str
+    """Who carries out the GEMMs, for the user, where `ops` does not."""
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         """A weight for the forward and for the backward pass: once an optimizer step."""
@@ -73,6 +75,8 @@ AnyLinear = Linear[Any, Any, Any]
 
 class SwigluApart(Generic[Weights, Kept]):
     """SwiGLU as an operation of its own, and `forward` for both GEMMs around it."""
+
+    DESCRIPTION = ""
 
     def __init__(self, ops: Operations) -> None:
         self.ops = ops
@@ -124,6 +128,7 @@ class _QuantizedWeights:
     """Weights in FP8, once an optimizer step, for layers that differ in what they do with rows."""
 
     NEEDS_SEGMENTS_ON_HOST = False
+    DESCRIPTION = ""
 
     def __init__(self, ops: Operations) -> None:
         self.ops = ops

@@ -1,11 +1,10 @@
 """What a path and the experts' linear layers call, and who carries it out: settled once.
 
-    CPU             reference/, plain PyTorch
-    GPU             bf16            kernels/: Triton, and PyTorch's grouped GEMM
-                    fp8_baseline    TransformerEngine's quantize, permute and dequantize
-                    fp8_compact     Triton's quantize and permute, which write COMPACT scales;
-                                    TransformerEngine's dequantize, as the baseline's
-                    fp8_direct      Triton; DeepGEMM's grouped GEMM where it is installed
+    CPU     reference/, plain PyTorch
+    GPU     kernels/: Triton, and PyTorch's grouped GEMM of bfloat16; but
+            bf16, fp8_direct    cuBLAS's grouped GEMM of bfloat16 where it is new enough
+            fp8_baseline        TransformerEngine's quantize and permute
+            fp8_direct          DeepGEMM's grouped GEMM of FP8 where it is installed
 
 `Operations` has the signatures; `reference/`, `kernels/` and the modules of `gpu/` fit it, which
 mypy checks. The meaning is that of `reference/`. What `fp8_baseline` and `fp8_compact` share is the
@@ -14,7 +13,7 @@ same code, so that they differ in layouts alone.
 
 import importlib
 import importlib.util
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -150,30 +149,64 @@ class Chosen(NamedTuple):
     description: str
 
 
-def choose(path: PathName, device: str, deep_gemm: bool = True) -> Chosen:
-    """The operations of a path on `cpu` or `cuda`. Without `deep_gemm` DeepGEMM is ignored."""
+Variant = Literal["triton", "te_dequantize"]
+"""Other operations for a path on a GPU, so that a benchmark can tell what makes a difference:
+Triton's wherever a path takes somebody else's; TransformerEngine's dequantize."""
+
+VARIANTS: dict[Variant, tuple[PathName, ...]] = {
+    "triton": ("bf16", "fp8_baseline", "fp8_direct"),
+    "te_dequantize": ("fp8_baseline", "fp8_compact"),
+}
+"""Which paths have one."""
+
+
+def choose(path: PathName, device: str, variant: Variant | None = None) -> Chosen:
+    """The operations of a path on `cpu` or `cuda`; of a path that has the variant, those."""
     if device == "cpu":
         return Chosen(reference, "operations by reference (PyTorch)")
     from models.fp8 import kernels
 
     triton = "operations by Triton"
+    if variant == "te_dequantize":
+        from models.fp8.gpu import fp8_baseline_te_dequantize, fp8_compact_te_dequantize
+
+        if path == "fp8_baseline":
+            names = "quantize, permute_scaled, dequantize by TransformerEngine"
+            return Chosen(fp8_baseline_te_dequantize, f"{triton}, {names}")
+        return Chosen(fp8_compact_te_dequantize, f"{triton}, dequantize by TransformerEngine")
+    if variant == "triton":
+        return Chosen(kernels, triton)
     if path == "fp8_baseline":
         from models.fp8.gpu import fp8_baseline
 
-        names = "quantize, dequantize, permute_scaled, Fp8Linear"
-        return Chosen(fp8_baseline, f"{triton}, {names} by TransformerEngine")
+        return Chosen(fp8_baseline, f"{triton}, quantize and permute_scaled by TransformerEngine")
     if path == "fp8_compact":
-        from models.fp8.gpu import fp8_compact
+        return Chosen(kernels, triton)
+    return _choose_gemms(path, kernels, triton)
 
-        return Chosen(fp8_compact, f"{triton}, dequantize, Fp8Linear by TransformerEngine")
-    if path == "fp8_direct" and deep_gemm:
-        try:
-            from models.fp8.gpu import fp8_direct_deep_gemm
-        except Exception as error:
-            state = "not installed" if _is_missing(error, "deep_gemm") else f"broken: {error}"
-            return Chosen(kernels, f"{triton} (DeepGEMM, which is faster, is {state})")
-        return Chosen(fp8_direct_deep_gemm, f"{triton}, grouped_gemm by DeepGEMM")
-    return Chosen(kernels, triton)
+
+def _choose_gemms(path: PathName, kernels: Operations, said: str) -> Chosen:
+    """For bf16 and fp8_direct: the fastest GEMM that this machine has, of each kind."""
+    from models.fp8 import te, te_grouped
+
+    cublas = te_grouped.is_supported()
+    if cublas:
+        from models.fp8.gpu import cublas_bf16
+
+        chosen: Operations = cublas_bf16
+        said += f", grouped_mm by cuBLAS {te.cublas_version()} through TransformerEngine"
+    else:
+        chosen = kernels
+        said += f", grouped_mm by PyTorch ({te.NEWER_CUBLAS})"
+    if path == "bf16":
+        return Chosen(chosen, said)
+    try:
+        from models.fp8.gpu import cublas_bf16_deep_gemm_fp8, deep_gemm_fp8
+    except Exception as error:
+        state = "not installed" if _is_missing(error, "deep_gemm") else f"broken: {error}"
+        return Chosen(chosen, f"{said}; DeepGEMM, which is faster for FP8, is {state}")
+    chosen = cublas_bf16_deep_gemm_fp8 if cublas else deep_gemm_fp8
+    return Chosen(chosen, f"{said}, grouped_gemm by DeepGEMM")
 
 
 def why_not(path: PathName, device: str) -> str | None:

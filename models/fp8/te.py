@@ -57,8 +57,8 @@ def _quantizer(rowwise: bool, columnwise: bool, dims: int = 1) -> Float8BlockQua
 
 
 _ROWS = _quantizer(rowwise=True, columnwise=False)
-_ROWS_AND_COLUMNS = _quantizer(rowwise=True, columnwise=True)
-_WEIGHT_BOTH_WAYS = _quantizer(rowwise=True, columnwise=True, dims=2)
+ROWS_AND_COLUMNS = _quantizer(rowwise=True, columnwise=True)
+WEIGHT_BOTH_WAYS = _quantizer(rowwise=True, columnwise=True, dims=2)
 
 
 def quantize(x: Tensor, layout: Layout) -> BlockScaledTensor:
@@ -152,22 +152,41 @@ class Columns:
         return sum(t._columnwise_data.nbytes + t._columnwise_scale_inv.nbytes for t in self.experts)
 
 
+CUBLAS_FOR_GROUPS = 130600
+"""cuBLASLt 13.6: the first that multiplies groups of block-scaled FP8 on Hopper."""
+
+
+def cublas_version() -> str:
+    """Of the cuBLASLt that is loaded, which may be newer than the one that torch brought."""
+    number = tex.get_cublasLt_version()
+    return f"{number // 10000}.{number // 100 % 100}"
+
+
+NEWER_CUBLAS = (
+    f"cuBLAS {cublas_version()} has no grouped one for this; 13.6 or newer has: "
+    'pip install --no-deps "nvidia-cublas>=13.6"'
+)
+"""What to say where a GEMM of all experts is missing."""
+
+
 class TELinear(SwigluApart[Weights, Columns]):
     """The calls that TransformerEngine's GroupedLinear makes, with its block-scaling recipe.
 
     One quantize kernel an expert, which reads x once and writes rows and columns, and one GEMM an
-    expert, on four streams. (A single grouped GEMM needs cuBLAS 13.6 on Hopper.) A `Linear`, see
+    expert, on four streams. `TEGroupedLinear` (te_grouped.py) takes its place where cuBLAS is new
+    enough. A `Linear`, see
     `models/fp8/linear.py`. Rows of an expert must be a multiple of 8, and of 128 where a block of
     scales must not span two experts. Its `ops` are for SwiGLU and AdamW.
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
+    DESCRIPTION = f"GEMMs by TransformerEngine, one an expert ({NEWER_CUBLAS})"
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         experts, n, _ = w.shape
         # One kernel an expert writes its bytes both ways.
         quantized = tex.split_quantize(
-            w.to(dtype).flatten(0, 1), [n] * experts, [_WEIGHT_BOTH_WAYS] * experts
+            w.to(dtype).flatten(0, 1), [n] * experts, [WEIGHT_BOTH_WAYS] * experts
         )
         return Weights(quantized), Weights(quantized, transposed=True)
 
@@ -182,7 +201,7 @@ class TELinear(SwigluApart[Weights, Columns]):
         self, x: Tensor, w: Weights, offsets: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Columns]:
         splits = _splits(offsets)
-        quantized = tex.split_quantize(x, splits, [_ROWS_AND_COLUMNS] * len(splits))
+        quantized = tex.split_quantize(x, splits, [ROWS_AND_COLUMNS] * len(splits))
         n, k = w.experts[0].size()
         out = x.new_empty(len(x), k if w.transposed else n, dtype=dtype)
         layout = "NN" if w.transposed else "TN"

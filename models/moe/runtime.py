@@ -82,7 +82,7 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
         ops,
         linear,
         dispatcher,
-        f"{who}; {how}",
+        "; ".join(filter(None, (who, linear.DESCRIPTION, how))),
         capacity=None if waits else moe.capacity,
         recompute=moe.recompute,
     )
@@ -91,9 +91,9 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
 def build_linear(path: Path, ops: Operations, device: str) -> AnyLinear:
     """The linear layer that a path names; on a GPU TransformerEngine's where it has the same."""
     if device == "cuda" and path.LINEAR is Fp8Linear:
-        from models.fp8.te import TELinear
+        from models.fp8 import te, te_grouped
 
-        return TELinear(ops)
+        return te_grouped.TEGroupedLinear(ops) if te_grouped.is_supported() else te.TELinear(ops)
     return path.LINEAR(ops)
 
 

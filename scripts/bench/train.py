@@ -13,8 +13,10 @@ events on the GPU. Peak memory is the window's, on the fullest rank. Model FLOPs
 in the same way for all (`train/metrics/flops.py`).
 
 `fp8_baseline:triton` is the baseline's layouts with the kernels of `fp8_compact`: it tells how much
-of a difference is layout and how much is kernels. `fp8_direct:triton` leaves DeepGEMM alone,
-`:recompute` is `moe.recompute=true`, `:prepare` is `optim.prepare_weights=true`. Peers take what
+of a difference is layout and how much is kernels. `fp8_baseline:te_dequantize` and
+`fp8_compact:te_dequantize` take TransformerEngine's dequantize in the place of ours.
+`fp8_direct:triton` leaves DeepGEMM alone, `:recompute` is `moe.recompute=true`, `:prepare` is
+`optim.prepare_weights=true`. Peers take what
 megatron-core offers beyond its usual flags the same way, `fp8:experimental`; see
 `scripts/bench/stock_megatron.py`. `none` is no stack.
 
@@ -46,6 +48,7 @@ from torch import Tensor
 
 from models.config import PATH_NAMES, PathName
 from models.fp8 import operations
+from models.fp8.operations import VARIANTS, Variant
 from models.gpt import GPT, build_gpt
 from models.moe.runtime import why_not
 from scripts.bench import results
@@ -61,8 +64,7 @@ from train.parallel import Ranks
 from train.profiling.timer import Timer
 
 FLAG_KEYS = {"recompute": "moe.recompute=true", "prepare": "optim.prepare_weights=true"}
-PATH_FLAGS = ("triton", *FLAG_KEYS)
-TRITON_INSTEAD = ("fp8_baseline", "fp8_direct")
+PATH_FLAGS = (*VARIANTS, *FLAG_KEYS)
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = ("experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion")
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
@@ -109,9 +111,9 @@ class Ours:
         self.model = build_gpt(
             config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
         )
-        if "triton" in flags:
-            of = "fp8_compact" if config.moe.path == "fp8_baseline" else config.moe.path
-            use_operations(self.model, of, device)
+        for variant in VARIANTS:
+            if variant in flags:
+                use_operations(self.model, config.moe.path, device, variant)
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = preflight.resolve_dtype(config, device)
@@ -127,11 +129,12 @@ class Ours:
         self.model.runtime.dispatcher.close()
 
 
-def use_operations(model: GPT, path: PathName, device: str) -> None:
-    """Carry out the model's path with the operations of `path`, without DeepGEMM."""
-    chosen = operations.choose(path, device, deep_gemm=False)
-    description = f"{chosen.description}; dispatch by {model.runtime.dispatcher.name}"
+def use_operations(model: GPT, path: PathName, device: str, variant: Variant) -> None:
+    """Carry out the model's path with other operations."""
+    chosen = operations.choose(path, device, variant)
     runtime = model.runtime.with_operations(chosen.operations, device)
+    said = (chosen.description, runtime.linear.DESCRIPTION)
+    description = "; ".join((*filter(None, said), f"dispatch by {runtime.dispatcher.name}"))
     runtime = replace(runtime, description=description)
     model.config.moe_runtime = runtime
     for layer in model.moe_layers():
@@ -318,9 +321,10 @@ class Row:
             "global_batch": self.config.global_batch(self.world_size),
             "gpus": self.world_size,
         }
-        if self.spec.stack == "ours" and "triton" in flags:
-            row["operations"] = "triton"
-            flags.remove("triton")
+        for variant in VARIANTS:
+            if variant in flags:
+                row["operations"] = variant
+                flags.remove(variant)
         if flags:
             row["flags"] = flags
         row |= self.about
@@ -357,6 +361,7 @@ def rotated(specs: Sequence[Spec], repeat: int) -> list[Spec]:
 def parse_stacks(paths: str, peers: str) -> list[Spec]:
     """`fp8_compact` or `fp8:experimental:fp8_param`, with commas between. Raises ConfigError."""
     specs = []
+    having = {str(variant): paths for variant, paths in VARIANTS.items()}
     for stack, option, text, known, flags in (
         ("ours", "--paths", paths, PATH_NAMES, PATH_FLAGS),
         ("megatron-core", "--peers", peers, PEERS, PEER_FLAGS),
@@ -366,7 +371,7 @@ def parse_stacks(paths: str, peers: str) -> list[Spec]:
             if path not in known:
                 raise ConfigError(f"{option} {item}: known are {', '.join(known)}, or none")
             for flag in chosen:
-                if flag not in flags or (flag == "triton" and path not in TRITON_INSTEAD):
+                if flag not in flags or path not in having.get(flag, (path,)):
                     raise ConfigError(f"{option} {item}: {path} takes no {flag!r}")
             specs.append(Spec(stack, path, tuple(chosen)))
     if not specs:

@@ -1,6 +1,7 @@
 """Grouped GEMMs against sums in float64, within what each way of adding up may be off by."""
 
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,6 +31,21 @@ HALF_ULP = 2.0**-8
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch, request):
     set_up(monkeypatch, request.node.callspec.params["device"])
+
+
+@pytest.fixture(params=["kernels", "cuBLAS"])
+def bf16(device, request) -> ModuleType:
+    """Whoever multiplies bfloat16: `kernels/`, and cuBLAS where it is new enough."""
+    if request.param == "kernels":
+        return ops
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
+    from models.fp8 import te, te_grouped
+
+    if not te_grouped.is_supported():
+        pytest.skip(te.NEWER_CUBLAS)
+    return te_grouped
 
 
 def segments(kind, device):
@@ -164,7 +180,7 @@ def test_grouped_gemm_with_transposed_weights(device):
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("scaled", ["dy", "x", "both", "neither"])
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (384, 128), (128, 256)])
-def test_grouped_wgrad(device, kind, layout, scaled, n, k):
+def test_grouped_wgrad(device, bf16, kind, layout, scaled, n, k):
     offsets, real = segments(kind, device)
     dy = rows_of(real, n, device, torch.bfloat16)
     x = rows_of(real, k, device, torch.bfloat16)
@@ -172,7 +188,7 @@ def test_grouped_wgrad(device, kind, layout, scaled, n, k):
         dy = reference.quantize(dy, layout)
     if scaled in ("x", "both"):
         x = reference.quantize(x, layout)
-    dw = ops.grouped_wgrad(dy, x, offsets, torch.bfloat16)
+    dw = bf16.grouped_wgrad(dy, x, offsets, torch.bfloat16)
     a, b = float64(dy), float64(x)
     assert (dw.shape, dw.dtype) == ((len(COUNTS[kind]), n, k), torch.bfloat16)
     exact, size = sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs)
@@ -184,11 +200,11 @@ def test_grouped_wgrad(device, kind, layout, scaled, n, k):
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (200, 264), (8, 8)])
-def test_grouped_mm_wgrad(device, kind, dtype, n, k):
+def test_grouped_mm_wgrad(device, bf16, kind, dtype, n, k):
     """Also where tiles end beyond the matrix, which must not write the next expert's."""
     offsets, real = segments(kind, device)
     dy, x = (rows_of(real, size, device, torch.bfloat16) for size in (n, k))
-    dw = ops.grouped_mm_wgrad(dy, x, offsets, dtype)
+    dw = bf16.grouped_mm_wgrad(dy, x, offsets, dtype)
     assert (dw.shape, dw.dtype) == ((len(COUNTS[kind]), n, k), dtype)
     a, b = float64(dy), float64(x)
     exact, size = sum_over_rows(a, b, offsets), sum_over_rows(a, b, offsets, torch.abs)
@@ -218,15 +234,15 @@ def test_grouped_gemm_wgrad(device, kind, layouts, out_dtype):
 
 
 @pytest.mark.parametrize("kind", COUNTS)
-def test_grouped_mm(device, kind):
-    """PyTorch's own: that we call it right, through transposed views too, and the empty cases."""
+def test_grouped_mm(device, bf16, kind):
+    """PyTorch's own and cuBLAS's: called right, through transposed views and for no rows too."""
     offsets, real = segments(kind, device)
     n, k = 256, 128
     x, dy = (rows_of(real, size, device, torch.bfloat16) for size in (k, n))
     w = weights(len(COUNTS[kind]), n, k, device, torch.bfloat16)
-    y = ops.grouped_mm(x, w, offsets)
-    dx = ops.grouped_mm(dy, w.transpose(1, 2), offsets)
-    dw = ops.grouped_mm_wgrad(dy, x, offsets, torch.bfloat16)
+    y = bf16.grouped_mm(x, w, offsets)
+    dx = bf16.grouped_mm(dy, w.transpose(1, 2), offsets)
+    dw = bf16.grouped_mm_wgrad(dy, x, offsets, torch.bfloat16)
     assert (y.shape, dx.shape, dw.shape) == (dy.shape, x.shape, w.shape)
     a, b, c = float64(x), float64(w), float64(dy)
     if real.shape[0]:
@@ -278,8 +294,19 @@ def test_refusals(device):
     w = reference.quantize_weights(torch.zeros(1, 128, 128, device=device))
     with pytest.raises(TypeError, match="float16"):
         ops.grouped_gemm(x, w, offsets, torch.float16)
+
+
+def test_refusals_of_bf16(device, bf16):
+    offsets = torch.tensor([0, 128], device=device)
     rows = torch.zeros(128, 128, device=device)
     with pytest.raises(TypeError, match="bfloat16"):
-        ops.grouped_wgrad(rows, rows, offsets, torch.bfloat16)
+        bf16.grouped_wgrad(rows, rows, offsets, torch.bfloat16)
+    rows = rows.bfloat16()
     with pytest.raises(ValueError, match="rows"):
-        ops.grouped_mm_wgrad(rows.bfloat16(), rows[:64].bfloat16(), offsets, torch.bfloat16)
+        bf16.grouped_mm_wgrad(rows, rows[:64], offsets, torch.bfloat16)
+    with pytest.raises(TypeError, match="float16"):
+        bf16.grouped_mm_wgrad(rows, rows, offsets, torch.float16)
+    with pytest.raises(ValueError, match="do not fit"):
+        bf16.grouped_mm(rows, rows.new_zeros(1, 128, 64), offsets)
+    with pytest.raises(ValueError, match="2 experts need 3 offsets"):
+        bf16.grouped_mm(rows, rows.new_zeros(2, 128, 128), offsets)

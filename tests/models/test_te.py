@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.fp8 import linear, reference
+from models.fp8.linear import AnyLinear
 from models.fp8.tensor import BLOCK, BlockScaledTensor, Layout, ceil_div, relayout
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +21,18 @@ def te() -> ModuleType:
     from models.fp8 import te
 
     return te
+
+
+@pytest.fixture(params=["one GEMM an expert", "one for all"])
+def te_linear(te, request) -> AnyLinear:
+    """TransformerEngine's linear layer, the old way and that of a newer cuBLAS."""
+    if request.param == "one GEMM an expert":
+        return te.TELinear(reference)
+    from models.fp8 import te_grouped
+
+    if not te_grouped.is_supported():
+        pytest.skip(f"cuBLAS {te.cublas_version()} multiplies no groups of FP8 blocks")
+    return te_grouped.TEGroupedLinear(reference)
 
 
 def quantize_columns(x: Tensor, te: ModuleType) -> SimpleNamespace:
@@ -170,7 +183,7 @@ def test_unpermute(te, received):
 
 
 @pytest.mark.parametrize("counts", [[128, 0, 384, 256], [0, 0, 0, 128], [512], [0, 0]])
-def test_grouped_linear(te, counts):
+def test_grouped_linear(te_linear, counts):
     """fprop, dgrad and wgrad against the same quantized operands, multiplied in float32.
 
     The bytes are the same (see above), so what differs is how products are summed. Tensor cores
@@ -185,11 +198,11 @@ def test_grouped_linear(te, counts):
     x, dy = normal(rows, k, seed=1).cuda(), normal(rows, n, seed=2).cuda()
     w = torch.stack([normal(n, k, seed=3 + e) for e in range(experts)]).cuda()
 
-    theirs = te.TELinear(reference)
-    weights, turned = theirs.prepare_weights(w, w.dtype)
-    y, x_kept = theirs.forward(x, weights, offsets, x.dtype)
-    dx, dy_kept = theirs.forward(dy, turned, offsets, dy.dtype)
-    dw = theirs.wgrad(dy_kept, x_kept, offsets, torch.bfloat16)
+    dirty(y_bytes=4 * rows * k, w_bytes=8 * experts * n * k)
+    weights, turned = te_linear.prepare_weights(w, w.dtype)
+    y, x_kept = te_linear.forward(x, weights, offsets, x.dtype)
+    dx, dy_kept = te_linear.forward(dy, turned, offsets, dy.dtype)
+    dw = te_linear.wgrad(dy_kept, x_kept, offsets, torch.bfloat16)
 
     squares, transposed = linear.Fp8Linear(reference).prepare_weights(w, w.dtype)
     want_y, want_x_kept = exact(reference.grouped_gemm, x, squares, offsets)
@@ -211,6 +224,37 @@ def test_grouped_linear(te, counts):
     for e, count in enumerate(counts):
         assert count or not dw[e].any(), "an expert without rows has no gradient"
     assert x_kept.nbytes == want_x_kept.nbytes
+
+
+def test_rows_after_the_last_expert_change_nothing(te, te_linear):
+    """Where room is set aside for P rows: what lies behind is whatever was in memory."""
+    if te_linear.NEEDS_SEGMENTS_ON_HOST:
+        pytest.skip("is given no more than what arrived")
+    counts, n, k = [256, 0, 128], 256, 384
+    real = sum(counts)
+    offsets = torch.tensor([0, *counts]).cumsum(0).cuda()
+    w = torch.stack([normal(n, k, seed=3 + e) for e in range(len(counts))]).cuda()
+    results = []
+    for behind in (0, 128, 640):
+        x, dy = (
+            torch.cat([normal(real, width, seed=width).cuda(), w.new_full((behind, width), value)])
+            for width, value in ((k, float("nan")), (n, float("inf")))
+        )
+        weights, turned = te_linear.prepare_weights(w, w.dtype)
+        y, x_kept = te_linear.forward(x, weights, offsets, x.dtype)
+        dx, dy_kept = te_linear.forward(dy, turned, offsets, dy.dtype)
+        dw = te_linear.wgrad(dy_kept, x_kept, offsets, torch.bfloat16)
+        assert len(y) == len(dx) == real + behind
+        results.append((y[:real], dx[:real], dw))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+def dirty(y_bytes: int, w_bytes: int) -> None:
+    """Leave NaN in the memory that is given out next, so that what is not written shows."""
+    for size in (y_bytes, w_bytes):
+        torch.full((max(size // 4, 1),), float("nan"), device="cuda")
 
 
 def exact(gemm, x: Tensor, w, offsets: Tensor) -> tuple[Tensor, BlockScaledTensor]:

@@ -1,4 +1,5 @@
-"""Operations of paths that do not take all of theirs from `kernels/` on a GPU, a module each.
+"""Operations on a GPU that are not all `kernels/`'s, a module for each mixture.
 
 A module here has every name of `kernels/`, and then some of somebody else's in their place.
+`operations.choose` says who takes which.
 """

@@ -38,10 +38,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     Raises ValueError if shapes do not fit, TypeError for another dtype. `offsets [E + 1]` stay on
     the device and are not checked.
     """
-    _check_bf16(x, w)
-    _check_experts(w.shape[0], offsets)
-    if x.shape[1] != w.shape[2]:
-        raise ValueError(f"x {list(x.shape)} and w {list(w.shape)} do not fit")
+    check_fprop(x, w, offsets)
     if not x.shape[0]:
         return torch.empty(0, w.shape[1], dtype=x.dtype, device=x.device)
     return F.grouped_mm(x, w.transpose(1, 2), offs=_ends(offsets))
@@ -54,11 +51,7 @@ def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype)
     device. Zeros for an expert without rows. N and K are multiples of 8, as tensor descriptors want
     it. Raises ValueError if shapes do not fit, TypeError for another dtype.
     """
-    _check_bf16(dy, x)
-    if dy.shape[0] != x.shape[0]:
-        raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")
-    if dtype not in OUT_DTYPES:
-        raise TypeError(f"the result can be bfloat16 or float32, not {dtype}")
+    check_wgrad(dy, x, dtype)
     n, k = dy.shape[1], x.shape[1]
     if n % 8 or k % 8:
         raise ValueError(f"N and K must be multiples of 8, got {n} and {k}")
@@ -94,8 +87,13 @@ def grouped_wgrad(
     memory to the tensor cores saved the bfloat16 copy, and was slower than these two steps.) Zeros
     for an expert without rows. Errors as `grouped_mm_wgrad`.
     """
-    dy, x = (values(t, torch.bfloat16) if isinstance(t, BlockScaledTensor) else t for t in (dy, x))
+    dy, x = (as_bf16(t) for t in (dy, x))
     return grouped_mm_wgrad(dy, x, offsets, dtype)
+
+
+def as_bf16(x: BlockScaledTensor | Tensor) -> Tensor:
+    """The values of rows in FP8, and other rows as they are."""
+    return values(x, torch.bfloat16) if isinstance(x, BlockScaledTensor) else x
 
 
 @triton.jit
@@ -129,12 +127,27 @@ def _ends(offsets: Tensor) -> Tensor:
     return offsets[1:].to(torch.int32)
 
 
+def check_fprop(x: Tensor, w: Tensor, offsets: Tensor) -> None:
+    """What `grouped_mm` says of its arguments."""
+    _check_bf16(x, w)
+    if offsets.shape != (w.shape[0] + 1,):
+        raise ValueError(
+            f"{w.shape[0]} experts need {w.shape[0] + 1} offsets, got {offsets.numel()}"
+        )
+    if x.shape[1] != w.shape[2]:
+        raise ValueError(f"x {list(x.shape)} and w {list(w.shape)} do not fit")
+
+
+def check_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+    """What `grouped_mm_wgrad` says of its arguments."""
+    _check_bf16(dy, x)
+    if dy.shape[0] != x.shape[0]:
+        raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")
+    if dtype not in OUT_DTYPES:
+        raise TypeError(f"the result can be bfloat16 or float32, not {dtype}")
+
+
 def _check_bf16(a: Tensor, b: Tensor) -> None:
     """Raises TypeError unless both are bfloat16."""
     if a.dtype is not torch.bfloat16 or b.dtype is not torch.bfloat16:
         raise TypeError(f"only bfloat16 here, got {a.dtype} and {b.dtype}")
-
-
-def _check_experts(experts: int, offsets: Tensor) -> None:
-    if offsets.shape != (experts + 1,):
-        raise ValueError(f"{experts} experts need {experts + 1} offsets, got {offsets.numel()}")

@@ -1,4 +1,4 @@
-"""What fp8_direct calls on a GPU where DeepGEMM is installed, which is faster."""
+"""Triton's, but DeepGEMM multiplies FP8: for fp8_direct where it is installed."""
 
 from models.fp8 import deep_gemm
 from models.fp8.kernels import *

@@ -1,0 +1,8 @@
+"""Triton's, but cuBLAS multiplies bfloat16: for bf16 and fp8_direct where it is new enough."""
+
+from models.fp8 import te_grouped
+from models.fp8.kernels import *
+
+grouped_mm = te_grouped.grouped_mm
+grouped_mm_wgrad = te_grouped.grouped_mm_wgrad
+grouped_wgrad = te_grouped.grouped_wgrad

@@ -1,0 +1,7 @@
+"""Both: for fp8_direct."""
+
+from models.fp8 import deep_gemm
+from models.fp8.gpu.cublas_bf16 import *
+
+GEMM_LAYOUT = deep_gemm.GEMM_LAYOUT
+grouped_gemm = deep_gemm.grouped_gemm
