@@ -1,0 +1,323 @@
+"""One stack's training speed, in processes of its own; `scripts.bench.train` starts it for each.
+
+    torchrun --nproc-per-node 2 -m scripts.bench.measure configs/qwen3_30b_a3b_8l.yaml \\
+        fp8_direct:prepare --micro-batches 4,8 --routing balanced --out one.json [key=value ...]
+
+For each micro-batch it builds the stack, warms it up, times a window of steps, and frees it. The
+window is wall time from a barrier to the end of the last step's work on the slowest rank. Nothing
+waits for the GPU between steps, since training does not; single steps are timed by events on the
+GPU. Peak memory is the window's, on the fullest rank; energy is NVML's, of all GPUs together.
+
+Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
+the next is tried, but for an error that leaves the GPU or NCCL unusable.
+"""
+
+import argparse
+import gc
+import itertools
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+
+from scripts.bench import results, stacks
+from scripts.bench.machine import describe_machine
+from scripts.bench.stacks import ROUTINGS, Spec, Stack
+from train import parallel, preflight
+from train.config import Config, ConfigError, check_world, world_size_from_env
+from train.data.batches import Batch
+from train.failure import run_process
+from train.metrics.throughput import GIB
+from train.parallel import Ranks
+from train.profiling.timer import Timer
+
+UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+"""What errors say after which neither this rank nor its peers can go on."""
+LEFT_GIB = 0.5
+"""What libraries may keep on the GPU after a stack is freed: workspaces of GEMMs and the like."""
+
+
+@dataclass
+class Window:
+    """What was measured; the same on every rank."""
+
+    step_seconds: float
+    """Mean over the window, on the slowest rank."""
+    single_seconds: list[float]
+    """Each step by itself."""
+    peak_gib: float | None
+    """Most memory that tensors had, on the fullest rank; None on a CPU."""
+    final_loss: float
+    dropped_rows: int = 0
+    """On all ranks, in all steps of the window."""
+    step_joules: float | None = None
+    """Of all GPUs, a step; None where nobody measures it."""
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON, units in the names."""
+        return {
+            "step_ms": self.step_seconds * 1e3,
+            "single_step_ms": [seconds * 1e3 for seconds in self.single_seconds],
+            "peak_allocated_gib": self.peak_gib,
+            "final_loss": self.final_loss if math.isfinite(self.final_loss) else None,
+            "dropped_rows": self.dropped_rows,
+            "step_joules": self.step_joules,
+        }
+
+
+def measure(
+    stack: Stack, batches: Sequence[Batch], ranks: Ranks, warmup: int, steps: int
+) -> Window:
+    """Warm up and time `steps` steps. All ranks call it."""
+    on_gpu = ranks.device.type == "cuda"
+    queue = itertools.cycle(batches)
+    for _ in range(warmup):
+        stack.step(queue)
+    stack.dropped_rows()
+    gc.collect()
+    _wait(ranks)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    dist.barrier()
+    _wait(ranks)
+
+    timer, laps = Timer(ranks.device), []
+    before, begin = _joules(ranks), time.perf_counter()
+    for _ in range(steps):
+        timer.start()
+        loss = stack.step(queue)
+        laps.append(timer.stop())
+    _wait(ranks)
+    seconds, after = (time.perf_counter() - begin) / steps, _joules(ranks)
+
+    singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
+    peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
+    largest = torch.tensor([seconds, peak, *singles], dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    energy = math.nan if before is None or after is None else (after - before) / steps
+    sums = [float(loss.detach()), stack.dropped_rows(), energy]
+    summed = torch.tensor(sums, dtype=torch.float64)
+    dist.all_reduce(summed)
+    seconds, peak, *singles = largest.tolist()
+    loss_sum, dropped, joules = summed.tolist()
+    return Window(
+        seconds,
+        singles,
+        peak if on_gpu else None,
+        loss_sum,
+        int(dropped),
+        None if math.isnan(joules) else joules,
+    )
+
+
+def _wait(ranks: Ranks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+
+
+def _joules(ranks: Ranks) -> float | None:
+    """What this rank's GPU has used since its driver was loaded; None where NVML does not say."""
+    if ranks.device.type != "cuda":
+        return None
+    with suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    return None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stack has no figures, in one line, and whether the run can go on without it."""
+
+    line: str
+    fatal: bool
+
+
+T = TypeVar("T")
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """Do `work` on all ranks; its result, or the failure of the first rank that has one."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+        fatal = not is_full and any(sign in text for sign in UNUSABLE)
+        failure = Failure(f"{type(error).__name__}: {text[:300]}", fatal)
+        if not isinstance(error, ConfigError):
+            print(f"rank {dist.get_rank()}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        # The frames hold the model, and with it the memory that the next stack needs.
+        traceback.clear_frames(error.__traceback__)
+    if failure and failure.fatal:
+        return None, failure  # the others cannot be asked any more
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failure = next((f for f in failures if f), None)
+    return (None if failure else result), failure
+
+
+def run_stack(
+    spec: Spec, config: Config, ranks: Ranks, batches: Sequence[Batch], warmup: int, steps: int
+) -> tuple[Window | None, dict[str, str], Failure | None]:
+    """Build, measure and free one stack: its figures, what it says of itself, and its failure."""
+    before = _allocated_gib(ranks)
+    built: list[Stack] = []
+
+    def make() -> None:
+        stacks.seed_everything(config, ranks)
+        built.append(stacks.build(spec, config, ranks))
+        stacks.seed_everything(config, ranks)
+
+    window = None
+    about: dict[str, str] = {}
+    _, failure = attempt(make)
+    if not failure:
+        about = {"dispatch": built[0].dispatch, "description": built[0].description}
+        window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
+        if not (failure and failure.fatal):
+            # Only here has every rank built one, as closing needs.
+            _, close_failure = attempt(lambda: built[0].close())
+            failure = failure or close_failure
+    if failure and failure.fatal:
+        return window, about, failure
+    built.clear()
+    clear_aux_losses_tracker()
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        left = _allocated_gib(ranks) - before
+        if left > LEFT_GIB:
+            print(f"rank {ranks.rank}: {spec} leaves {left:.2f} GiB allocated", flush=True)
+    return window, about, failure
+
+
+def _allocated_gib(ranks: Ranks) -> float:
+    return torch.cuda.memory_allocated(ranks.device) / GIB if ranks.device.type == "cuda" else 0.0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every micro-batch. Raises ConfigError before any process group starts."""
+    spec = stacks.parse(arguments.stack)
+    configs = [
+        stacks.config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
+        for size in arguments.micro_batches or [None]
+    ]
+    for config in configs:
+        check_world(config, world_size_from_env())
+    first = configs[0]
+    if first.train.deterministic:
+        preflight.make_deterministic()
+    ranks = parallel.start(
+        preflight.resolve_device(first),
+        first.parallel.expert_parallel,
+        first.train.seed,
+        first.parallel.timeout_s,
+    )
+    report: dict[str, Any] = {
+        **describe_machine(ranks.device, ranks.world_size),
+        "gpus": ranks.world_size,
+        "results": [],
+    }
+    fatal = False
+    for config in configs:
+        size = config.train.micro_batch
+        total = arguments.warmup + arguments.steps
+        batches = stacks.batches(config, ranks, arguments.routing, total)
+        window, about, failure = run_stack(
+            spec, config, ranks, batches, arguments.warmup, arguments.steps
+        )
+        found: dict[str, Any] = {
+            "micro_batch": size,
+            "global_batch": config.global_batch(ranks.world_size),
+            **about,
+        }
+        if window:
+            found |= window.figures()
+        if failure:
+            found["error"] = failure.line
+        report["results"].append(found)
+        if ranks.is_first:
+            say(spec, found)
+            results.write_json(arguments.out, report)
+        fatal = failure is not None and failure.fatal
+        if fatal:
+            break
+    if not fatal:
+        dist.barrier()
+        parallel.stop()
+    return 1 if fatal else 0
+
+
+def say(spec: Spec, found: dict[str, Any]) -> None:
+    """A result for the terminal."""
+    name = f"{spec}  micro-batch {found['micro_batch']}"
+    if "error" in found:
+        print(f"{name}: {found['error']}", flush=True)
+    else:
+        peak = found["peak_allocated_gib"]
+        memory = "" if peak is None else f", {peak:.1f} GiB"
+        loss = found["final_loss"]
+        print(
+            f"{name}: {found['step_ms']:.1f} ms/step{memory}, loss "
+            f"{'not finite' if loss is None else f'{loss:.4f}'}, dispatch {found['dispatch']}",
+            flush=True,
+        )
+
+
+def positive(text: str) -> int:
+    """An argument that is a count."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def positive_list(text: str) -> list[int]:
+    """Counts with commas between."""
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
+    parser.add_argument("stack", help="such as bf16, fp8_direct:prepare, stock:bf16")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--micro-batches", type=positive_list, metavar="N,N",
+                        help="default: the config's")  # fmt: skip
+    parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps")
+    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        return run(arguments)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
+        return 2
+
+
+if __name__ == "__main__":
+    run_process(main)
