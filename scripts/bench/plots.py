@@ -66,20 +66,25 @@ def plot(source: Path, picture: Path) -> None:
 
 
 def _training(result: Result) -> Figure:
-    """A panel for each micro-batch, a bar for each row."""
+    """A panel for each routing and sitting, a bar for each row."""
     rows = result["rows"]
     measured = [row for row in rows if "step_ms" in row]
-    sizes = list(dict.fromkeys(row["micro_batch"] for row in measured))
-    panels = [[row for row in rows if row["micro_batch"] == size] for size in sizes]
+    kinds = list(dict.fromkeys((row.get("routing"), row.get("sitting")) for row in measured))
+    panels = [
+        [row for row in rows if (row.get("routing"), row.get("sitting")) == kind] for kind in kinds
+    ]
     heights = [len(panel) for panel in panels]
     figure = Figure(figsize=(8, 1.1 + 0.34 * sum(heights) + 0.4 * len(panels)))
     figure.set_layout_engine("constrained")
     figure.set_facecolor("white")  # on a dark page too
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for axes, panel, size in zip(all_axes[:, 0], panels, sizes, strict=True):
+    for axes, panel, kind in zip(all_axes[:, 0], panels, kinds, strict=True):
         _bars(axes, panel)
-        axes.set_title(f"micro-batch {size}", fontsize=9, loc="left")
-        if stock := best_stock(rows, size):
+        routing, sitting = kind
+        title = [f"{routing} routing"] if routing else []
+        title += [f"sitting {sitting}"] if len({kind[1] for kind in kinds}) > 1 else []
+        axes.set_title(", ".join(title), fontsize=9, loc="left")
+        if stock := best_stock(rows, panel[0]):
             axes.axvline(stock["tflops_per_gpu"]["median"], color="#333333", lw=1, ls=":", zorder=0)
     most = max(row["tflops_per_gpu"]["max"] for row in measured)
     dotted = any(row["stack"] != "ours" for row in measured)
@@ -107,17 +112,18 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
             label, (speed["max"], place), xytext=(5, 0), textcoords="offset points",
             va="center", fontsize=8.5, bbox={"color": "white", "pad": 0.5},
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [training_name(row) for row in rows], fontsize=8.5)
+    names = [f"{training_name(row)}, micro-batch {row['micro_batch']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def alt_text(result: Result) -> str:
-    """The picture in words: the fastest of ours, and of stock at the same micro-batch."""
+    """The picture in words: the fastest of ours, and of stock beside it."""
     rows = result["rows"]
     ours = [row for row in rows if row["stack"] == "ours" and "step_ms" in row]
     best = max(ours, key=lambda row: row["tflops_per_gpu"]["median"], default=None)
-    stock = best_stock(rows, (best or rows[0])["micro_batch"])
+    stock = best_stock(rows, best or rows[0])
     said = [
         f"{training_name(row)} {row['tflops_per_gpu']['median']:,.1f}"
         for row in (best, stock)

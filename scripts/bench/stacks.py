@@ -49,7 +49,11 @@ PEER_FLAGS = (
     "experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion", "environment",
     "bf16_grads", "graphs", "attention_graphs", "cutlass", "grouped", "ep_overlap",
 )  # fmt: skip
-PEER_ENVIRONMENT = {"cutlass": {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}}
+PEER_ENVIRONMENT = {
+    "cutlass": {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"},
+    # megatron-core asks for it before it uses the fuser; Hopper then gets operations one by one.
+    "grouped": {"NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"},
+}
 """What the environment of a process must say before TransformerEngine is loaded."""
 ROUTINGS = ("balanced", "natural")
 
@@ -91,9 +95,7 @@ def parse(text: str) -> Spec:
     path, *flags = (rest if peer else text).split(":")
     known = PEERS if peer else PATH_NAMES
     if path not in known:
-        raise ConfigError(
-            f"stack {text}: {'stock ' * peer}path {path!r}; known: {', '.join(known)}"
-        )
+        raise ConfigError(f"stack {text}: no path {path!r}; known: {', '.join(known)}")
     having = {str(variant): paths for variant, paths in VARIANTS.items()}
     for flag in flags:
         if flag not in (PEER_FLAGS if peer else PATH_FLAGS) or (

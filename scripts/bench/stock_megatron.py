@@ -4,9 +4,19 @@ Its own layers from TransformerEngine, its flex dispatcher over DeepEP, its fuse
 router and cross-entropy, its DistributedDataParallel with the distributed optimizer, and its
 schedule. The model's shape, the batches, AdamW's settings and the routing are those of our config.
 
-What megatron-core offers beyond that is asked for by name, since it helps on some machines only:
+What it offers beyond that is asked for by name, and each is a rung of the ladder to its best:
 
+    environment       of the process (scripts/bench/stacks.py)
     experimental      megatron's experimental Triton kernels between DeepEP and the permutation
+    bf16_grads        gradients are summed in BF16, and the precision-aware optimizer takes them;
+                      its states stay float32
+    graphs            CUDA graphs of the router and what follows it; needs megatron-core 0.19
+    attention_graphs  those, and of attention
+    cutlass           TransformerEngine's CUTLASS GEMM of all experts (BF16)
+    grouped           TransformerEngine's operation fuser, whose cuBLAS GEMM is one for all experts;
+                      needs megatron-core 0.19 and cuBLAS 13.6
+    ep_overlap        dispatch of one micro-batch beside the computation of another; needs at least
+                      two a step
     router_padding    FP8: pad each expert's rows in the routing map, not in a pass of its own
     fp8_param         FP8: keep weights in FP8 between steps, and gather them in FP8
     no_overlap        gradients and weights travel after, not beside, the computation
@@ -15,7 +25,9 @@ What megatron-core offers beyond that is asked for by name, since it helps on so
 Needs GPUs and TransformerEngine; the process groups come from `train/parallel.py`.
 """
 
+import dataclasses
 import gc
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,8 +42,13 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -39,9 +56,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
-from train.config import Config
+from train.config import Config, ConfigError
 from train.data.batches import Batch
 from train.parallel import Ranks
+
+GRAPHS_AFTER = 3
+"""Steps that warm up before CUDA graphs are captured."""
+_SMS = (
+    "moe_flex_dispatcher_num_sms"
+    if "moe_flex_dispatcher_num_sms" in TransformerConfig.__dataclass_fields__
+    else "moe_deepep_num_sms"
+)
+"""The first from megatron-core 0.19 on."""
 
 
 def choose_dispatch(expert_parallel: int) -> str:
@@ -102,9 +128,30 @@ def transformer_arguments(
             "fp8": "e4m3",
             "fp8_recipe": "blockwise",
             "fp8_param": "fp8_param" in flags,
-            "moe_router_padding_for_quantization": "router_padding" in flags,
+            "moe_router_padding_for_quantization": "router_padding" in flags or "grouped" in flags,
         }
+    if "grouped" in flags:
+        arguments["use_transformer_engine_op_fuser"] = True
+    if graphed := graphed_modules(flags):
+        arguments |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": graphed}
+    if "ep_overlap" in flags:
+        arguments["overlap_moe_expert_parallel_comm"] = True
     return arguments
+
+
+def graphed_modules(flags: tuple[str, ...]) -> list[str]:
+    """What of a layer is in a CUDA graph."""
+    attention = ["attn"] if "attention_graphs" in flags else []
+    router = ["moe_router", "moe_preprocess"] if attention or "graphs" in flags else []
+    return [*attention, *router]
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Raises ConfigError for what this megatron-core does not know yet."""
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(arguments) - known):
+        version = importlib.metadata.version("megatron-core")
+        raise ConfigError(f"megatron-core {version} has no {', '.join(unknown)}; 0.19.2 has")
 
 
 class StockMegatron:
@@ -124,12 +171,27 @@ class StockMegatron:
             "micro_batch_size": config.train.micro_batch,
         }
         set_experimental_flag("experimental" in flags)
+        self.graphs_after = GRAPHS_AFTER if graphed_modules(flags) else None
+        if self.graphs_after:
+            # Nothing can be captured while the stream that all others wait for is in use.
+            torch.cuda.set_stream(torch.cuda.Stream())
+            model_parallel_cuda_manual_seed(
+                config.train.seed, te_rng_tracker=True, force_reset_rng=True
+            )
+            unset_num_microbatches_calculator()
+            init_num_microbatches_calculator(
+                ranks.rank,
+                global_batch_size=config.global_batch(ranks.world_size),
+                micro_batch_size=config.train.micro_batch,
+                data_parallel_size=ranks.world_size,
+            )
 
-        transformer = TransformerConfig(
-            **transformer_arguments(config, path, flags, self.dispatch),
-            # As ours: nothing runs beside DeepEP in this schedule either.
-            moe_deepep_num_sms=config.moe.dispatch_sms or half_of_the_multiprocessors(),
-        )
+        arguments = transformer_arguments(config, path, flags, self.dispatch)
+        # As ours: nothing runs beside DeepEP in this schedule either.
+        arguments[_SMS] = config.moe.dispatch_sms or half_of_the_multiprocessors()
+        check(arguments)
+        transformer = TransformerConfig(**arguments)
+        self.transformer = transformer
         gpt = GPTModel(
             transformer,
             get_gpt_layer_with_transformer_engine_spec(
@@ -150,12 +212,12 @@ class StockMegatron:
                 if hasattr(module, "fuse_wgrad_accumulation"):
                     module.fuse_wgrad_accumulation = True
 
-        overlap = "no_overlap" not in flags
+        overlap = self.overlap = "no_overlap" not in flags
         self.model = DistributedDataParallel(
             transformer,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32="bf16_grads" not in flags,
                 overlap_grad_reduce=overlap,
                 overlap_param_gather=overlap,
                 fp8_param_gather="fp8_param" in flags,
@@ -163,19 +225,23 @@ class StockMegatron:
             Float16Module(transformer, gpt),
         )
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config, path, overlap), [self.model], use_gloo_process_groups=False
+            _optimizer_config(config, path, flags), [self.model], use_gloo_process_groups=False
         )
         # Megatron's scheduler would apply this; without it norms would decay too.
         for group in self.optimizer.param_groups:
             group["weight_decay"] = config.optim.weight_decay * group["wd_mult"]
         # Our loop sets this as a number, megatron's schedule as a vector of one.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        self.steps = 0
         transformer.no_sync_func = self.model.no_sync
         transformer.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; this rank's share of the mean loss: ranks add up to it."""
+        if self.steps == self.graphs_after:
+            self._capture()
+        self.steps += 1
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self.forward_backward(
@@ -187,6 +253,28 @@ class StockMegatron:
         )
         self.optimizer.step()
         return torch.stack(losses).sum() * self.share
+
+    def dropped_rows(self) -> int:
+        """None: no capacity is set."""
+        return 0
+
+    def _capture(self) -> None:
+        """Graphs of every layer, as megatron's own training loop makes them after warming up."""
+        from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+
+        helper = TECudaGraphHelper(
+            model=[self.model],
+            config=self.transformer,
+            seq_length=self.sizes["seq_length"],
+            micro_batch_size=self.sizes["micro_batch_size"],
+            optimizers=[self.optimizer],
+        )
+        if self.overlap:
+            self.model.disable_forward_pre_hook(param_sync=False)
+        helper.create_cudagraphs()
+        if self.overlap:
+            self.model.enable_forward_pre_hook()
+            helper.cuda_graph_set_manual_hooks()
 
     def close(self) -> None:
         """Let go of what outlives the model. All ranks together: DeepEP's buffer is shared."""
@@ -211,9 +299,15 @@ class StockMegatron:
         free_large_tensors(self.device)
 
     def _forward_step(
-        self, batches: Iterator[Batch], model: DistributedDataParallel
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        self,
+        batches: Iterator[Batch],
+        model: DistributedDataParallel,
+        return_schedule_plan: bool = False,
+    ) -> tuple[Any, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         batch = next(batches).to(self.device)
+        if return_schedule_plan:  # `ep_overlap`: megatron takes two micro-batches apart and mixes
+            plan = model.module.module.build_schedule_plan
+            return plan(batch.tokens, None, None, labels=batch.labels), _mean
         return model(batch.tokens, None, None, labels=batch.labels), _mean
 
 
@@ -238,8 +332,9 @@ def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
     return loss, loss.detach().clone()
 
 
-def _optimizer_config(config: Config, path: str, overlap: bool) -> OptimizerConfig:
+def _optimizer_config(config: Config, path: str, flags: tuple[str, ...]) -> OptimizerConfig:
     optim = config.optim
+    in_bf16 = "bf16_grads" in flags
     return OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -253,5 +348,7 @@ def _optimizer_config(config: Config, path: str, overlap: bool) -> OptimizerConf
         params_dtype=torch.bfloat16,
         fp8_recipe="blockwise" if path == "fp8" else None,
         use_distributed_optimizer=True,
-        overlap_param_gather=overlap,
+        overlap_param_gather="no_overlap" not in flags,
+        use_precision_aware_optimizer=in_bf16,
+        main_grads_dtype=torch.bfloat16 if in_bf16 else torch.float32,
     )

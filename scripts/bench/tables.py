@@ -43,43 +43,54 @@ def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
 
 
 def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    head = ["", "dispatch", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
+    head = ["", "routing", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
+    head += ["kJ/Mtoken", "rows dropped", "speed / best stock", "sitting"]
     body = []
     for row in shown:
-        first = [training_name(row, "`"), row.get("dispatch", ABSENT), str(row["micro_batch"])]
+        first = [training_name(row, "`"), row.get("routing", ABSENT), str(row["micro_batch"])]
+        sitting = row.get("sitting", ABSENT)
         if "step_ms" not in row:
-            body.append([*first, failure(row), *[ABSENT] * 4])
+            body.append([*first, failure(row), *[ABSENT] * 6, sitting])
             continue
         if "error" in row:  # it failed in a later repeat
             first[0] += f", {row['repeats']} of the repeats, then {failure(row)}"
         speed = row["tokens_per_sec_per_gpu"]
-        stock = best_stock(rows, row["micro_batch"])
+        stock = best_stock(rows, row)
+        energy = row.get("joules_per_mtoken")
         cells = [
             *first,
             _spread(row["step_ms"], "{:,.1f}"),
             _spread(row["tflops_per_gpu"], "{:,.1f}"),
             _spread(speed, "{:,.0f}"),
             _largest(row.get("peak_allocated_gib")),
+            f"{energy['median'] / 1e3:,.1f}" if energy else ABSENT,
+            str(row.get("dropped_rows", ABSENT)),
             _ratio(speed, stock["tokens_per_sec_per_gpu"]) if stock else ABSENT,
+            sitting,
         ]
         body.append(cells)
-    lines = _table([*head, "speed / best stock"], body, left=2)
-    sizes = dict.fromkeys(row["micro_batch"] for row in shown)
-    stocks = [stock for size in sizes if (stock := best_stock(rows, size))]
-    names = [f"{training_name(row, '`')} at micro-batch {row['micro_batch']}" for row in stocks]
+    lines = _table([*head], body, left=2)
+    names = {
+        f"{training_name(stock, '`')} at micro-batch {stock['micro_batch']}"
+        + (f" ({stock['routing']})" if "routing" in stock else ""): None
+        for row in shown
+        if (stock := best_stock(rows, row))
+    }
     if names:
         lines += ["", f"Best stock, the fastest of the peers: {'; '.join(names)}."]
     return lines
 
 
-def best_stock(rows: Sequence[Row], micro_batch: int) -> Row | None:
-    """The fastest row at this micro-batch that is not ours."""
+def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
+    """The fastest that is not ours, of the row's routing and sitting, at its own micro-batch."""
     peers = [
-        row
-        for row in rows
-        if row["stack"] != "ours" and row["micro_batch"] == micro_batch and "step_ms" in row
+        peer
+        for peer in rows
+        if peer["stack"] != "ours"
+        and "step_ms" in peer
+        and all(peer.get(key) == row.get(key) for key in ("routing", "sitting", "gpus"))
     ]
-    return max(peers, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
+    return max(peers, key=lambda peer: peer["tokens_per_sec_per_gpu"]["median"], default=None)
 
 
 def training_name(row: Row, quote: str = "") -> str:
@@ -154,6 +165,32 @@ def _kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return _table(head, body, left=3)
 
 
+# Two paths step by step: scripts/bench/pairs.py
+
+
+def _pairs(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    head = ["", "hidden", "tokens/GPU", "ms a step", "saves ms", "saves %", "relayouts", "peak GiB"]
+    body = []
+    for row in shown:
+        first, second = (f"`{name}`" for name in row["pair"])
+        saved = [
+            f"{row[name]['mean']:.{digits}f} ± {row[name]['plus_minus']:.{digits}f}"
+            for name, digits in (("saved_ms", 3), ("saved_percent", 2))
+        ]
+        peaks = row.get("peak_allocated_gib")
+        cells = [
+            f"{second} against {first}",
+            f"{row['hidden']:,}",
+            f"{row['tokens_per_gpu']:,}",
+            f"{row['step_ms'][0]:,.2f}",
+            *saved,
+            " → ".join(f"{number:.0f}" for number in row["relayouts_a_layer"]),
+            " → ".join(f"{peak:.2f}" for peak in peaks) if peaks else ABSENT,
+        ]
+        body.append(cells)
+    return _table(head, body)
+
+
 # Kernels of one traced step: scripts/bench/trace.py
 
 
@@ -181,6 +218,7 @@ def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
+    "pair": _pairs,
     "stack": _training,
     "kernel": _kernels,
     "shape": _layer,
@@ -221,6 +259,8 @@ def _origin(path: Path, result: Result) -> str:
     if bench := result.get("bench"):  # of training steps
         windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
         parts.append(f"median [least to most] of {windows}")
+    elif "pair" in result["rows"][0]:
+        parts.append("mean ± 95% interval")
     elif not {"run", "traced"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scripts.bench import plots, readme
-from scripts.bench.train import Row, Spec, Window
+from scripts.bench import plots, readme, train_rows
+from scripts.bench.measure import Window
+from scripts.bench.stacks import parse
 from train.config import load
 
 TEXT = "before\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nafter\n"
@@ -20,12 +21,18 @@ def figure(median: float, spread: float = 0.0) -> dict[str, float]:
     return {"median": median, "min": median - spread, "max": median + spread}
 
 
-def row(path: str, speed: float, stack: str = "ours", micro_batch: int = 8) -> dict[str, Any]:
+def row(
+    path: str, speed: float, stack: str = "ours", micro_batch: int = 8, sitting: str = "a"
+) -> dict[str, Any]:
     return {
         "stack": stack,
         "path": path,
+        "flags": [],
+        "routing": "balanced",
+        "sitting": sitting,
         "micro_batch": micro_batch,
         "gpus": 4,
+        "dropped_rows": 0,
         "dispatch": "deep_ep",
         "repeats": 3,
         "step_ms": figure(4e6 / speed, 1.5),
@@ -69,24 +76,25 @@ def test_the_blocks_of_this_repository_are_up_to_date() -> None:
 
 def test_training_table(tmp_path: Path) -> None:
     rows = [row("bf16", 10000), row("fp8_direct", 12500)]
-    rows += [row("bf16", 9000, "megatron-core"), row("fp8", 10000, "megatron-core")]
-    rows += [row("fp8", 20000, "megatron-core", micro_batch=16)]
+    rows += [row("bf16", 9000, "megatron-core"), row("fp8", 10000, "megatron-core", micro_batch=4)]
+    rows += [row("fp8", 20000, "megatron-core", sitting="b"), row("bf16", 30000, sitting="b")]
     write_results(tmp_path, rows)
     status, text = run(tmp_path, TEXT.format("train_x.json"))
     assert status == 0
-    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | dispatch | micro-batch |")
+    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | routing | micro-batch |")
     assert text.endswith("<!-- end of table -->\n\nafter\n")
     assert "old" not in text
     assert (
-        "| ours `fp8_direct` | deep_ep | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
-        "12,500 [12,375 to 12,625] | 62.0 | 1.250 [1.225 to 1.275] |"
+        "| ours `fp8_direct` | balanced | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
+        "12,500 [12,375 to 12,625] | 62.0 | 0 | 1.250 [1.225 to 1.275] | a |"
     ) in text
-    # The best stock is the fastest one at the same micro-batch.
+    # The best stock is the fastest one of the same sitting, at its own micro-batch.
     assert (
-        "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 8; "
-        "megatron-core `fp8` at micro-batch 16."
+        "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 4 (balanced); "
+        "megatron-core `fp8` at micro-batch 8 (balanced)."
     ) in text
-    assert "| 62.0 | 0.900 [0.882 to 0.918] |" in text
+    assert "| 62.0 | 0 | 0.900 [0.882 to 0.918] | a |" in text
+    assert "| 62.0 | 0 | 1.500 [1.470 to 1.530] | b |" in text
     assert (
         "4 x NVIDIA H200; torch 2.11.0; commit abc; median [least to most]; [train_x.json](res"
         in text
@@ -103,7 +111,7 @@ def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
     write_results(tmp_path, [*rows, row("fp8", 10000, "megatron-core")])
     lines = table(tmp_path, "train_x.json | micro_batch=8 | path=bf16 | path=fp8_direct")
     assert [line[0] for line in lines[1:]] == ["ours `bf16`", "ours `fp8_direct`"]
-    assert lines[2][-1].startswith("1.250")
+    assert lines[2][-2].startswith("1.250")
 
 
 def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
@@ -115,36 +123,58 @@ def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
     del flagged["peak_allocated_gib"]
     write_results(tmp_path, [failed, apart, later, flagged])
     lines = table(tmp_path, "train_x.json")
-    assert lines[1] == ["ours `bf16`", NONE, "16", "out of memory", *[NONE] * 4]
+    assert lines[1] == ["ours `bf16`", NONE, "16", "out of memory", *[NONE] * 6]
     assert lines[2][0] == "ours `fp8_baseline`, operations triton, recompute"
     assert lines[3][0] == "ours `fp8_compact`, 1 of the repeats, then RuntimeError: a / b"
-    assert lines[3][-1].startswith("1.125")
+    assert lines[3][-2].startswith("1.125")
     assert lines[4][0] == "megatron-core `bf16`, experimental"
-    assert lines[4][-2] == NONE
+    assert lines[4][-4] == NONE
 
 
 def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
     write_results(tmp_path, [row("bf16", 10000), row("fp8_direct", 12500)])
     head, *lines = table(tmp_path, "train_x.json")
-    assert head[-1] == "peak GiB", "a column without a figure is left out"
-    assert [line[-1] for line in lines] == ["62.0", "62.0"]
+    assert head[-2:] == ["rows dropped", "sitting"], "a column without a figure is left out"
+    assert [line[-3] for line in lines] == ["62.0", "62.0"]
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
     """The very rows of scripts/bench/train.py, not only those of this test."""
     config = load("configs/demo_cpu.yaml")
-    ours = Row(Spec("ours", "fp8_baseline", ("triton",)), config, 2)
-    ours.about = {"dispatch": "all_to_all", "description": "x"}
-    ours.windows = [Window(0.1, [0.1], 2.0, 5.0), Window(0.2, [0.2], 3.0, 5.0)]
-    stock = Row(Spec("megatron-core", "fp8"), config, 2, windows=[Window(0.3, [0.3], 1.0, 5.0)])
-    failed = Row(Spec("ours", "bf16"), config, 2, error="ConfigError: no")
-    write_results(tmp_path, [row.figures() for row in (ours, stock, failed)])
+
+    def written(stack: str, *seconds: float) -> dict[str, Any]:
+        about = {"routing": "balanced", "gpus": 2, "sitting": "a", "micro_batch": 8}
+        made: list[dict[str, Any]] = []
+        found = train_rows.row_of(made, parse(stack).columns() | about | {"global_batch": 16})
+        for one in seconds:
+            window = Window(one, [one], one * 20, 5.0, dropped_rows=3, step_joules=100.0)
+            train_rows.add(found, window.figures(), config, "no known GPU")
+        return found
+
+    failed = written("bf16") | {"error": "ConfigError: no"}
+    ours = written("fp8_baseline:triton", 0.1, 0.2)
+    write_results(tmp_path, [ours, written("stock:fp8", 0.3), failed])
     lines = table(tmp_path, "train_x.json")
     assert lines[1][0] == "ours `fp8_baseline`, operations triton"
     assert lines[1][3] == "150.0 [100.0 to 200.0]"
-    assert lines[1][6] == "3.0"
-    assert lines[2][-1] == "1.000 [1.000 to 1.000]"
+    tokens = 16 * config.model.seq_len
+    assert lines[1][6:9] == ["4.0", f"{100 / tokens * 1e6 / 1e3:,.1f}", "6"]
+    assert lines[2][-2] == "1.000 [1.000 to 1.000]"
     assert lines[3][3] == "ConfigError: no"
+
+
+def test_table_of_pairs(tmp_path: Path) -> None:
+    saved = {"mean": 1.5, "plus_minus": 0.25}
+    pair = {
+        "pair": ["fp8_baseline", "fp8_compact"], "hidden": 2048, "tokens_per_gpu": 16384,
+        "step_ms": [200.0, 198.5], "saved_ms": saved, "saved_percent": {"mean": 0.75,
+        "plus_minus": 0.125}, "relayouts_a_layer": [10, 4], "peak_allocated_gib": [48.5, 48.25],
+    }  # fmt: skip
+    write_results(tmp_path, [pair], "pairs.json")
+    assert table(tmp_path, "pairs.json")[1] == [
+        "`fp8_compact` against `fp8_baseline`", "2,048", "16,384", "200.00", "1.500 ± 0.250",
+        "0.75 ± 0.12", "10 → 4", "48.50 → 48.25",
+    ]  # fmt: skip
 
 
 def test_layer_table(tmp_path: Path) -> None:

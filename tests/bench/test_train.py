@@ -12,33 +12,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench import results, train
-from scripts.bench.stock_megatron import choose_dispatch, transformer_arguments
-from scripts.bench.train import Row, Spec, Window, parse_stacks, rotated
+from scripts.bench import measure, pairs, results, stacks, train, train_rows
+from scripts.bench.measure import Window
+from scripts.bench.stacks import Spec, parse, parse_all
+from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
-from train.config import load
+from train.config import ConfigError, load
 from train.metrics import flops
 
 TINY = [*TINY_MODEL, "model.num_layers=1"]
 SPREADS = ("step_ms", "single_step_ms", "tokens_per_sec_per_gpu", "tflops_per_gpu")
 
 
-def bench(rank: int, argv: list[str]) -> int:
-    return train.main(argv)
+def measuring(rank: int, argv: list[str]) -> int:
+    return measure.main(argv)
 
 
-def failing_bench(rank: int, argv: list[str]) -> int:
-    """Rank 1 runs out of memory when it builds fp8_baseline, and rank 0 does not."""
-    real = train.build
+def failing(rank: int, argv: list[str]) -> int:
+    """Rank 1 runs out of memory when it builds a stack at micro-batch 4, and rank 0 does not."""
+    real = stacks.build
 
     def build(spec, config, ranks):
-        if spec.path == "fp8_baseline" and rank == 1:
+        if config.train.micro_batch == 4 and rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 TiB")
         return real(spec, config, ranks)
 
-    train.build = build
-    return train.main(argv)
+    stacks.build = build
+    return measure.main(argv)
 
 
 class Uneven:
@@ -52,13 +53,16 @@ class Uneven:
         time.sleep(self.seconds)
         return torch.tensor(self.seconds)
 
+    def dropped_rows(self) -> int:
+        return 2
+
     def close(self) -> None: ...
 
 
 def measured(rank: int) -> Window:
     ranks: Any = SimpleNamespace(device=torch.device("cpu"))
     batches: Any = [None]
-    return train.measure(Uneven(rank), batches, ranks, warmup=1, steps=3)
+    return measure.measure(Uneven(rank), batches, ranks, warmup=1, steps=3)
 
 
 def test_the_slowest_rank_counts():
@@ -67,109 +71,282 @@ def test_the_slowest_rank_counts():
     assert windows[0].step_seconds >= 0.06
     assert min(windows[0].single_seconds) >= 0.06
     assert windows[0].final_loss == pytest.approx(0.07), "the ranks' shares add up"
+    assert windows[0].dropped_rows == 4, "of all ranks"
 
 
-def run(tmp_path: Path, ranks: int, *argv: str, target=bench) -> dict:
-    argv = (*TINY, "--out", str(tmp_path), "--warmup", "1", "--steps", "2", *argv)
-    assert _run(ranks, target, (list(argv),), 180) == [0] * ranks
-    return json.loads((tmp_path / "train_demo_cpu.json").read_text())
+def run(tmp_path: Path, stack: str, sizes: str, target=measuring) -> list[dict]:
+    out = tmp_path / "measured.json"
+    argv = [TINY[0], stack, *TINY[1:], "--out", str(out), "--warmup", "1", "--steps", "2"]
+    argv += ["--micro-batches", sizes]
+    assert _run(2, target, (argv,), 180) == [0, 0]
+    report = json.loads(out.read_text())
+    assert set(report) == {"machine", "versions", "commit", "gpus", "results"}
+    assert report["machine"]["devices"] == 2
+    return report["results"]
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_every_stack_at_every_micro_batch(tmp_path, capfd):
-    paths = "bf16,fp8_baseline,fp8_baseline:triton"
-    report = run(
-        tmp_path, 2, "--paths", paths, "--peers", "none", "--micro-batches", "2,4",
-        "--repeats", "2", "moe.force_balance=true",
-    )  # fmt: skip
-    assert report["machine"]["devices"] == 2
-    assert set(report) == {"machine", "versions", "commit", "config", "bench", "rows"}
-    assert report["config"]["model"]["seq_len"] == 32
-    rows = report["rows"]
-    names = [("bf16", None), ("fp8_baseline", None), ("fp8_baseline", "triton")]
-    assert [(r["path"], r.get("operations"), r["micro_batch"]) for r in rows] == [
-        (*name, micro_batch) for micro_batch in (2, 4) for name in names
-    ]
-    config = load(TINY[0], TINY[1:])
-    count = flops.count(config.model, config.moe).flops_per_token
-    for row in rows:
-        assert (row["stack"], row["gpus"], row["global_batch"]) == ("ours", 2, 8)
-        assert (row["dispatch"], row["repeats"]) == ("all_to_all", 2)
-        for name in SPREADS:
-            assert set(row[name]) == {"median", "min", "max"}
-            assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
-        # 8 sequences of 32 tokens a step, half of them on each rank.
-        speed = row["tokens_per_sec_per_gpu"]
-        assert speed["max"] == pytest.approx(128 / row["step_ms"]["min"] * 1e3)
-        assert row["tflops_per_gpu"]["min"] == pytest.approx(speed["min"] * count / 1e12)
-        assert "mfu" not in row, "a CPU has no MFU"
-        assert "peak_allocated_gib" not in row
-        assert 5 < row["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
-    losses = [row["final_loss"] for row in rows]
-    for bf16, baseline, other_kernels in (losses[:3], losses[3:]):
-        assert baseline == other_kernels != bf16, "not the same weights, data and routing"
-    output = capfd.readouterr().out
-    assert "repeat 2  ours fp8_baseline:triton  micro-batch 4" in output
-    assert "TFLOP/s/GPU" in output
+def test_a_stack_is_measured_at_every_micro_batch(tmp_path, capfd):
+    found = run(tmp_path, "fp8_baseline", "2,4")
+    assert [one["micro_batch"] for one in found] == [2, 4]
+    for one in found:
+        assert (one["global_batch"], one["dispatch"], one["dropped_rows"]) == (8, "all_to_all", 0)
+        assert one["peak_allocated_gib"] is None
+        assert one["step_joules"] is None
+        assert len(one["single_step_ms"]) == 2
+        assert 5 < one["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
+    (other,) = run(tmp_path, "fp8_baseline:triton", "2")
+    assert other["final_loss"] == found[0]["final_loss"], "not the same weights, data and routing"
+    (bf16,) = run(tmp_path, "bf16", "2")
+    assert bf16["final_loss"] != other["final_loss"]
+    assert "fp8_baseline:triton  micro-batch 2: " in capfd.readouterr().out
 
 
-def test_a_stack_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_path):
-    report = run(
-        tmp_path, 2, "--paths", "fp8_baseline,bf16", "--peers", "none", "--repeats", "2",
-        target=failing_bench,
-    )  # fmt: skip
-    failed, measured = report["rows"]
-    assert failed["path"] == "fp8_baseline"
+def test_a_micro_batch_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_path):
+    failed, measured = run(tmp_path, "bf16", "4,2", failing)
     assert failed["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB"
     assert "step_ms" not in failed
-    assert measured["path"] == "bf16"
-    assert measured["repeats"] == 2
+    assert measured["micro_batch"] == 2
+    assert measured["step_ms"] > 0
+
+
+class Machine:
+    """In the place of processes: what each would find, and in which order they were started."""
+
+    def __init__(self, monkeypatch, speeds: dict[str, dict[int, float | str]]) -> None:
+        """speeds: seconds a step of each stack and micro-batch, or the error that it ends with."""
+        self.started: list[tuple[str, str, list[int]]] = []
+        self.speeds = speeds
+        monkeypatch.setattr(train.Sitting, "start", lambda *args: self.start(*args))
+
+    def start(self, sitting, spec, routing, sizes, steps, warmup) -> list[dict]:
+        self.started.append((str(spec), routing, list(sizes)))
+        origin = {"machine": {"device_name": "a GPU"}, "versions": {}, "commit": "abc"}
+        sitting.content["sittings"].setdefault(sitting.name, origin)
+        sitting.content |= origin
+        sitting.longest = 1
+        found = []
+        for size in sizes:
+            seconds = self.speeds[str(spec)][size]
+            one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none"}
+            if isinstance(seconds, str):
+                one["error"] = seconds
+            else:
+                one |= Window(seconds, [seconds] * steps, None, 5.0).figures()
+            found.append(one)
+        return found
+
+
+def plan(tmp_path: Path, *argv: str) -> dict:
+    keys = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv]
+    assert train.main(keys) == 0
+    return json.loads((tmp_path / "train_demo_cpu.json").read_text())
+
+
+def test_each_is_screened_and_then_repeated_at_its_best(tmp_path, monkeypatch, capsys):
+    machine = Machine(monkeypatch, {
+        "bf16": {2: 0.2, 4: 0.1}, "fp8_compact": {2: 0.1, 4: 0.3},
+        "fp8_direct": {2: 0.1, 4: "OutOfMemoryError: no"}, "fp8_baseline": {2: "no", 4: "no"},
+    })  # fmt: skip
+    names = ",".join(machine.speeds)
+    report = plan(tmp_path, "--stacks", names, "--screen", "2,4", "--repeats", "2",
+                  "--steps", "3")  # fmt: skip
+    screened, repeated = machine.started[:4], machine.started[4:]
+    assert screened == [(name, "balanced", [2, 4]) for name in machine.speeds]
+    order = [("bf16", [4]), ("fp8_compact", [2]), ("fp8_direct", [2])]
+    assert [(name, sizes) for name, _, sizes in repeated] == [*order, *order[::-1]]
+    config = load(TINY[0], TINY[1:])
+    count = flops.count(config.model, config.moe).flops_per_token
+    rows = report["rows"]
+    assert [row["path"] for row in rows] == ["bf16", "fp8_compact", "fp8_direct"]
+    for row, seconds, size in zip(rows, (0.1, 0.1, 0.1), (4, 2, 2), strict=True):
+        assert (row["stack"], row["gpus"], row["routing"]) == ("ours", 2, "balanced")
+        assert (row["repeats"], row["micro_batch"], row["dropped_rows"]) == (2, size, 0)
+        for name in SPREADS:
+            assert set(row[name]) == {"median", "min", "max"}
+        # 8 sequences of 32 tokens a step, half of them on each rank.
+        speed = row["tokens_per_sec_per_gpu"]["median"]
+        assert speed == pytest.approx(128 / seconds)
+        assert row["tflops_per_gpu"]["min"] == pytest.approx(speed * count / 1e12)
+        assert row["seconds_per_mtoken"]["max"] == pytest.approx(seconds / 256 * 1e6)
+        assert "mfu" not in row, "the peak of this GPU is not known"
+    errors = [row.get("error") for row in report["screening"]]
+    assert errors == [None, None, None, None, None, "OutOfMemoryError: no", "no", "no"]
+    assert "fp8_direct" in capsys.readouterr().out
+
+
+def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, monkeypatch):
+    speeds: dict[str, dict[int, float | str]] = {"bf16": {2: 0.2}, "fp8_compact": {2: 0.1}}
+    argv = ("--stacks", "bf16,fp8_compact", "--anchors", "bf16", "--screen", "2", "--repeats", "2")
+    first = Machine(monkeypatch, speeds)
+    over = iter([False, False, False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Sitting, "is_over", lambda sitting: next(over))
+        report = plan(tmp_path, *argv, "--sitting", "monday")
+    assert [name for name, _, _ in first.started] == ["bf16", "fp8_compact", "bf16", "fp8_compact"]
+    assert [row["repeats"] for row in report["rows"]] == [1, 1]
+
+    second = Machine(monkeypatch, speeds)
+    report = plan(tmp_path, *argv, "--sitting", "tuesday")
+    assert [name for name, _, _ in second.started] == [
+        "bf16", "fp8_compact", "fp8_compact", "bf16",
+    ]  # fmt: skip
+    rows = [(row["path"], row["sitting"], row["repeats"]) for row in report["rows"]]
+    assert rows == [("bf16", "monday", 1), ("fp8_compact", "monday", 1),
+                    ("bf16", "tuesday", 2), ("fp8_compact", "tuesday", 2)]  # fmt: skip
+    assert set(report["sittings"]) == {"monday", "tuesday"}
+
+    third = Machine(monkeypatch, speeds)
+    plan(tmp_path, *argv, "--sitting", "wednesday")
+    assert not third.started, "all is there"
+
+
+def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):
+    speeds: dict[str, dict[int, float | str]] = {"bf16": {2: 0.2}, "fp8_compact": {2: 0.1}}
+    argv = ("--anchors", "bf16", "--screen", "2", "--repeats", "1")
+    Machine(monkeypatch, speeds)
+    plan(tmp_path, "--stacks", "bf16", *argv, "--sitting", "monday")
+    machine = Machine(monkeypatch, speeds)
+    report = plan(tmp_path, "--stacks", "bf16,fp8_compact", *argv, "--sitting", "tuesday")
+    assert [name for name, _, _ in machine.started] == ["fp8_compact", "fp8_compact", "bf16"]
+    assert [row["sitting"] for row in report["rows"]] == ["monday", "tuesday", "tuesday"]
+
+
+def test_a_process_that_dies_leaves_a_row(tmp_path):
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "1",
+                  "--process-minutes", "0.001")  # fmt: skip
+    (row,) = report["screening"]
+    assert row["error"] == "process ended: not done after 0.001 minutes"
+    assert not report["rows"]
+
+
+@pytest.mark.slow
+def test_the_whole_plan_on_a_cpu(tmp_path):
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "1", "--steps", "1",
+                  "--warmup", "1", "--routings", "balanced,natural")  # fmt: skip
+    balanced, natural = report["rows"]
+    assert (balanced["routing"], natural["routing"]) == ("balanced", "natural")
+    assert 5 < balanced["final_loss"] < 7
+    assert balanced["final_loss"] != natural["final_loss"]
+    assert report["machine"]["devices"] == 2
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--peers", "bf16"], "--peers bf16: stock megatron-core trains on GPUs alone; "
-                              "pass --peers none"),
-        (["--peers", "fp16"], "--peers fp16: known are bf16, fp8, or none"),
-        (["--paths", "fp8_compact:triton"], "--paths fp8_compact:triton: fp8_compact takes no "
-                                            "'triton'"),
-        (["--peers", "fp8:fast"], "--peers fp8:fast: fp8 takes no 'fast'"),
-        (["--paths", "none", "--peers", "none"], "--paths none --peers none leaves nothing to "
-                                                 "measure"),
-        (["--paths", "bf16,bf16"], "a stack is named twice in --paths or --peers"),
-        (["--peers", "none", "data.document_mask=true"],
+        (["--stacks", "stock:bf16"], "stack stock:bf16: stock megatron-core trains on GPUs alone"),
+        (["--stacks", "stock:fp16"], "stack stock:fp16: no path 'fp16'; known: bf16, fp8"),
+        (["--stacks", "fp8_compact:triton"], "stack fp8_compact:triton: fp8_compact takes no "
+                                             "'triton'"),
+        (["--stacks", "stock:fp8:fast"], "stack stock:fp8:fast: fp8 takes no 'fast'"),
+        (["--stacks", ""], "no stack is named: nothing to measure"),
+        (["--stacks", "bf16,bf16"], "a stack is named twice"),
+        (["--stacks", "bf16", "data.document_mask=true"],
          "data.document_mask=true is not measured; leave it out"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(argv, line, capsys, tmp_path):
-    assert train.main([*TINY, "parallel.expert_parallel=1", "--out", str(tmp_path), *argv])
+    keys = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv]
+    assert train.main(keys) == 2
     assert capsys.readouterr().err.strip() == f"error: {line}"
     assert not list(tmp_path.iterdir())
 
 
-def test_every_stack_comes_first_in_turn():
-    specs = parse_stacks("bf16,fp8_compact", "fp8:experimental")
+def test_another_configs_file_is_kept(tmp_path, capsys):
+    path = tmp_path / "train_demo_cpu.json"
+    path.write_text('{"rows": []}')
+    argv = [*TINY, "--gpus", "2", "--screen", "2", "--stacks", "bf16", "--out", str(tmp_path)]
+    assert train.main(argv) == 2
+    assert "is of another config or of another version of this benchmark" in capsys.readouterr().err
+    assert path.read_text() == '{"rows": []}'
+
+
+def test_names_of_stacks():
+    specs = parse_all("bf16,fp8_direct:triton:prepare,stock:fp8:environment:cutlass")
     assert specs == [
         Spec("ours", "bf16"),
-        Spec("ours", "fp8_compact"),
-        Spec("megatron-core", "fp8", ("experimental",)),
+        Spec("ours", "fp8_direct", ("triton", "prepare")),
+        Spec("megatron-core", "fp8", ("environment", "cutlass")),
     ]
-    a, b, c = specs
-    assert [rotated(specs, i) for i in range(4)] == [[a, b, c], [b, c, a], [c, a, b], [a, b, c]]
+    assert [parse(str(spec)) for spec in specs] == specs
+    assert specs[0].environment == {}
+    assert specs[2].environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert specs[2].environment["NVTE_USE_CUTLASS_GROUPED_GEMM"] == "1"
+    assert specs[1].columns() == {
+        "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
+    }  # fmt: skip
 
 
-def test_figures_are_medians_over_repeats():
+def test_the_order_favours_nobody():
+    specs = parse_all("bf16,fp8_compact,fp8_direct")
+    orders = [train.balanced(specs, repeat) for repeat in range(6)]
+    for one in specs:
+        for other in specs:
+            before = sum(order.index(one) < order.index(other) for order in orders)
+            assert one == other or before == 3
+        assert {order.index(one) for order in orders} == {0, 1, 2}
+
+
+def test_a_pair_cancels_a_drift():
+    """Steps that get slower all the time, and a second path that takes 2 ms less."""
+    drift = torch.arange(40, dtype=torch.float64).view(10, 4) * 0.5
+    noise = torch.randn(10, 4, generator=torch.Generator().manual_seed(1)) * 0.01
+    times = 100 + drift + noise - 2 * torch.tensor([0, 1, 1, 0])
+    found = pairs.differences(times)
+    assert abs(found["saved_ms"]["mean"] - 2) <= found["saved_ms"]["plus_minus"] < 0.02
+    mean = float((times[:, 0] + times[:, 3]).mean() / 2)
+    assert found["saved_percent"]["mean"] == pytest.approx(found["saved_ms"]["mean"] / mean * 100)
+
+
+def test_intervals_are_students():
+    assert results.interval([1.0, 2.0, 3.0]) == {
+        "mean": 2.0, "plus_minus": pytest.approx(4.303 / 3**0.5),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_paths_alternate_on_one_model(tmp_path, capfd):
+    out = tmp_path / "pairs.json"
+    argv = [*TINY, "--pairs", "fp8_baseline,fp8_compact", "--blocks", "2", "--out", str(out)]
+    assert _run(2, pairing, (argv,), 180) == [0, 0]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["pair"] == ["fp8_baseline", "fp8_compact"]
+    assert row["relayouts_a_layer"] == [10, 4]
+    assert row["blocks"] == 2
+    assert "fp8_compact against fp8_baseline, hidden 128" in capfd.readouterr().out
+
+
+def pairing(rank: int, argv: list[str]) -> int:
+    return pairs.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("pair", "line"),
+    [
+        ("bf16,fp8_compact", "their GEMMs differ; measure them with bench.train"),
+        ("fp8_compact", "needs two of our paths"),
+        ("fp8_compact,stock:fp8", "needs two of our paths"),
+        ("fp8_compact,fp8_baseline:prepare", "only triton, te_dequantize can alternate"),
+    ],
+)
+def test_what_is_no_pair(pair, line, capsys):
+    assert pairs.main([*TINY, "--pairs", pair]) == 2
+    assert f"error: --pairs {pair}: " in (said := capsys.readouterr().err)
+    assert line in said
+
+
+def test_figures_are_made_of_all_repeats():
     config = load(TINY[0], TINY[1:])
-    windows = [
-        Window(seconds, [seconds] * 2, peak, loss)
-        for seconds, peak, loss in ((0.5, 3.0, 5.0), (0.1, 1.0, 4.0), (0.2, 2.0, float("nan")))
-    ]
-    row = Row(Spec("ours", "bf16"), config, 2, peak_flops=1e12, windows=windows).figures()
+    row: dict[str, Any] = {"windows": [], "gpus": 2, "global_batch": 8}
+    for seconds, peak, loss in ((0.5, 3.0, 5.0), (0.1, 1.0, 4.0), (0.2, 2.0, float("nan"))):
+        window = Window(seconds, [seconds] * 2, peak, loss, step_joules=seconds * 1000)
+        train_rows.add(row, window.figures(), config, "NVIDIA H100 80GB HBM3")
     assert row["step_ms"] == pytest.approx({"median": 200, "min": 100, "max": 500})
     assert row["peak_allocated_gib"] == {"median": 2.0, "min": 1.0, "max": 3.0}
     assert row["tokens_per_sec_per_gpu"]["median"] == pytest.approx(8 * 32 / 2 / 0.2)
-    assert row["mfu"]["max"] == pytest.approx(row["tflops_per_gpu"]["max"])
+    assert row["mfu"]["max"] == pytest.approx(row["tflops_per_gpu"]["max"] / 989.5, rel=1e-2)
+    assert row["joules_per_mtoken"]["median"] == pytest.approx(200 / 256 * 1e6)
+    assert row["tflops_per_gpu_mean"]["plus_minus"] > 0
     assert row["final_loss"] is None, "JSON has no NaN"
 
 
@@ -212,11 +389,22 @@ def test_the_peers_fp8_is_blockwise_e4m3():
     assert arguments["moe_token_dispatcher_type"] == "alltoall"
 
 
+def test_rungs_that_need_a_newer_megatron_say_so():
+    config = load("configs/qwen3_30b_a3b_8l.yaml")
+    plain = transformer_arguments(config, "bf16", (), "alltoall")
+    check(plain)
+    graphs = transformer_arguments(config, "bf16", ("attention_graphs",), "alltoall")
+    assert graphs["cuda_graph_modules"] == ["attn", "moe_router", "moe_preprocess"]
+    with pytest.raises(ConfigError, match=r"megatron-core .* has no no_such_key"):
+        check({**plain, "no_such_key": 1})
+
+
 @pytest.mark.gpu
 def test_one_gpu_trains_ours_and_the_peer(tmp_path):
-    # A process of its own: it starts CUDA, and the tests fork.
-    argv = ["--paths", "bf16,fp8_compact", "--peers", "bf16,fp8", "--steps", "2", "--warmup", "1",
-            "--repeats", "2", "--out", str(tmp_path), "parallel.expert_parallel=1"]  # fmt: skip
+    # Processes of their own: they start CUDA, and the tests fork.
+    argv = ["--stacks", "bf16,fp8_compact,stock:bf16,stock:fp8", "--steps", "2", "--warmup", "1",
+            "--repeats", "1", "--screen", "2", "--out", str(tmp_path), "--gpus", "1",
+            "parallel.expert_parallel=1"]  # fmt: skip
     command = [sys.executable, "-m", "scripts.bench.train", "configs/demo_cpu.yaml", *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -224,7 +412,5 @@ def test_one_gpu_trains_ours_and_the_peer(tmp_path):
     assert [row["stack"] for row in rows] == ["ours"] * 2 + ["megatron-core"] * 2
     for row in rows:
         assert "error" not in row, done.stderr
-        assert row["repeats"] == 2
         assert row["peak_allocated_gib"]["min"] > 0
         assert 5 < row["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
-    assert "leaves" not in done.stdout
