@@ -82,8 +82,9 @@ class Pair:
         self.queue: Iterator[Batch] = itertools.cycle(batches)
 
     def step(self, which: int) -> None:
-        """One step by path 0 or 1."""
+        """One step by path 0 or 1, on the same tokens and with the same routing every time."""
         stacks.use_runtime(self.stack.model, self.runtimes[which])
+        stacks.seed_everything(self.stack.config, self.stack.ranks)  # forced routing is drawn
         self.stack.step(self.queue)
 
     def times(self, blocks: int) -> torch.Tensor:
@@ -143,7 +144,7 @@ def measure(config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, 
     """One pair on a model of its own. All ranks together."""
     stacks.seed_everything(config, ranks)
     stack = Ours(config, ranks)
-    found = Pair(stack, pair, stacks.batches(config, ranks, "balanced", 8))
+    found = Pair(stack, pair, stacks.batches(config, ranks, "balanced", 1))
     for _ in range(warmup):
         found.step(0)
         found.step(1)
