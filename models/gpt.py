@@ -36,6 +36,9 @@ from models.moe.layer import ExpertParallelMoE
 from models.moe.runtime import GPTConfig, Runtime, build_runtime
 
 
+# megatron-core 0.19 calls GPTModel deprecated, and HybridModel what to take. 0.16 has none, and its
+# stack counts attention and experts as two layers: other parameter names, so other checkpoints, and
+# other units for FSDP, for the same arithmetic.
 class GPT(GPTModel):
     """megatron-core's GPTModel with the arguments that training needs."""
 

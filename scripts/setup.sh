@@ -6,14 +6,15 @@ requirements=$1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -x .venv/bin/python ]; then
-  for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  # Not 3.14: there is no megatron-core for it to install (requirements.txt).
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       python=$candidate
       break
     fi
   done
   if [ -z "${python:-}" ]; then
-    echo "error: no Python 3.11 or newer on the PATH; install one and run this again" >&2
+    echo "error: no Python 3.11, 3.12 or 3.13 on the PATH; install one and run this again" >&2
     exit 2
   fi
   echo "making .venv with $("$python" --version)"

@@ -24,6 +24,7 @@ class Experts(nn.Module):
         local_experts: int,
         config: GPTConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        **unused,
     ) -> None:
         """As megatron-core's MoELayer calls it."""
         super().__init__()

@@ -48,7 +48,8 @@ class ExpertParallelMoE(MoELayer):
     experts: Experts
     router: Router
 
-    def __init__(self, config: GPTConfig, layer_number=None, pg_collection=None) -> None:
+    def __init__(self, config: GPTConfig, layer_number=None, pg_collection=None, **newer) -> None:
+        """As megatron-core's TransformerLayer calls it; a newer one says more."""
         super().__init__(
             config=config,
             submodules=MoESubmodules(
@@ -60,6 +61,7 @@ class ExpertParallelMoE(MoELayer):
             ),
             layer_number=layer_number,
             pg_collection=pg_collection,
+            **newer,
         )
         # The stock constructor insists on one of its dispatchers; ours belongs to the experts.
         self.token_dispatcher = None

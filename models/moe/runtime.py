@@ -44,6 +44,10 @@ class Runtime:
         step = self.path.ROW_ALIGNMENT
         return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
 
+    def __deepcopy__(self, memo: dict) -> "Runtime":
+        """Itself: megatron-core copies its config for shared experts, and one place counts."""
+        return self
+
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What the layers do inside the `with` is in none of the counts."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
         assert run_main(ranks, main, arguments) == [0] * ranks
     content = json.loads(out.read_text())
     assert set(content) == {"machine", "versions", "commit", "config", "rows"}
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
     for row, path in zip(content["rows"], PATHS, strict=True):
         check(row, path)
         assert row["gpus"] == ranks

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,10 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path):
 def every_child(process: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
+        children = ""
+        with suppress(FileNotFoundError):  # a thread may end meanwhile
+            children = (task / "children").read_text()
+        for child in map(int, children.split()):
             found += [child, *every_child(child)]
     return found
 

@@ -4,13 +4,10 @@ from typing import NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 
 from models.gpt import GPT
 from train import parallel
+from train.metrics import auxiliary
 from train.metrics.routing import RoutingHealth
 
 Count = torch.Tensor | dict[str, int] | int
@@ -64,11 +61,11 @@ class StepMetrics:
         if self.skipped:
             metrics["optim/skipped_steps"] = self.skipped
         for name, key in (("load_balancing_loss", "loss/aux"), ("z_loss", "loss/z")):
-            entry = get_moe_layer_wise_logging_tracker().get(name)
-            if entry is not None:
-                mean = parallel.average(entry["values"]).mean()
+            values = auxiliary.sums().get(name)
+            if values is not None:
+                mean = parallel.average(values).mean()
                 metrics[key] = float(mean) / (self.steps * self.accumulation)
-        clear_aux_losses_tracker()
+        auxiliary.clear()
         self.runtime.counts.reset()
         self.loss.zero_()
         self.steps = self.skipped = 0
@@ -83,8 +80,7 @@ class StepMetrics:
             "grad_norm": self.grad_norm.to("cpu", copy=True),
             "expert_load": [layer.expert_load.to("cpu", copy=True) for layer in self.layers],
             "auxiliary": {
-                name: entry["values"].to("cpu", copy=True)
-                for name, entry in get_moe_layer_wise_logging_tracker().items()
+                name: values.to("cpu", copy=True) for name, values in auxiliary.sums().items()
             },
             "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
@@ -97,9 +93,8 @@ class StepMetrics:
         self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
         for layer, load in zip(self.layers, state["expert_load"], strict=True):
             layer.expert_load.copy_(load)
-        tracker = get_moe_layer_wise_logging_tracker()
         for name, values in state["auxiliary"].items():
-            tracker[name] = {"values": values.to(device)}
+            auxiliary.keep(name, values.to(device))
         counts = dict(state["counts"])
         if "relayouts" in state:
             counts["relayouts"] = state["relayouts"]

@@ -1,0 +1,33 @@
+"""The auxiliary losses that megatron-core's routers add up. Its versions keep them differently."""
+
+from torch import Tensor
+
+try:
+    from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
+except ImportError:  # megatron-core 0.16.1, on Python 3.11
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    def sums() -> dict[str, Tensor]:
+        """By name, float32 [layers]: no copies, so that routers go on adding to them."""
+        kept = get_moe_layer_wise_logging_tracker()
+        return {name: entry["values"] for name, entry in kept.items()}
+
+    def keep(name: str, values: Tensor) -> None:
+        """Go on adding to `values`."""
+        get_moe_layer_wise_logging_tracker()[name] = {"values": values}
+
+else:
+
+    def sums() -> dict[str, Tensor]:
+        """By name, float32 [layers]: no copies, so that routers go on adding to them."""
+        return {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
+
+    def keep(name: str, values: Tensor) -> None:
+        """Go on adding to `values`."""
+        get_moe_metrics_tracker().metrics[name] = MetricEntry(values)
+
+
+def clear() -> None:
+    """Begin again at zero."""
+    for values in sums().values():
+        values.zero_()
