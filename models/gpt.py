@@ -9,12 +9,12 @@ train/parallel.py. The parameters have the same names on every machine.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -127,7 +127,6 @@ def build_gpt(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
         apply_rope_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
         cross_entropy_fusion_impl="te" if on_gpu else "native",
@@ -239,13 +238,25 @@ def _block_spec(config: GPTConfig, parts: _Parts) -> TransformerBlockSubmodules:
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_get_add,
             pre_mlp_layernorm=parts.norm,
             mlp=ExpertParallelMoE,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_get_add,
         ),
     )
     return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=parts.norm)
+
+
+def _get_add(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """What megatron-core adds a layer's part to the residual with, without bias and dropout.
+
+    Its own is compiled by torch.compile in every process, which takes seconds at the first step.
+    """
+
+    def add(part: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        return residual + part[0]
+
+    return add
 
 
 def _documents(positions: Tensor) -> PackedSeqParams:

@@ -1,5 +1,6 @@
 import gc
 import os
+import threading
 from pathlib import Path
 
 # Before torch is imported: the tests fork, and threads do not survive that.
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())  # its own is shared with forks: one killed may leave it locked
 gc.disable()  # until all is collected: Python looks for cycles among the imports for a second
 
 LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")

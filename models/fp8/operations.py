@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.config import PathName
+from models.config import PATH_NAMES, PathName
 from models.fp8 import reference
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.reference.plan_rows import RowMap
@@ -154,7 +154,7 @@ Variant = Literal["triton", "te_dequantize"]
 Triton's wherever a path takes somebody else's; TransformerEngine's dequantize."""
 
 VARIANTS: dict[Variant, tuple[PathName, ...]] = {
-    "triton": ("bf16", "fp8_baseline", "fp8_direct"),
+    "triton": tuple(path for path in PATH_NAMES if path != "fp8_compact"),  # has no others
     "te_dequantize": ("fp8_baseline", "fp8_compact"),
 }
 """Which paths have one."""

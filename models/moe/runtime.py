@@ -97,7 +97,9 @@ def build_linear(path: Path, ops: Operations, device: str) -> AnyLinear:
     if device == "cuda" and path.LINEAR is Fp8Linear:
         from models.fp8 import te, te_grouped
 
-        return te_grouped.TEGroupedLinear(ops) if te_grouped.is_supported() else te.TELinear(ops)
+        if te_grouped.is_supported():
+            return te_grouped.TEGroupedLinear(ops)
+        return te.TELinear(ops)
     return path.LINEAR(ops)
 
 

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
@@ -37,6 +36,7 @@ from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
 from train.failure import run_process
+from train.metrics import auxiliary
 from train.metrics.throughput import GIB
 from train.parallel import Ranks
 from train.profiling.timer import Timer
@@ -197,7 +197,7 @@ def run_stack(
     if failure and failure.fatal:
         return window, about, failure
     built.clear()
-    clear_aux_losses_tracker()
+    auxiliary.clear()
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -41,13 +41,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from models.config import PATH_NAMES
 from scripts.bench import results, stacks, train_rows
 from scripts.bench.measure import positive, positive_list
 from scripts.bench.results import Row
 from scripts.bench.stacks import ROUTINGS, Spec
 from train.config import Config, ConfigError, check_world
 
-DEFAULT_STACKS = "bf16,fp8_baseline,fp8_compact,fp8_direct,stock:bf16,stock:fp8"
+DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN_STEPS, SCREEN_WARMUP = 5, 3
 PROCESS_MINUTES = 1.5
 """What to leave for a process that has not run yet."""
