@@ -180,7 +180,9 @@ class TELinear(SwigluApart[Weights, Columns]):
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
-    DESCRIPTION = f"GEMMs by TransformerEngine, one an expert ({NEWER_CUBLAS})"
+    DESCRIPTION = "GEMMs by TransformerEngine, one an expert" + (
+        f" ({NEWER_CUBLAS})" if tex.get_cublasLt_version() < CUBLAS_FOR_GROUPS else ""
+    )
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         experts, n, _ = w.shape
