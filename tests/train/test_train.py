@@ -316,7 +316,10 @@ def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     )
     assert code != 0
     assert seconds < 60
-    assert "the planted failure of rank 1" in output[-3000:], "its error is the last on the screen"
+    # Without the C++ stack that torchrun may warn with when its own store is closed.
+    lines = [line for line in output.splitlines() if not line.startswith("frame #")]
+    said = "\n".join(lines)[-3000:]
+    assert "the planted failure of rank 1" in said, "its error is the last on the screen"
 
 
 @pytest.mark.slow
