@@ -312,6 +312,18 @@ def positive_list(text: str) -> list[int]:
     return list(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
+def or_one_line(run: Callable[[], int]) -> int:
+    """The exit code of `run`; where the config cannot be run, one line of the first rank, and 2."""
+    try:
+        return run()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
+        return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.measure",
@@ -330,14 +342,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        return run(arguments)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
-        return 2
+    return or_one_line(lambda: run(arguments))
 
 
 if __name__ == "__main__":
