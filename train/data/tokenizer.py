@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from train.config import ConfigError
-from train.data.faults import about_the_cache
+from train.data.cache import about_the_cache
 from train.data.pieces import cut
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
