@@ -1,6 +1,7 @@
 """Whole runs: what they leave, that they repeat, and how they fail."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -61,6 +62,9 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert "throughput/mfu" not in rows[-1], "a CPU has no MFU"
     assert "throughput/tokens_per_sec" not in rows[0], "warm-up counts as throughput"
     assert ["loss/valid" in row for row in rows] == [False, False, True] * 2
+    # Nearly every token is a byte, and those that end a document are a few more.
+    bits = rows[-1]["loss/valid"] / math.log(2)
+    assert bits <= rows[-1]["loss/valid_bpb"] < 1.02 * bits
     sent = [row["moe/dispatched_mib"] for row in rows]
     assert max(sent) < 1.3 * min(sent), "validation counts as training's traffic"
     assert 1 <= rows[-1]["moe/max_expert_load"] <= 4

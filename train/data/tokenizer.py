@@ -55,6 +55,13 @@ class Tokenizer(Protocol):
         """Text of the tokens; `eod` and what is no valid text are left out or replaced."""
         ...
 
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Bytes of UTF-8 that the tokens stand for; `eod` stands for none.
+
+        Off by a few where the tokens begin or end within a character.
+        """
+        ...
+
 
 def load_tokenizer(name: str, eod_token: str | None = None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: `bytes`, a JSON file, a folder, a name on the hub.
@@ -110,6 +117,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
 
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int((np.asarray(ids) < 256).sum())
+
 
 class FileTokenizer:
     """A tokenizer of the `tokenizers` library, from the text of its JSON file.
@@ -141,6 +151,9 @@ class FileTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._inner.decode([int(i) for i in ids])
+
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return len(self.decode(ids).encode("utf-8", "replace"))
 
     def _encode(self, pieces: list[str]) -> list[np.ndarray]:
         try:
