@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.reference.plan_rows import RowMap
+from models.fp8.reference.plan_rows import RowMap, most_rows
 from models.fp8.tensor import BLOCK, ceil_div
 
 TILE = 8192  # elements of a chunk's table of ids by experts: what a program holds in registers
@@ -41,11 +41,6 @@ class PlannedRows(RowMap):
 
     source: Tensor
     """int32 `[P]`: slot `r * T + t` of `rows` that a permuted row is copied from, -1 in padding."""
-
-
-def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
-    """P if the routing is as bad as can be: every expert has one row more than it has room for."""
-    return slots + min(slots, num_experts) * (alignment - 1)
 
 
 def plan_rows(

@@ -25,9 +25,15 @@ class RowMap:
     counts: Tensor
     """int64 `[E]`: rows of each expert, padding left out."""
     offsets: Tensor
-    """int64 `[E + 1]`: where each expert's segment starts; the last one is P."""
+    """int64 `[E + 1]`: where each expert's segment starts; the last one is where they end: P, or
+    less where there was room for more."""
     num_rows: int
     """P, on the host: buffers are allocated with it."""
+
+
+def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
+    """P if the routing is as bad as can be: every expert has one row more than it has room for."""
+    return slots + min(slots, num_experts) * (alignment - 1)
 
 
 def plan_rows(
