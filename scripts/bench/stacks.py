@@ -123,7 +123,8 @@ def config_of(
     if micro_batch is not None:
         keys.append(f"train.micro_batch={micro_batch}")
     if routing == "natural":
-        keys += ["moe.force_balance=false", "moe.capacity=null"]
+        # Whatever room the config sets aside is for even routing; here nothing may be dropped.
+        keys += ["moe.force_balance=false", "moe.capacity=default"]
     else:
         keys.append("moe.force_balance=true")
     keys += [key for flag, key in FLAG_KEYS.items() if flag in spec.flags]
