@@ -125,7 +125,7 @@ class ExpertMLP(torch.autograd.Function):
         if runtime.capacity is not None:
             counts.dropped_rows = counts.dropped_rows + saved.trip.dropped_rows()
         if runtime.room is not None:
-            runtime.room.note(saved.trip.needed_rows())
+            runtime.room.note(saved.trip.rows.needed)
         ctx.runtime, ctx.prepared = runtime, prepared
         ctx.local_experts, ctx.dtype = local_experts, up.dtype
         ctx.saved = None if runtime.recompute else saved

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from models.config import PATH_NAMES
 from models.moe.runtime import Runtime
 from scripts.bench.layer_setup import Layer, Shape
 from train import parallel
@@ -73,12 +74,15 @@ def test_no_wait_and_the_same_result(layer, path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+@pytest.mark.parametrize("path", PATH_NAMES)
 def test_no_wait_with_room_by_what_was_needed(layer, path):
     """Nor does asking all ranks whether it was enough, until the answer is read."""
     runtime = layer.runtime(path)
     room = runtime.room
-    assert room is not None
+    if room is None:
+        assert runtime.linear.NEEDS_SEGMENTS_ON_HOST
+        assert "every layer waits" in runtime.description
+        pytest.skip(runtime.description)
     results = []
     for waits in (nullcontext, nullcontext, waiting_is_an_error):  # to learn, to compile, and then
         torch.cuda.synchronize()

@@ -17,12 +17,13 @@ from tests.support.ranks import run_ranks
 EVEN, MOST, STEP = 1024, 4096, 64
 
 
-def rows_of(room: Room, *needs: int) -> list[int | None]:
-    """P in steps in which two layers of this rank need so many rows, and one hardly any."""
+def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
+    """P in steps in which one layer of this rank needs so many rows, and others hardly any; or one
+    that comes after lost rows `misled` more."""
     found = []
     for need in needs:
         with room.open(wait=False):
-            for rows in (7, need, 5):
+            for rows in (7, need + misled, 5):
                 given = room.max_rows(EVEN, MOST, STEP)
                 room.note(torch.tensor(rows))
             room.send()
@@ -41,7 +42,7 @@ def policy(rank: int) -> dict[str, Any]:
     assert learned.max_rows(EVEN, MOST, STEP) is None, "nobody would look whether rows were lost"
     found: dict[str, Any] = {"first": rows_of(learned, 1100 - 100 * rank)}
     found["wobble"] = set(rows_of(learned, *range(1020, 1090, 7)))
-    found["overflow"] = rows_of(learned, 2000, 1050)
+    found["overflow"] = rows_of(learned, 2000, misled=1000) + rows_of(learned, 1050)
     found["share"] = learned.share
     found["bound"] = rows_of(learned, 4096, 1050, 1050)
     long_ago = rows_of(learned, *[1050] * (rooms.WINDOW + 1))

@@ -115,26 +115,32 @@ def cramp(*steps: int):
 
 
 def crowd(*steps: int):
-    """In these steps, counted from 0, every router sends all tokens to experts 0 and 1."""
+    """In these steps, counted from 0, every router sends all tokens of the last micro-batch to
+    experts 0 and 1."""
 
     def plant(rank: int) -> None:
         from models.moe.layer import Router
         from train import loop
 
-        step, gating = loop.step, Router.gating
-        now = [-1]
+        step, losses, gating = loop.step, loop.losses, Router.gating
+        chosen, batches, accumulation = [False], [0], [1]
 
-        def counted(training, *args):
-            now[0] = training.done
+        def begun(training, *args):
+            chosen[0], batches[0] = training.done in steps, 0
+            accumulation[0] = training.config.accumulation(training.ranks.world_size)
             return step(training, *args)
+
+        def counted(*args):
+            batches[0] += 1  # on through a step's second attempt
+            return losses(*args)
 
         def crowded(self, input):
             logits = gating(self, input)
-            if self.training and now[0] in steps:
+            if self.training and chosen[0] and batches[0] % accumulation[0] == 0:
                 logits[..., :2] += 100
             return logits
 
-        loop.step = counted
+        loop.step, loop.losses = begun, counted
         Router.gating = crowded  # type: ignore[method-assign]
 
     return plant

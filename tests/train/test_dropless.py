@@ -73,19 +73,27 @@ def test_a_router_that_crowds_an_expert_is_obeyed(tmp_path, ranks, keys):
     assert "moe/room" not in got[0], "the first step waits"
     assert got[3]["moe/room"] > got[2]["moe/room"] >= 1
     assert {row["moe/dropped_rows"] for row in got} == {0}
-    assert max(row["moe/max_expert_load"] for row in got) == ranks  # of two experts on each
+    loads = [row["moe/max_expert_load"] for row in got]
+    assert min(loads[2], loads[5]) > ranks / 2  # of two experts on each rank
 
 
 @pytest.mark.slow
 def test_auto_and_null_may_be_exchanged_on_resume(tmp_path):
     keys = [*EP2, "train.log_every=2", "checkpoint.every=3", "checkpoint.keep=3"]
     want = computed(train(tmp_path, "null", 2, "moe.capacity=null", *keys))
-    for before, after in (("auto", "null"), ("null", "auto")):
-        train(tmp_path, before, 2, f"moe.capacity={before}", *keys, plant=cramp(2, 4))
-        forget(tmp_path / before, 3)
-        got = train(tmp_path, before, 2, f"moe.capacity={after}", *keys, plant=cramp(4, 5))
-        assert checkpoints(tmp_path / before)[-1] == 7
+    for before, after, again in (
+        ("auto", "null", [0, None, None, None]),
+        ("null", "auto", [None, 0, 2, 0]),
+        # The third step's is kept with the checkpoint after it, between two lines of metrics.
+        ("auto", "auto", [0, 1, 2, 0]),
+    ):
+        name = f"{before}-{after}"
+        train(tmp_path, name, 2, f"moe.capacity={before}", *keys, plant=cramp(2, 4))
+        forget(tmp_path / name, 3)
+        got = train(tmp_path, name, 2, f"moe.capacity={after}", *keys, plant=cramp(4, 5))
+        assert checkpoints(tmp_path / name)[-1] == 7
         assert computed(got) == want
+        assert [row.get("moe/redone_steps") for row in got] == again
 
 
 def test_what_drops_nothing_is_the_same_training(tmp_path):

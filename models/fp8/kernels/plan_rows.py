@@ -71,8 +71,9 @@ def plan_rows(
 
     counts, totals = ints(num_experts + 1, chunks), ints(num_experts + 1)
     source, rows = ints(size), ints(*ids.shape, dtype=torch.int64)
-    # Counts [E], offsets [E + 1] and errors [1] together: one copy tells the host P and errors.
-    result = ints(2 * num_experts + 2, dtype=torch.int64)
+    # Counts [E], offsets [E + 1], errors [1] and needed [1] together: one copy tells the host P and
+    # errors.
+    result = ints(2 * num_experts + 3, dtype=torch.int64)
 
     _count_kernel[(chunks,)](
         ids, counts, source, slots, size, num_experts, chunks, CHUNK=chunk, WIDTH=width
@@ -85,13 +86,14 @@ def plan_rows(
 
     num_rows = size
     if max_rows is None:
-        num_rows, errors = result[2 * num_experts :].tolist()  # waits for the device
+        num_rows, errors, _ = result[2 * num_experts :].tolist()  # waits for the device
         if errors:
             raise ValueError(f"expert ids must be -1 or 0..{num_experts - 1}")
     return PlannedRows(
         rows=rows,
         counts=result[:num_experts],
         offsets=result[num_experts : 2 * num_experts + 1],
+        needed=result[-1],
         num_rows=num_rows,
         source=source[:num_rows],
     )
@@ -171,6 +173,7 @@ def _place_kernel(
         tl.store(offsets_ptr, tl.zeros([], tl.int64))
         tl.store(offsets_ptr + 1 + expert, tl.minimum(ends, size).to(tl.int64), mask=real)
         tl.store(offsets_ptr + num_experts + 1, tl.load(totals_ptr + num_experts).to(tl.int64))
+        tl.store(offsets_ptr + num_experts + 2, tl.sum(padded, 0).to(tl.int64))
 
 
 def row_experts(offsets: Tensor, rows: int) -> Tensor:

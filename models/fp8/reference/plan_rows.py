@@ -27,6 +27,8 @@ class RowMap:
     offsets: Tensor
     """int64 `[E + 1]`: where each expert's segment starts; the last one is where they end: P, or
     less where there was room for more."""
+    needed: Tensor
+    """int64 `[]`: P that would have room for all rows; more than P where copies were dropped."""
     num_rows: int
     """P, on the host: buffers are allocated with it."""
 
@@ -63,8 +65,9 @@ def plan_rows(
     rank[order] = torch.arange(order.numel(), device=order.device)
     rank -= (sizes.cumsum(0) - sizes)[bucket]  # position within its bucket
     rows = torch.where(flat >= 0, offsets[bucket - 1] + rank, -1)
+    needed = offsets[-1]
     if max_rows is not None:
         rows = rows.masked_fill(rows >= max_rows, -1)
         offsets = offsets.clamp(max=max_rows)
     num_rows = int(offsets[-1]) if max_rows is None else max_rows
-    return RowMap(rows.view(expert_ids.shape), counts, offsets, num_rows)
+    return RowMap(rows.view(expert_ids.shape), counts, offsets, needed, num_rows)

@@ -77,11 +77,6 @@ class Trip:
         room = self.rows.offsets.diff()
         return (self.rows.counts - room).clamp(min=0).sum()
 
-    def needed_rows(self) -> Tensor:
-        """P without a bound, int64 []: what `max_rows` must be to lose nothing; on the device."""
-        step = self._row_alignment
-        return ((self.rows.counts + (step - 1)) // step).sum() * step
-
     def combine(self, y: Tensor) -> Tensor:
         """Add up what the experts made of each token: their rows [P, n] to tokens [T, n]."""
         return self.dispatcher.combine(self.ops.unpermute(y, self.rows), self._handle)[0]
