@@ -49,6 +49,12 @@ def redone(rows: Rows) -> float:
             1, ["train.global_batch=4", "optim.prepare_weights=true"], marks=pytest.mark.slow
         ),
         pytest.param(2, [*EP2, "train.on_nonfinite=skip"], marks=pytest.mark.slow),
+        # Timed, and traced, in runtimes of their own.
+        pytest.param(
+            2,
+            [*EP2, "train.profile=true", "train.profile_every=1", "train.trace_step=4"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, ranks, keys):
