@@ -5,6 +5,7 @@ experts (models/moe/experts.py), the path that tokens take to them (models/moe/p
 operations that the path is made of (models/fp8/).
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -176,7 +177,7 @@ def train_steps(
             row |= checkpointer.metrics()
         if due.validate:
             with meter.pause():
-                row["loss/valid"] = validate(training, corpus)
+                row |= validate(training, corpus)
         if row and recorder:
             recorder.write(number, number * tokens_per_step, row)
         if recorder and due.log and recorder.wants_picture(number):
@@ -308,15 +309,18 @@ def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(training: Training, corpus: Corpus) -> float:
-    """Mean loss over the validation batches, the same sequences every time."""
+def validate(training: Training, corpus: Corpus) -> dict[str, float]:
+    """Over the validation batches, the same sequences every time: the mean loss of a token, and
+    bits per byte of text, which tokenizers can be compared by."""
     model, ranks = training.model, training.ranks
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, tokens, bytes
     with model.runtime.uncounted():  # what is logged is training's
         for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
+            size = sum(corpus.tokenizer.count_bytes(row) for row in batch.labels.numpy())
             found = losses(model, batch.to(ranks.device), training.config)
-            total += torch.stack([found.sum().double(), total.new_tensor(found.numel())])
+            counts = total.new_tensor([found.numel(), size])
+            total += torch.cat([found.sum().double().view(1), counts])
     hidden = overflow.note_on(ranks.device)
     total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
     hidden.zero_()
@@ -326,7 +330,11 @@ def validate(training: Training, corpus: Corpus) -> float:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return float(total[0] / total[1])
+    loss, tokens, text_bytes = total.tolist()
+    means = {"loss/valid": loss / tokens}
+    if text_bytes:
+        means["loss/valid_bpb"] = loss / text_bytes / math.log(2)
+    return means
 
 
 def give_up(error: BaseException, recorder: Recorder | None, safety: Safety) -> None:

@@ -2,7 +2,8 @@
 
 P rows of all local experts lie together, those of expert e from `offsets[e]` to `offsets[e + 1]`.
 Weights are [E, N, K]. A path names its class in `LINEAR`; an object of it is made with the
-operations that it calls. On a GPU TransformerEngine's own (te.py) takes the place of `Fp8Linear`.
+operations that it calls. On a GPU TransformerEngine's own takes the place of `Fp8Linear`:
+te_grouped.py, or te.py where cuBLAS is older.
 """
 
 from typing import Any, Generic, Protocol, TypeVar

@@ -21,6 +21,7 @@ what TransformerEngine does, since each expert's GEMM wants GEMM_READY scales of
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +37,7 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.triton import permutation
 
-from models.fp8.linear import SwigluApart
+from models.fp8.linear import HasBytes, SwigluApart
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import E4M3, BlockScaledTensor, Layout
@@ -169,7 +170,26 @@ NEWER_CUBLAS = (
 """What to say where a GEMM of all experts is missing."""
 
 
-class TELinear(SwigluApart[Weights, Columns]):
+W = TypeVar("W")
+K = TypeVar("K", bound=HasBytes)
+
+
+class UpdatesThenQuantizes(SwigluApart[W, K]):
+    """TransformerEngine quantizes what AdamW has written, in a pass of its own."""
+
+    def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[W, W]:
+        """See `Linear.prepare_weights`."""
+        raise NotImplementedError
+
+    def update_weights(
+        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
+        dtype: torch.dtype,
+    ) -> tuple[W, W]:  # fmt: skip
+        w = self.ops.adamw_cast(w, grad, mean, square, step, dtype)
+        return self.prepare_weights(w, dtype)
+
+
+class TELinear(UpdatesThenQuantizes[Weights, Columns]):
     """The calls that TransformerEngine's GroupedLinear makes, with its block-scaling recipe.
 
     One quantize kernel an expert, which reads x once and writes rows and columns, and one GEMM an
@@ -180,7 +200,9 @@ class TELinear(SwigluApart[Weights, Columns]):
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
-    DESCRIPTION = f"GEMMs by TransformerEngine, one an expert ({NEWER_CUBLAS})"
+    DESCRIPTION = "GEMMs by TransformerEngine, one an expert" + (
+        f" ({NEWER_CUBLAS})" if tex.get_cublasLt_version() < CUBLAS_FOR_GROUPS else ""
+    )
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
         experts, n, _ = w.shape
@@ -189,13 +211,6 @@ class TELinear(SwigluApart[Weights, Columns]):
             w.to(dtype).flatten(0, 1), [n] * experts, [WEIGHT_BOTH_WAYS] * experts
         )
         return Weights(quantized), Weights(quantized, transposed=True)
-
-    def update_weights(
-        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
-        dtype: torch.dtype,
-    ) -> tuple[Weights, Weights]:  # fmt: skip
-        w = self.ops.adamw_cast(w, grad, mean, square, step, dtype)
-        return self.prepare_weights(w, dtype)
 
     def forward(
         self, x: Tensor, w: Weights, offsets: Tensor, dtype: torch.dtype

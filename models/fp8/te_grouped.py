@@ -24,12 +24,11 @@ from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm_for_g
 from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
 
 from models.fp8.kernels.grouped_mm import as_bf16, check_fprop, check_wgrad
-from models.fp8.linear import SwigluApart
-from models.fp8.reference.adamw import AdamWStep
 from models.fp8.te import (
     CUBLAS_FOR_GROUPS,
     ROWS_AND_COLUMNS,
     WEIGHT_BOTH_WAYS,
+    UpdatesThenQuantizes,
     cublas_version,
 )
 from models.fp8.tensor import BlockScaledTensor
@@ -63,7 +62,7 @@ class GroupedColumns:
         return self.columns.columnwise_data.nbytes + self.columns.columnwise_scale_inv.nbytes
 
 
-class TEGroupedLinear(SwigluApart[GroupedWeights, GroupedColumns]):
+class TEGroupedLinear(UpdatesThenQuantizes[GroupedWeights, GroupedColumns]):
     """As `TELinear`: one quantize kernel and one GEMM for all experts.
 
     A `Linear`, see `models/fp8/linear.py`. Rows of an expert must be a multiple of 128, as a block
@@ -83,13 +82,6 @@ class TEGroupedLinear(SwigluApart[GroupedWeights, GroupedColumns]):
             GroupedWeights(quantized, experts, n),
             GroupedWeights(quantized, experts, k, transposed=True),
         )
-
-    def update_weights(
-        self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
-        dtype: torch.dtype,
-    ) -> tuple[GroupedWeights, GroupedWeights]:  # fmt: skip
-        w = self.ops.adamw_cast(w, grad, mean, square, step, dtype)
-        return self.prepare_weights(w, dtype)
 
     def forward(
         self, x: Tensor, w: GroupedWeights, offsets: Tensor, dtype: torch.dtype

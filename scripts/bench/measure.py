@@ -1,7 +1,8 @@
 """One stack's training speed, in processes of its own; `scripts.bench.train` starts it for each.
 
     torchrun --nproc-per-node 2 -m scripts.bench.measure configs/qwen3_30b_a3b_8l.yaml \\
-        fp8_direct:prepare --micro-batches 4,8 --routing balanced --out one.json [key=value ...]
+        fp8_direct:prepare --micro-batches 4,8 --routing balanced --out one.json \\
+        [--trace one.json.gz] [key=value ...]
 
 For each micro-batch it builds the stack, warms it up, times a window of steps, and frees it. The
 window is wall time from a barrier to the end of the last step's work on the slowest rank. Nothing
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
@@ -172,8 +174,23 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
     return (None if failure else result), failure
 
 
+def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> None:
+    """Trace one step of every rank, and write the first one's. All ranks call it."""
+    with profile() as recorded:
+        stack.step(itertools.cycle(batches))
+        _wait(ranks)
+    if ranks.is_first:
+        recorded.export_chrome_trace(str(path))
+
+
 def run_stack(
-    spec: Spec, config: Config, ranks: Ranks, batches: Sequence[Batch], warmup: int, steps: int
+    spec: Spec,
+    config: Config,
+    ranks: Ranks,
+    batches: Sequence[Batch],
+    warmup: int,
+    steps: int,
+    trace: Path | None = None,
 ) -> tuple[Window | None, dict[str, str], Failure | None]:
     """Build, measure and free one stack: its figures, what it says of itself, and its failure."""
     before = _allocated_gib(ranks)
@@ -190,6 +207,8 @@ def run_stack(
     if not failure:
         about = {"dispatch": built[0].dispatch, "description": built[0].description}
         window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
+        if trace and not failure:
+            _, failure = attempt(lambda: record(built[0], batches, ranks, trace))
         if not (failure and failure.fatal):
             # Only here has every rank built one, as closing needs.
             _, close_failure = attempt(lambda: built[0].close())
@@ -240,7 +259,7 @@ def run(arguments: argparse.Namespace) -> int:
         total = arguments.warmup + arguments.steps
         batches = stacks.batches(config, ranks, arguments.routing, total)
         window, about, failure = run_stack(
-            spec, config, ranks, batches, arguments.warmup, arguments.steps
+            spec, config, ranks, batches, arguments.warmup, arguments.steps, arguments.trace
         )
         found: dict[str, Any] = {
             "micro_batch": size,
@@ -293,6 +312,18 @@ def positive_list(text: str) -> list[int]:
     return list(dict.fromkeys(positive(part) for part in text.split(",")))
 
 
+def or_one_line(run: Callable[[], int]) -> int:
+    """The exit code of `run`; where the config cannot be run, one line of the first rank, and 2."""
+    try:
+        return run()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
+        return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.measure",
@@ -307,16 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--steps", type=positive, default=20, help="timed steps")
     parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--trace", type=Path, metavar="FILE.json.gz",
+                        help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        return run(arguments)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
-        return 2
+    return or_one_line(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +31,7 @@ from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import positive
+from scripts.bench.measure import or_one_line, positive
 from scripts.bench.results import Row
 from scripts.bench.stacks import Ours, Spec
 from train import parallel, preflight
@@ -244,14 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.blocks < 2:
         parser.error("--blocks must be at least 2: an interval comes from their differences")
-    try:
-        return run(arguments)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
-        return 2
+    return or_one_line(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from scripts.bench.results import Result, Row
+from scripts.bench.results import Result, Row, rows_to_show
 from scripts.bench.tables import best_stock, failure, machine_name, training_name
 
 OURS, STOCK = "#0072B2", "#8A8A94"
@@ -45,7 +45,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 def plot(source: Path, picture: Path) -> None:
     """Draw the results file `source` into `picture`. Raises ValueError where nothing is to draw."""
     result: Result = json.loads(source.read_text(encoding="utf-8"))
-    is_training = any("step_ms" in row for row in result["rows"])
+    is_training = any("step_ms" in row for row in rows_to_show(result))
     if is_training:
         figure = _training(result)
     elif any("forward_parts_ms" in row for row in result["rows"]):
@@ -67,7 +67,7 @@ def plot(source: Path, picture: Path) -> None:
 
 def _training(result: Result) -> Figure:
     """A panel for each routing and sitting, a bar for each row."""
-    rows = result["rows"]
+    rows = rows_to_show(result)
     measured = [row for row in rows if "step_ms" in row]
     kinds = list(dict.fromkeys((row.get("routing"), row.get("sitting")) for row in measured))
     panels = [
@@ -120,7 +120,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def alt_text(result: Result) -> str:
     """The picture in words: the fastest of ours, and of stock beside it."""
-    rows = result["rows"]
+    rows = rows_to_show(result)
     ours = [row for row in rows if row["stack"] == "ours" and "step_ms" in row]
     best = max(ours, key=lambda row: row["tflops_per_gpu"]["median"], default=None)
     stock = best_stock(rows, best or rows[0])

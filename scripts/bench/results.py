@@ -31,7 +31,13 @@ class Result(Origin):
 
     config: NotRequired[dict[str, Any]]
     bench: NotRequired[dict[str, int]]  # of training steps
+    screening: NotRequired[list[Row]]  # of training steps: one short window each
     rows: list[Row]
+
+
+def rows_to_show(result: Result) -> list[Row]:
+    """Its rows; of training steps, what was screened, as long as nothing has been repeated."""
+    return result["rows"] or result.get("screening", [])
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -6,7 +6,8 @@
     stock:fp8:grouped
 
 Flags of ours: `triton`, `te_dequantize` (other operations, `models/fp8/operations.py`), `recompute`
-(`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`).
+(`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`),
+`per_expert` (FP8 GEMMs of TransformerEngine one by one, as before cuBLAS 13.6).
 Flags of both: `environment`, what megatron-core's makers set for their own measurements.
 """
 
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from models.config import PATH_NAMES, PathName
 from models.fp8 import operations
+from models.fp8.linear import Fp8Linear
 from models.fp8.operations import VARIANTS, Variant
 from models.gpt import GPT, build_gpt
+from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, why_not
 from scripts.bench.results import Row
 from train import loop, parallel, preflight
@@ -43,7 +46,7 @@ ENVIRONMENT = {
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
 }
 """Of the flag `environment`: Megatron-Bridge's for H100s."""
-PATH_FLAGS = (*VARIANTS, *FLAG_KEYS, "environment")
+PATH_FLAGS = (*VARIANTS, *FLAG_KEYS, "per_expert", "environment")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = (
     "experimental", "router_padding", "fp8_param", "no_overlap", "no_wgrad_fusion", "environment",
@@ -97,6 +100,7 @@ def parse(text: str) -> Spec:
     if path not in known:
         raise ConfigError(f"stack {text}: no path {path!r}; known: {', '.join(known)}")
     having = {str(variant): paths for variant, paths in VARIANTS.items()}
+    having["per_expert"] = tuple(name for name in PATH_NAMES if PATHS[name].LINEAR is Fp8Linear)
     for flag in flags:
         if flag not in (PEER_FLAGS if peer else PATH_FLAGS) or (
             not peer and path not in having.get(flag, (path,))
@@ -175,6 +179,8 @@ class Ours:
         for variant in VARIANTS:
             if variant in flags:
                 use_operations(self.model, config.moe.path, device, variant)
+        if "per_expert" in flags:
+            use_gemms_per_expert(self.model)
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = preflight.resolve_dtype(config, device)
@@ -202,6 +208,16 @@ def use_operations(model: GPT, path: PathName, device: str, variant: Variant) ->
     said = (chosen.description, runtime.linear.DESCRIPTION)
     description = "; ".join((*filter(None, said), f"dispatch by {runtime.dispatcher.name}"))
     use_runtime(model, replace(runtime, description=description))
+
+
+def use_gemms_per_expert(model: GPT) -> None:
+    """TransformerEngine's linear layer as it is with an older cuBLAS: the host waits for rows."""
+    from models.fp8.te import TELinear
+
+    runtime = model.runtime
+    linear = TELinear(runtime.ops)
+    description = runtime.description.replace(runtime.linear.DESCRIPTION, linear.DESCRIPTION)
+    use_runtime(model, replace(runtime.waiting(), linear=linear, description=description))
 
 
 def use_runtime(model: GPT, runtime: Runtime) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scripts.bench.results import Result, Row, Spread
+from scripts.bench.results import Result, Row, Spread, rows_to_show
 
 ABSENT = "–"  # noqa: RUF001
 
@@ -29,7 +29,7 @@ def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
 
     `wanted` has the values that a row's keys may have; empty for all rows. Raises InputError.
     """
-    rows = result["rows"]
+    rows = rows_to_show(result)
     shown = [row for row in rows if all(str(row.get(k)) in v for k, v in wanted.items())]
     if not shown:
         raise InputError(f"{path} has no row of {wanted}" if rows else f"{path} has no rows")
@@ -112,7 +112,8 @@ def failure(row: Row) -> str:
 def _ratio(ours: Spread, theirs: Spread) -> str:
     """Of the medians, and how small and how large it gets between any two of the repeats."""
     low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
-    return f"{ours['median'] / theirs['median']:.3f} [{low:.3f} to {high:.3f}]"
+    middle = f"{ours['median'] / theirs['median']:.3f}"
+    return middle if low == high else f"{middle} [{low:.3f} to {high:.3f}]"
 
 
 # One MoE layer: scripts/bench/layer.py
@@ -257,8 +258,11 @@ def _origin(path: Path, result: Result) -> str:
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     parts = [machine_name(result), said, f"commit {result.get('commit') or 'not known'}"]
     if bench := result.get("bench"):  # of training steps
-        windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
-        parts.append(f"median [least to most] of {windows}")
+        if result["rows"]:
+            windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
+            parts.append(f"median [least to most] of {windows}")
+        else:
+            parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
         parts.append("mean ± 95% interval")
     elif not {"run", "traced"} & set(result["rows"][0]):

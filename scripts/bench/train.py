@@ -50,7 +50,7 @@ from scripts.bench.stacks import ROUTINGS, Spec
 from train.config import Config, ConfigError, check_world
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
-SCREEN_STEPS, SCREEN_WARMUP = 5, 3
+SCREEN_STEPS, SCREEN_WARMUP = 5, 6
 PROCESS_MINUTES = 1.5
 """What to leave for a process that has not run yet."""
 
@@ -71,25 +71,32 @@ class Sitting:
 
     def screen(self, spec: Spec, routing: str, config: Config) -> None:
         """All micro-batches in one process."""
-        gpus, screening = self.arguments.gpus, self.content["screening"]
         found = self.start(spec, routing, self.arguments.screen, SCREEN_STEPS, SCREEN_WARMUP)
         for one in found:
-            screening.append(train_rows.screened(one, spec, routing, gpus, config))
-        self.write()
+            self.note(self.content["screening"], one, spec, routing, config)
 
     def repeat(self, spec: Spec, routing: str, micro_batch: int, config: Config) -> None:
         """One more window of a stack."""
-        gpus = self.arguments.gpus
-        found = self.start(
+        (found,) = self.start(
             spec, routing, [micro_batch], self.arguments.steps, self.arguments.warmup
-        )[0]
-        about: Row = {name: found[name] for name in ("dispatch", "description") if name in found}
+        )
+        self.note(self.content["rows"], found, spec, routing, config)
+
+    def note(
+        self, rows: list[Row], found: dict[str, Any], spec: Spec, routing: str, config: Config
+    ) -> None:
+        """What a process found at one micro-batch, into its row."""
         key: Row = {
-            **spec.columns(), "routing": routing, "gpus": gpus, "micro_batch": micro_batch,
-            "global_batch": found.get("global_batch"), "sitting": self.name,
-            "version": self.version(spec), **about,
+            **spec.columns(), "routing": routing, "gpus": self.arguments.gpus,
+            "micro_batch": found["micro_batch"], "sitting": self.name,
+            "version": self.version(spec),
         }  # fmt: skip
-        row = train_rows.row_of(self.content["rows"], key)
+        key |= {
+            name: found[name]
+            for name in ("global_batch", "dispatch", "description")
+            if name in found
+        }
+        row = train_rows.row_of(rows, key)
         if "error" in found:
             row["error"] = found["error"]
         else:
@@ -184,7 +191,7 @@ def bench(arguments: argparse.Namespace) -> int:
         "machine": None, "versions": None, "commit": None,
         "config": base.model_dump(mode="json"),
         "bench": {"warmup_steps": arguments.warmup, "steps": arguments.steps,
-                  "repeats": arguments.repeats},
+                  "repeats": arguments.repeats, "screen_steps": SCREEN_STEPS},
         "sittings": {}, "screening": [], "rows": [],
     }  # fmt: skip
     try:

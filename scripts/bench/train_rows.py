@@ -1,4 +1,4 @@
-"""The file of `scripts.bench.train`: what was screened, and a row for each stack and sitting.
+"""The file of `scripts.bench.train`: a row a stack and sitting, in `screening` and in `rows`.
 
 A row has the raw `windows` of its repeats, and medians, extremes and 95% intervals made from them,
 so that a later sitting can go on where this one stopped. No ratio is made of two sittings' rows.
@@ -42,8 +42,8 @@ def is_of(row: Row, spec: Spec, routing: str, gpus: int) -> bool:
 def best_micro_batch(screening: Sequence[Row], spec: Spec, routing: str, gpus: int) -> int | None:
     """The micro-batch at which most tokens a second were trained on; None where none ran."""
     ran = [row for row in screening if is_of(row, spec, routing, gpus)]
-    ran = [row for row in ran if "tokens_per_sec_per_gpu" in row]
-    best = max(ran, key=lambda row: row["tokens_per_sec_per_gpu"], default=None)
+    ran = [row for row in ran if "step_ms" in row]
+    best = max(ran, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
     return None if best is None else best["micro_batch"]
 
 
@@ -84,14 +84,3 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
     row["dropped_rows"] = sum(w["dropped_rows"] for w in windows)
     row["final_loss"] = windows[-1]["final_loss"]  # null says that it was not a number
-
-
-def screened(found: dict[str, Any], spec: Spec, routing: str, gpus: int, config: Config) -> Row:
-    """One micro-batch of a screening, for the file."""
-    row: Row = {**spec.columns(), "routing": routing, "gpus": gpus}
-    row |= {key: found[key] for key in ("micro_batch", "step_ms", "peak_allocated_gib", "error")
-            if key in found}  # fmt: skip
-    if "error" not in found:
-        tokens = found["global_batch"] * config.model.seq_len / gpus
-        row["tokens_per_sec_per_gpu"] = tokens / found["step_ms"] * 1e3
-    return row

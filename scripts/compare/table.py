@@ -66,6 +66,7 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         ),
         _row(runs, "final train loss", final_loss, "{:.4f}", f"loss/train, {end}"),
         _row(runs, "final valid loss", last("loss/valid"), "{:.4f}", "loss/valid, last"),
+        _row(runs, "valid bits per byte", last("loss/valid_bpb"), "{:.4f}", "loss/valid_bpb, last"),
         _row(
             runs,
             f"train loss gap to {base}",

@@ -238,6 +238,7 @@ def test_the_whole_plan_on_a_cpu(tmp_path):
         (["--stacks", "stock:fp16"], "stack stock:fp16: no path 'fp16'; known: bf16, fp8"),
         (["--stacks", "fp8_compact:triton"], "stack fp8_compact:triton: fp8_compact takes no "
                                              "'triton'"),
+        (["--stacks", "bf16:per_expert"], "stack bf16:per_expert: bf16 takes no 'per_expert'"),
         (["--stacks", "stock:fp8:fast"], "stack stock:fp8:fast: fp8 takes no 'fast'"),
         (["--stacks", ""], "no stack is named: nothing to measure"),
         (["--stacks", "bf16,bf16"], "a stack is named twice"),

@@ -16,6 +16,7 @@ from tests.support.ranks import run_ranks
 from train import loop, parallel
 from train.config import Config, load
 from train.data.batches import Batch
+from train.data.tokenizer import ByteTokenizer
 from train.metrics import flops
 from train.optim import clip_gradients
 
@@ -263,7 +264,7 @@ def counted_in_validation(rank: int, config: Config) -> tuple[float, int]:
     runtime.counts.dropped_rows, runtime.dispatcher.bytes_sent = torch.tensor(3.0), 4
     tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64)
     one = Batch(tokens, tokens, torch.arange(config.model.seq_len)[None])
-    corpus: Any = SimpleNamespace(valid_batches=lambda *_: [one, one])
+    corpus: Any = SimpleNamespace(valid_batches=lambda *_: [one, one], tokenizer=ByteTokenizer())
     loop.validate(training, corpus)
     return float(runtime.counts.dropped_rows), runtime.dispatcher.bytes_sent
 

@@ -110,6 +110,17 @@ def test_hash_is_stable_after_use_and_after_pickling(trained):
     assert Hasher.hash(ByteTokenizer()) != Hasher.hash(load_tokenizer(str(trained[0])))
 
 
+def test_bytes_of_text_are_counted(trained):
+    """Whole documents exactly, whatever their tokens; ends of documents are no text."""
+    text = "for i in range(3): dürfen 世界 🙂\n"
+    for tokenizer in (ByteTokenizer(), load_tokenizer(str(trained[0]))):
+        (ids,) = tokenizer.encode([text])
+        size = len(text.encode())
+        assert tokenizer.count_bytes([*ids, tokenizer.eod]) == size
+        assert tokenizer.count_bytes([*ids, tokenizer.eod, *ids]) == 2 * size
+        assert tokenizer.count_bytes([]) == tokenizer.count_bytes([tokenizer.eod]) == 0
+
+
 def test_truncation_padding_and_added_tokens_of_a_file_are_ignored(trained):
     inner = tokenizers.Tokenizer.from_file(str(trained[0]))
     inner.enable_truncation(3)

@@ -1,6 +1,7 @@
 """Whole runs: what they leave, that they repeat, and how they fail."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -61,6 +62,9 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert "throughput/mfu" not in rows[-1], "a CPU has no MFU"
     assert "throughput/tokens_per_sec" not in rows[0], "warm-up counts as throughput"
     assert ["loss/valid" in row for row in rows] == [False, False, True] * 2
+    # Nearly every token is a byte, and those that end a document are a few more.
+    bits = rows[-1]["loss/valid"] / math.log(2)
+    assert bits <= rows[-1]["loss/valid_bpb"] < 1.02 * bits
     sent = [row["moe/dispatched_mib"] for row in rows]
     assert max(sent) < 1.3 * min(sent), "validation counts as training's traffic"
     assert 1 <= rows[-1]["moe/max_expert_load"] <= 4
@@ -316,7 +320,10 @@ def test_a_rank_that_raises_takes_the_job_down(tmp_path):
     )
     assert code != 0
     assert seconds < 60
-    assert "the planted failure of rank 1" in output[-3000:], "its error is the last on the screen"
+    # Without the C++ stack that torchrun may warn with when its own store is closed.
+    lines = [line for line in output.splitlines() if not line.startswith("frame #")]
+    said = "\n".join(lines)[-3000:]
+    assert "the planted failure of rank 1" in said, "its error is the last on the screen"
 
 
 @pytest.mark.slow

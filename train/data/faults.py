@@ -1,10 +1,8 @@
 """What can go wrong with data while it is being read, as one line."""
 
-import errno
 from collections.abc import Iterator
 from typing import TypeVar
 
-import datasets
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
@@ -39,18 +37,6 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
                 "start again, which goes on from the newest checkpoint"
             ) from error
         yield batch
-
-
-def about_the_cache(error: BaseException) -> str:
-    """What would do where the cache of the Hugging Face libraries cannot be written, else nothing.
-
-    To be put behind what the error says.
-    """
-    home, where = str(datasets.config.HF_CACHE_HOME), str(getattr(error, "filename", None) or "-")
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    if full or home.startswith(where) or where.startswith(home):
-        return "; set HF_HOME to a folder that can be written and has room"
-    return ""
 
 
 def last_line(error: BaseException) -> str:

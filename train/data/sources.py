@@ -13,7 +13,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from train.config import Config, ConfigError
 from train.data import split
-from train.data.faults import UNREADABLE, Unreadable, about_the_cache, last_line
+from train.data.cache import about_the_cache
+from train.data.faults import UNREADABLE, Unreadable, last_line
 from train.data.files import LocalFiles, find_files, kind_of
 from train.data.readers import read_documents
 from train.data.survey import documents_of, survey

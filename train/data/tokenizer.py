@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from train.config import ConfigError
-from train.data.faults import about_the_cache
+from train.data.cache import about_the_cache
 from train.data.pieces import cut
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -53,6 +53,13 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the tokens; `eod` and what is no valid text are left out or replaced."""
+        ...
+
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Bytes of UTF-8 that the tokens stand for; `eod` stands for none.
+
+        Off by a few where the tokens begin or end within a character.
+        """
         ...
 
 
@@ -110,6 +117,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
 
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int((np.asarray(ids) < 256).sum())
+
 
 class FileTokenizer:
     """A tokenizer of the `tokenizers` library, from the text of its JSON file.
@@ -141,6 +151,9 @@ class FileTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._inner.decode([int(i) for i in ids])
+
+    def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return len(self.decode(ids).encode("utf-8", "replace"))
 
     def _encode(self, pieces: list[str]) -> list[np.ndarray]:
         try:

@@ -1,7 +1,7 @@
 """FP8 GEMM of all local experts in one launch, with scales read where they lie.
 
 `fp8_direct` multiplies with it, where DeepGEMM is not installed. `fp8_baseline` and `fp8_compact`
-multiply with TransformerEngine's (`te.py`), `bf16` with `grouped_mm.py`.
+multiply with TransformerEngine's (`te_grouped.py`, `te.py`).
 
     y [P, N] = x [P, K] @ w[e].T     for the rows of expert e; w [E, N, K]
 

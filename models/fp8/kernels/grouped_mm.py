@@ -1,4 +1,5 @@
-"""bfloat16 GEMMs of all local experts, each in one launch.
+"""bfloat16 GEMMs of all local experts, each in one launch. (cuBLAS's, where it is new enough, are
+faster and take their place: `te_grouped.py`.)
 
 fprop is PyTorch's own: `torch.nn.functional.grouped_mm` takes the end of each segment as int32 on
 the device, so the host does not wait for the routing. It does not look at what is behind the last
