@@ -1,8 +1,16 @@
 """The keys that shape the model: sections `model` and `moe` of a config file."""
 
-from typing import Annotated, Literal, TypeVar, get_args
+import math
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct"]
 
@@ -23,6 +31,17 @@ All other keys make it another run, which is refused."""
 SAID_ON_RESUME = "may change on resume, which is said"
 SaidOnResume = Annotated[T, SAID_ON_RESUME]
 """As FreeOnResume, for a key that what is trained depends on: the start says what changed."""
+
+
+class SameTraining(NamedTuple):
+    """Marks a key of which these values train to the same bits: they may be exchanged on resume."""
+
+    values: tuple[Any, ...]
+
+
+Capacity = float | Literal["default", "auto"] | None
+DROPLESS: tuple[Capacity, ...] = (None, "auto", "default")
+"""What `moe.capacity` is where no row is dropped."""
 
 
 class Section(BaseModel):
@@ -105,13 +124,14 @@ class MoEConfig(Section):
     dispatch: FreeOnResume[Literal["auto", "all_to_all", "deep_ep"]] = "auto"
     """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
     all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
-    capacity: float | None = Field(default=None, ge=1)
-    """Rows that a rank's experts have room for, as a multiple of their even share. By default they
-    get room for what arrives, which the host has to wait for, once a layer. With room set aside no
-    layer waits; rows beyond it are dropped, counted in `moe/dropped_rows`. Only bf16 and
-    fp8_direct on a GPU; elsewhere it is left aside, since the other paths launch one GEMM an expert
-    and wait anyhow, and a CPU has nothing to wait for. all_to_all between ranks waits all the
-    same."""
+    capacity: Annotated[Capacity, SameTraining(DROPLESS)] = "default"
+    """Rows that a rank's experts have room for. null: for what arrives, which the host has to wait
+    for, once a layer. auto: for what was needed lately, so that no layer waits; a step in which
+    that was too little is done again with waiting, so the results are those of null, bit for bit.
+    `default` is auto on a GPU where one node shares the experts and nothing else waits, and null
+    elsewhere. A number from 1 on: a multiple of the rank's even share; rows beyond it are dropped,
+    counted in `moe/dropped_rows`, which is another function. On a CPU, and where GEMMs are launched
+    expert by expert, a number is ignored. The line `runs on` at the start says what it came to."""
     recompute: FreeOnResume[bool] = False
     """Keep no activations of the experts: the backward pass dispatches the tokens and computes the
     forward pass again, but for the way home. The results are the same bits."""
@@ -133,6 +153,15 @@ class MoEConfig(Section):
     """Weight of the router's z loss (ST-MoE)."""
     force_balance: bool = False
     """Route at random and evenly, for benchmarks: the model then learns next to nothing."""
+
+    @field_validator("capacity", mode="before")
+    @classmethod
+    def _check_capacity(cls, value: Any) -> Any:
+        """Here, or the line would name each kind of value that it is not."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value in DROPLESS or (is_number and math.isfinite(value) and value >= 1):
+            return value
+        raise ValueError(f"{value!r} is neither auto, null nor a number from 1 on")
 
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":

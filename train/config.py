@@ -29,6 +29,7 @@ from models.config import (
     ModelConfig,
     MoEConfig,
     SaidOnResume,
+    SameTraining,
     Section,
 )
 from train import config_file
@@ -353,6 +354,13 @@ def is_free(section: str, key: str) -> bool:
 def is_said(section: str, key: str) -> bool:
     """Whether the start says that `section.key` has changed since the checkpoint."""
     return mark_of(section, key) == SAID_ON_RESUME
+
+
+def is_same_training(section: str, key: str, one: object, other: object) -> bool:
+    """Whether two values of `section.key` train to the same bits; it is marked at the key."""
+    marks = _section(section).model_fields[key].metadata
+    same = [value for mark in marks if isinstance(mark, SameTraining) for value in mark.values]
+    return one in same and other in same
 
 
 def mark_of(section: str, key: str) -> str | None:

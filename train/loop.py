@@ -7,9 +7,10 @@ operations that the path is made of (models/fp8/).
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.fp8 import overflow
 from models.gpt import GPT, build_gpt
-from train import parallel
+from train import dropless, parallel
 from train.agreement import agree
 from train.checkpoint.checkpointer import Checkpointer
 from train.config import Config
@@ -232,26 +233,18 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
     config, ranks, model = training.config, training.ranks, training.model
     optimizer, metrics, guard = training.optimizer, training.metrics, training.guard
     accumulation = config.accumulation(ranks.world_size)
-    tokens_per_step = config.tokens_per_step(ranks.world_size)
     guard.begin(training.done)
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
     # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
     MoEAuxLossAutoScaler.set_loss_scale(
         torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
-    data_seconds = 0.0
-    total = torch.zeros((), device=ranks.device)
-    for micro_batch in range(accumulation):
-        begin = time.perf_counter()
-        batch = next(batches)
-        data_seconds += time.perf_counter() - begin
-        batch = batch.to(ranks.device)
-        # Gradients travel once a step, with the last micro-batch.
-        model.set_requires_gradient_sync(micro_batch == accumulation - 1)
-        loss = losses(model, batch, config).sum() / tokens_per_step
-        loss.backward()
-        guard.note(micro_batch, loss)
-        total += loss.detach()
+    taken = Taken(batches, accumulation, ranks.device)
+    attempt = partial(add_gradients, training, taken)
+    if model.runtime.room is None:
+        total = attempt()
+    else:
+        total = dropless.at_most_twice(attempt, model.runtime.room, metrics, guard, optimizer)
     with part("optimizer"):
         norm = clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
         guard.note(accumulation, norm)
@@ -267,7 +260,46 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
         optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     training.done += 1
-    return data_seconds
+    return taken.seconds
+
+
+class Taken:
+    """A step's micro-batches on the device: taken off the data when they are first needed, and the
+    same ones to whoever asks again."""
+
+    def __init__(self, batches: Iterator[Batch], count: int, device: torch.device) -> None:
+        self.seconds = 0.0
+        """Waited for data."""
+        self._batches, self._count, self._device = batches, count, device
+        self._taken: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(self._count):
+            if number == len(self._taken):
+                begin = time.perf_counter()
+                batch = next(self._batches)
+                self.seconds += time.perf_counter() - begin
+                self._taken.append(batch.to(self._device))
+            yield self._taken[number]
+
+
+def add_gradients(training: Training, batches: Iterable[Batch]) -> torch.Tensor:
+    """Forward and backward of a step's micro-batches; this rank's share of the mean loss."""
+    config, ranks, model = training.config, training.ranks, training.model
+    accumulation = config.accumulation(ranks.world_size)
+    tokens_per_step = config.tokens_per_step(ranks.world_size)
+    total = torch.zeros((), device=ranks.device)
+    for micro_batch, batch in enumerate(batches):
+        is_last = micro_batch == accumulation - 1
+        # Gradients travel once a step, with the last micro-batch.
+        model.set_requires_gradient_sync(is_last)
+        loss = losses(model, batch, config).sum() / tokens_per_step
+        if is_last and model.runtime.room is not None:
+            model.runtime.room.send()
+        loss.backward()
+        training.guard.note(micro_batch, loss)
+        total += loss.detach()
+    return total
 
 
 def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -45,11 +45,19 @@ class Counts:
     def reset(self) -> None:
         vars(self).update(vars(Counts()))
 
+    def mark(self) -> dict[str, Any]:
+        """All counts as they are now; tensors are replaced, never written in place."""
+        return {**vars(self), "relayouts": self.relayouts.copy()}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Count on from there."""
+        vars(self).update({**mark, "relayouts": mark["relayouts"].copy()})
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside the `with` is not counted."""
-        before = {**vars(self), "relayouts": self.relayouts.copy()}
+        before = self.mark()
         try:
             yield
         finally:
-            vars(self).update(before)
+            self.rewind(before)

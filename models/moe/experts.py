@@ -41,14 +41,16 @@ class Experts(nn.Module):
 
         Parameters may be in the tokens' dtype, as FSDP gathers them, or in float32.
         """
+        # What is only looked at is never dropped: nothing is done again there.
+        runtime = self.runtime if self.training else self.runtime.waiting()
         up, down = _local(self.up), _local(self.down)
         prepared = self._prepared
         if prepared is None:
-            prepared = prepare_weights(up, down, tokens.dtype, self.runtime)
+            prepared = prepare_weights(up, down, tokens.dtype, runtime)
             # Not what shares memory with a parameter: FSDP frees and refills that.
             if prepared[0][0] is not up:
                 self._prepared = prepared
-        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, self.runtime, prepared)
+        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, runtime, prepared)
 
     def forget_prepared(self) -> None:
         """The parameters have changed: quantize them again when they are needed next."""
@@ -122,6 +124,8 @@ class ExpertMLP(torch.autograd.Function):
         counts = runtime.counts
         if runtime.capacity is not None:
             counts.dropped_rows = counts.dropped_rows + saved.trip.dropped_rows()
+        if runtime.room is not None:
+            runtime.room.note(saved.trip.rows.needed)
         ctx.runtime, ctx.prepared = runtime, prepared
         ctx.local_experts, ctx.dtype = local_experts, up.dtype
         ctx.saved = None if runtime.recompute else saved

@@ -13,10 +13,12 @@ from models.config import ModelConfig, MoEConfig
 from models.fp8 import operations
 from models.fp8.linear import AnyLinear, Fp8Linear
 from models.fp8.operations import Operations
+from models.fp8.reference.plan_rows import most_rows
 from models.moe import dispatch
 from models.moe.counts import Counts
 from models.moe.dispatch import Dispatcher
 from models.moe.paths import PATHS, Path
+from models.moe.room import Room, settle
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,24 @@ class Runtime:
     description: str = ""
     """Of all of them, for the user."""
     capacity: float | None = None
-    """See `MoEConfig.capacity`; None where it does not apply."""
+    """A number of `MoEConfig.capacity`; None where there is none, or it does not apply."""
+    room: Room | None = None
+    """What is set aside where `moe.capacity` is auto and carried out."""
     recompute: bool = False
     """See `MoEConfig.recompute`."""
     counts: Counts = field(default_factory=Counts)
 
     def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
         """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
-        what rounding up each expert's rows may take. None where P is what arrives."""
-        if self.capacity is None:
+        what rounding up each expert's rows may take; or what `room` says. None where P is what
+        arrives."""
+        step, even = self.path.ROW_ALIGNMENT, tokens * top_k
+        if self.capacity is not None:
+            return (math.ceil(even * self.capacity / step) + local_experts) * step
+        if self.room is None:
             return None
-        step = self.path.ROW_ALIGNMENT
-        return (math.ceil(tokens * top_k * self.capacity / step) + local_experts) * step
+        slots = tokens * self.dispatcher.ranks * min(top_k, local_experts)
+        return self.room.max_rows(even, most_rows(slots, local_experts, step) // step * step, step)
 
     def __deepcopy__(self, memo: dict) -> "Runtime":
         """Itself: megatron-core copies its config for shared experts, and one place counts."""
@@ -51,10 +59,14 @@ class Runtime:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What the layers do inside the `with` is in none of the counts."""
-        sent = self.dispatcher.bytes_sent
+        sent = self.dispatcher.mark()
         with self.counts.paused():
             yield
-        self.dispatcher.bytes_sent = sent
+        self.dispatcher.rewind(sent)
+
+    def waiting(self) -> "Runtime":
+        """The same where every layer waits for the count of its rows, and drops none."""
+        return replace(self, capacity=None, room=None)
 
     def with_operations(self, ops: Operations, device: str) -> "Runtime":
         """The same path carried out by other operations on `cpu` or `cuda`."""
@@ -78,16 +90,16 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     dispatcher, how = dispatch.choose(
         model, moe, device, parallel_state.get_expert_model_parallel_group()
     )
-    waits = device == "cpu" or linear.NEEDS_SEGMENTS_ON_HOST
-    if waits and moe.capacity is not None:
-        how += "; moe.capacity left aside: the experts get room for what arrives, and drop nothing"
+    why = f"{moe.path} launches one GEMM an expert" if linear.NEEDS_SEGMENTS_ON_HOST else None
+    capacity, room, rows = settle(moe, device, why, dispatcher.why_it_waits)
     return Runtime(
         path,
         ops,
         linear,
         dispatcher,
-        "; ".join(filter(None, (who, linear.DESCRIPTION, how))),
-        capacity=None if waits else moe.capacity,
+        "; ".join(filter(None, (who, linear.DESCRIPTION, how, rows))),
+        capacity=capacity,
+        room=room,
         recompute=moe.recompute,
     )
 

@@ -127,7 +127,8 @@ def config_of(
     if micro_batch is not None:
         keys.append(f"train.micro_batch={micro_batch}")
     if routing == "natural":
-        keys += ["moe.force_balance=false", "moe.capacity=null"]
+        # Whatever room the config sets aside is for even routing; here nothing may be dropped.
+        keys += ["moe.force_balance=false", "moe.capacity=default"]
     else:
         keys.append("moe.force_balance=true")
     keys += [key for flag, key in FLAG_KEYS.items() if flag in spec.flags]
@@ -216,7 +217,7 @@ def use_gemms_per_expert(model: GPT) -> None:
     runtime = model.runtime
     linear = TELinear(runtime.ops)
     description = runtime.description.replace(runtime.linear.DESCRIPTION, linear.DESCRIPTION)
-    use_runtime(model, replace(runtime, linear=linear, capacity=None, description=description))
+    use_runtime(model, replace(runtime.waiting(), linear=linear, description=description))
 
 
 def use_runtime(model: GPT, runtime: Runtime) -> None:

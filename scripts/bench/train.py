@@ -17,8 +17,9 @@ Writes `train_<config>.json` after every process. What is there already is not m
 `--minutes` a long plan is spread over several sittings, on one machine each. Every sitting measures
 the anchors too, and rows say whose they are: speeds are compared within a sitting.
 
-Natural routing (`--routings natural`) trains the real router on the config's text, waiting for
-nothing to be dropped; balanced routing is forced, on random tokens.
+Natural routing (`--routings natural`) trains the real router on the config's text and drops
+nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,
+on random tokens.
 
 A stack that fails gets a row with `error`, and the others go on. Exit codes: 0 done, or the minutes
 are over; 2 bad input, said in one line.

@@ -103,21 +103,24 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def _other_functions(runs: Sequence[Run]) -> str | None:
-    """Which runs dropped rows that others computed with: `moe.capacity` is not for every path."""
+    """Which runs dropped rows that others computed with: a number is not for every path."""
     most = {run.name: max(run.finite("moe/dropped_rows"), default=0) for run in runs}
     dropped = [
-        f"{name} dropped up to {rows:,.0f} rows a step" for name, rows in most.items() if rows
+        f"{run.name} ({run.path}) dropped up to {most[run.name]:,.0f} rows a step"
+        for run in runs
+        if most[run.name]
     ]
     if not dropped or len(runs) == 1:
         return None
-    none = [name for name, rows in most.items() if not rows]
+    none = [f"{run.name} ({run.path})" for run in runs if not most[run.name]]
     others = f", {', '.join(none)} none" if none else ""
     capacity = dict.fromkeys(f"{run.config.moe.capacity}" for run in runs)
     return (
         f"The runs computed different functions: with moe.capacity={' and '.join(capacity)} "
-        f"{', '.join(dropped)}{others}. What a path does with moe.capacity is its own matter, so "
-        "their losses and speeds are not of the same work; leave it out, or raise it until nothing "
-        "is dropped."
+        f"{', '.join(dropped)}{others}. A number is another function than auto or null, and only "
+        "in paths that heed it: those that launch one GEMM an expert do not, nor any on a CPU. "
+        "Their losses and speeds are not of the same work; leave moe.capacity out, or raise it "
+        "until nothing is dropped."
     )
 
 

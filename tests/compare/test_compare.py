@@ -447,8 +447,10 @@ def test_runs_that_dropped_rows_computed_another_function(tmp_path: Path) -> Non
         for name, path, rows in (("a", "bf16", 3.0), ("b", "fp8_baseline", 0.0))
     ]
     (warning,) = warnings_of(folders)
-    assert "computed different functions: with moe.capacity=1.25 a dropped up to 3 rows" in warning
-    assert "a step, b none" in warning
+    assert (
+        "computed different functions: with moe.capacity=1.25 a (bf16) dropped up to 3 " in warning
+    )
+    assert "rows a step, b (fp8_baseline) none. A number is another function than auto" in warning
     folders[0] = write_run(
         tmp_path / "c", "bf16", metrics={"moe/dropped_rows": 0.0}, config=limited
     )

@@ -20,6 +20,8 @@ ON_GPUS_ALONE = {
     "throughput/mfu",
     "memory/peak_allocated_gib",
     "memory/peak_reserved_gib",
+    "moe/room",
+    "moe/redone_steps",
     *STEP_PARTS,
 }
 """What a run on a CPU, and without `train.profile`, does not log."""

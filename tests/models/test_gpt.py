@@ -239,9 +239,9 @@ def test_positions_and_routing_weights_stay_float32_in_bf16():
         assert weights == {torch.float32}
 
 
-def test_a_capacity_that_is_left_aside_is_said():
+def test_a_capacity_that_is_ignored_is_said():
     (said,) = run_ranks(1, description, configure("parallel.expert_parallel=1", "moe.capacity=1.5"))
-    assert "moe.capacity left aside" in said
+    assert "moe.capacity=1.5 is ignored" in said
     (said,) = run_ranks(1, description, configure("parallel.expert_parallel=1"))
     assert "capacity" not in said
 

@@ -56,7 +56,7 @@ KINDS = [
 def test_plan_rows(device, kind, alignment):
     ids, experts = routing(kind, device)
     got, expected = plan_rows(ids, experts, alignment), reference.plan_rows(ids, experts, alignment)
-    for name in ("rows", "counts", "offsets"):
+    for name in ("rows", "counts", "offsets", "needed"):
         assert_same_bits(getattr(got, name).to(torch.int32), getattr(expected, name).int())
         assert getattr(got, name).dtype is torch.int64
     assert got.num_rows == expected.num_rows
@@ -76,7 +76,7 @@ def test_plan_without_waiting(device, kind):
     size = most_rows(ids.numel(), experts) + 5
     bounded = plan_rows(ids, experts, max_rows=size)
     assert bounded.num_rows == size
-    for name in ("rows", "counts", "offsets"):
+    for name in ("rows", "counts", "offsets", "needed"):
         assert torch.equal(getattr(bounded, name), getattr(exact, name))
     assert torch.equal(bounded.source[: exact.num_rows], exact.source)
     assert (bounded.source[exact.num_rows :] == -1).all()
@@ -98,7 +98,7 @@ def test_plan_with_too_little_room_stays_in_bounds(device):
     assert torch.equal(plan.offsets, exact.offsets.clamp(max=size))
     assert torch.equal(plan.source, exact.source[:size])
     want = reference.plan_rows(ids, experts, max_rows=size)
-    for name in ("rows", "counts", "offsets", "num_rows"):
+    for name in ("rows", "counts", "offsets", "needed", "num_rows"):
         assert torch.equal(*(torch.as_tensor(getattr(one, name)) for one in (plan, want)))
 
 

@@ -1,7 +1,7 @@
 """With room set aside for the experts' rows, a layer never makes the host wait for the GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from models.config import PATH_NAMES
 from models.moe.runtime import Runtime
 from scripts.bench.layer_setup import Layer, Shape
 from train import parallel
@@ -70,6 +71,28 @@ def test_no_wait_and_the_same_result(layer, path):
         got = call(layer, roomy)
     assert int(runtime.counts.dropped_rows) == 0
     for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_no_wait_with_room_by_what_was_needed(layer, path):
+    """Nor does asking all ranks whether it was enough, until the answer is read."""
+    runtime = layer.runtime(path)
+    room = runtime.room
+    if room is None:
+        assert runtime.linear.NEEDS_SEGMENTS_ON_HOST
+        assert "every layer waits" in runtime.description
+        pytest.skip(runtime.description)
+    results = []
+    for waits in (nullcontext, nullcontext, waiting_is_an_error):  # to learn, to compile, and then
+        torch.cuda.synchronize()
+        with waits(), room.open(wait=False):
+            output = layer.forward(runtime)
+            room.send()
+            results.append([output.detach(), *layer.backward(output)])
+        assert not room.ran_out()
+    assert room.rows is not None
+    for a, b in zip(results[2], results[0], strict=True):
         assert torch.equal(a, b)
 
 

@@ -100,10 +100,25 @@ def test_gemms_without_rows():
     assert torch.equal(dw, torch.zeros(2, 128, 128))
 
 
+def test_rows_after_the_last_experts_are_not_read(gen):
+    """Where there was room for more than came: what lies there is NaN here."""
+    offsets, _ = experts_problem(gen)
+    end = int(offsets[-1])
+    w = torch.randn(offsets.numel() - 1, 128, 256, generator=gen)
+    x, dy = (torch.full((end + 192, n), torch.nan) for n in (256, 128))
+    for t in (x, dy):
+        t[:end] = torch.randn(end, t.shape[1], generator=gen)
+    y = ops.grouped_mm(x, w, offsets)
+    assert torch.equal(y[:end], ops.grouped_mm(x[:end], w, offsets))
+    assert not y[end:].any()
+    dw = ops.grouped_mm_wgrad(dy, x, offsets, torch.float32)
+    assert torch.equal(dw, ops.grouped_mm_wgrad(dy[:end], x[:end], offsets, torch.float32))
+
+
 def test_gemms_refuse_offsets_that_do_not_fit(gen):
     x = ops.quantize(torch.randn(128, 128, generator=gen), COMPACT)
     w = ops.quantize_weights(torch.randn(2, 128, 128, generator=gen))
-    for bad in ([0, 128], [0, 64, 127], [1, 64, 128]):
+    for bad in ([0, 128], [0, 64, 129], [1, 64, 128]):
         with pytest.raises(ValueError, match="do not fit"):
             ops.grouped_gemm(x, w, torch.tensor(bad), torch.float32)
     with pytest.raises(ValueError, match="multiples of 128"):

@@ -78,6 +78,7 @@ def test_plan_rows_with_a_bound(kind, room, gen):
     assert plan.rows.tolist() == [[r if r < size else -1 for r in row] for row in rows]
     assert plan.counts.tolist() == counts  # of what was asked for
     assert plan.offsets.tolist() == [min(offset, size) for offset in offsets]
+    assert plan.needed == offsets[-1]
     x = torch.randn(ids.shape[0], 8, generator=gen)
     fits = (plan.rows >= 0).sum(1, keepdim=True)
     assert torch.equal(ops.unpermute(ops.permute(x.round(), plan), plan), x.round() * fits)

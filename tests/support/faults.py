@@ -79,3 +79,68 @@ def hang_with_the_lock(stuck: set[int]):
         loop.step = sleeping
 
     return plant
+
+
+def cramp(*steps: int):
+    """Room for next to no row in these steps, counted from 0, and losses that are NaN where rows
+    are lost: nothing of such an attempt may be left."""
+
+    def plant(rank: int) -> None:
+        from models.moe.room import Room
+        from train import loop
+
+        step, losses, max_rows = loop.step, loop.losses, Room.max_rows
+        now = [-1]
+
+        def counted(training, *args):
+            now[0] = training.done
+            return step(training, *args)
+
+        def cramped(self, even, most, alignment):
+            rows = max_rows(self, even, most, alignment)
+            if rows is not None and now[0] in steps:
+                rows = self.rows = alignment
+            return rows
+
+        def poisoned(model, *args):
+            out = losses(model, *args)
+            room = model.runtime.room
+            lost = model.training and room is not None and room.rows is not None
+            return out * (float("nan") if lost and now[0] in steps else 1.0)
+
+        loop.step, loop.losses = counted, poisoned
+        Room.max_rows = cramped  # type: ignore[method-assign]
+
+    return plant
+
+
+def crowd(*steps: int):
+    """In these steps, counted from 0, every router sends all tokens of the last micro-batch to
+    experts 0 and 1."""
+
+    def plant(rank: int) -> None:
+        from models.moe.layer import Router
+        from train import loop
+
+        step, losses, gating = loop.step, loop.losses, Router.gating
+        chosen, batches, accumulation = [False], [0], [1]
+
+        def begun(training, *args):
+            chosen[0], batches[0] = training.done in steps, 0
+            accumulation[0] = training.config.accumulation(training.ranks.world_size)
+            return step(training, *args)
+
+        def counted(*args):
+            batches[0] += 1  # on through a step's second attempt
+            return losses(*args)
+
+        def crowded(self, input):
+            logits = gating(self, input)
+            if self.training and chosen[0] and batches[0] % accumulation[0] == 0:
+                logits[..., :2] += 100
+            return logits
+
+        loop.step, loop.losses = begun, counted
+        Router.gating = crowded  # type: ignore[method-assign]
+
+    return plant

@@ -4,16 +4,23 @@
 
 
 What is forked cannot use a GPU that its parent has used, so these start anew. FAULT is `none`,
-`poison` (rank 0's loss of step 5 is NaN) or `hang` (rank 1 never comes to step 4).
+`poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 3,
+4 and 6 have no room for the experts' rows) or `crowd` (in steps 3 and 6 all tokens go to two).
 """
 
 import os
 import sys
 
-from tests.support.faults import hang, poison
+from tests.support.faults import cramp, crowd, hang, poison
 from train.__main__ import run
 
-FAULTS = {"none": lambda rank: None, "poison": poison(4, 0, float("nan")), "hang": hang}
+FAULTS = {
+    "none": lambda rank: None,
+    "poison": poison(4, 0, float("nan")),
+    "hang": hang,
+    "cramp": cramp(2, 3, 5),
+    "crowd": crowd(2, 5),
+}
 
 if __name__ == "__main__":
     fault, *argv = sys.argv[1:]

@@ -65,6 +65,23 @@ def differences(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]
     ]
 
 
+Rows = list[dict[str, float]]
+"""Of metrics.jsonl."""
+
+OF_ROOM = ("moe/room", "moe/redone_steps", "moe/kept_mib")
+"""Metrics that `moe.capacity` may change though nothing is dropped; kept_mib is memory, the room
+that was set aside included."""
+
+
+def computed(rows: Rows) -> Rows:
+    """The metrics that are the same bit for bit whatever time and room it took."""
+    parts = ("progress/", "loss/", "optim/", "moe/")
+    return [
+        {key: n for key, n in row.items() if key.startswith(parts) and key not in OF_ROOM}
+        for row in rows
+    ]
+
+
 def slow_saves(seconds: float) -> None:
     """Makes every save of this process begin to write so much later than it was begun."""
     quick = Writer.write_data

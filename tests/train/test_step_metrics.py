@@ -34,3 +34,27 @@ def test_counts_are_kept() -> None:
         layers = config.model.num_layers
         assert counted["relayouts"] == {"forward": 2 * layers, "backward": 2 * layers}
         assert counted["forward_passes"] == counted["backward_passes"] == layers
+
+
+def rewound(rank: int, config: Config) -> None:
+    """What a step adds to is as before it, though a line of metrics shows most of it as ratios."""
+    model = build(config)
+    metrics = StepMetrics(model, accumulation=1)
+    tokens = torch.zeros(2, config.model.seq_len, dtype=torch.int64)
+    for _ in range(2):  # what is summed up from nothing at all, and from something
+        mark, before = metrics.mark(), metrics.state()
+        model(tokens, tokens).sum().backward()
+        assert metrics.state()["counts"]["forward_passes"] != before["counts"]["forward_passes"]
+        metrics.rewind(mark)
+        found = metrics.state()
+        assert found["counts"] == before["counts"]
+        assert found["bytes_sent"] == before["bytes_sent"]
+        torch.testing.assert_close(found["expert_load"], before["expert_load"], rtol=0, atol=0)
+        for name, values in found["auxiliary"].items():
+            was = before["auxiliary"].get(name, torch.zeros_like(values))
+            assert torch.equal(values, was), name
+        model(tokens, tokens).sum().backward()
+
+
+def test_a_step_is_rewound() -> None:
+    run_ranks(2, rewound, configure("parallel.expert_parallel=2", "moe.path=fp8_compact"))

@@ -12,15 +12,20 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
-class RandomState(TypedDict):
-    """Of types that `torch.load(weights_only=True)` takes."""
+class Drawn(TypedDict):
+    """What a step of training draws from."""
 
-    python: tuple[int, tuple[int, ...], float | None]
-    numpy: tuple[torch.Tensor, int, int, float]
     torch: torch.Tensor
     cuda: NotRequired[torch.Tensor]
     megatron: NotRequired[dict[str, torch.Tensor]]
     """megatron-core keeps some generators apart; on a CPU it has none."""
+
+
+class RandomState(Drawn):
+    """All there is, of types that `torch.load(weights_only=True)` takes."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[torch.Tensor, int, int, float]
 
 
 def state(device: torch.device) -> RandomState:
@@ -29,11 +34,16 @@ def state(device: torch.device) -> RandomState:
     assert isinstance(numpy, tuple)
     _, words, position, has_gauss, gauss = numpy
     keys = torch.from_numpy(words.astype(np.int64))
-    found: RandomState = {
+    return {
         "python": random.getstate(),
         "numpy": (keys, position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
+        **drawn(device),
     }
+
+
+def drawn(device: torch.device) -> Drawn:
+    """Copies of PyTorch's and megatron-core's; the host holds them, so nothing waits for a GPU."""
+    found: Drawn = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
         tracker = get_cuda_rng_tracker().get_states()
@@ -47,6 +57,11 @@ def restore(state: RandomState, device: torch.device) -> None:
     keys, position, has_gauss, gauss = state["numpy"]
     words = keys.numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, position, has_gauss, gauss))
+    redraw(state, device)
+
+
+def redraw(state: Drawn, device: torch.device) -> None:
+    """Draw again what was drawn since `drawn`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

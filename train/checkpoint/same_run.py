@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from models.config import FREE_ON_RESUME
 from train.checkpoint import checksums, progress
 from train.checkpoint.files import finished, folder_of, newest, size_of
-from train.config import Config, ConfigError, is_free, world_size_from_env
+from train.config import Config, ConfigError, is_free, is_same_training, world_size_from_env
 from train.data import fingerprint as fingerprints
 
 IN_FINGERPRINT = {
@@ -52,8 +52,8 @@ def check_checkpoint(
     ranks, or if that cannot be told. The data is compared by its `fingerprint`, which may come
     later, or else by the keys that name it.
 
-    Keys that are marked FreeOnResume may differ. What `train.micro_batch` and `train.global_batch`
-    come to, together with the number of ranks, may not.
+    Keys that are marked FreeOnResume may differ, and so may values that SameTraining names. What
+    `train.micro_batch` and `train.global_batch` come to, with the number of ranks, may not.
     """
     try:
         there = yaml.safe_load((path / checksums.CONFIG).read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def _differences(there: dict[str, dict[str, Any]], config: Config, covered: set[
             if is_free(section, key) or f"{section}.{key}" in covered:
                 continue
             before = there.get(section, {}).get(key, _default(config, section, key))
-            if before != value:
+            if before != value and not is_same_training(section, key, before, value):
                 found.append(f"{section}.{key}: {before} there, {value} now")
     return found
 

@@ -27,6 +27,15 @@ else:
         get_moe_metrics_tracker().metrics[name] = MetricEntry(values)
 
 
+def rewind(before: dict[str, Tensor]) -> None:
+    """Go on from copies of what `sums` returned; what has come since is at zero."""
+    for name, values in sums().items():
+        if name in before:
+            values.copy_(before[name])
+        else:
+            values.zero_()
+
+
 def clear() -> None:
     """Begin again at zero."""
     for values in sums().values():

@@ -1,6 +1,6 @@
 """What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
 
-from typing import NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,18 @@ class Gathered(TypedDict):
     relayouts: NotRequired[dict[str, int]]
     """In checkpoints from before they were one of the counts."""
     bytes_sent: int
+    redone: NotRequired[int]
+    """Not in checkpoints from before `moe.capacity=auto`."""
+
+
+class Mark(NamedTuple):
+    """What a step's forward and backward passes add to, as it was before them, on the device."""
+
+    buffers: list[torch.Tensor]
+    auxiliary: dict[str, torch.Tensor]
+    counts: dict[str, Any]
+    sent: Any
+    """The dispatcher's own."""
 
 
 class StepMetrics:
@@ -42,6 +54,7 @@ class StepMetrics:
         self.accumulation = accumulation
         self.steps = 0
         self.skipped = 0
+        self.redone = 0
         self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
         self.grad_norm = torch.zeros_like(self.loss)
 
@@ -55,6 +68,10 @@ class StepMetrics:
             "moe/dispatched_mib": self._dispatched_mib(),
             "moe/dropped_rows": self._dropped_rows(),
         }
+        if (room := self.runtime.room) is not None:
+            metrics["moe/redone_steps"] = self.redone
+            if room.share is not None:
+                metrics["moe/room"] = room.share
         if self.steps > self.skipped:
             metrics["loss/train"] = float(self.loss) / (self.steps - self.skipped)
             metrics["optim/grad_norm"] = float(self.grad_norm)
@@ -68,8 +85,29 @@ class StepMetrics:
         auxiliary.clear()
         self.runtime.counts.reset()
         self.loss.zero_()
-        self.steps = self.skipped = 0
+        self.steps = self.skipped = self.redone = 0
         return metrics
+
+    def mark(self) -> Mark:
+        """What a step adds to before its optimizer, as copies on the device: nothing waits."""
+        return Mark(
+            [buffer.clone() for buffer in self._buffers()],
+            {name: values.clone() for name, values in auxiliary.sums().items()},
+            self.runtime.counts.mark(),
+            self.runtime.dispatcher.mark(),
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """As if nothing had been added since."""
+        for buffer, before in zip(self._buffers(), mark.buffers, strict=True):
+            buffer.copy_(before)
+        auxiliary.rewind(mark.auxiliary)
+        self.runtime.counts.rewind(mark.counts)
+        self.runtime.dispatcher.rewind(mark.sent)
+
+    def _buffers(self) -> list[torch.Tensor]:
+        """Of the MoE layers: the expert load, and whatever else a router keeps count of."""
+        return [buffer for layer in self.layers for buffer in layer.buffers()]
 
     def state(self) -> Gathered:
         """Copies of what is gathered and not yet collected."""
@@ -84,11 +122,13 @@ class StepMetrics:
             },
             "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
+            "redone": self.redone,
         }
 
     def load_state(self, state: Gathered) -> None:
         """Go on gathering from what `state` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self.redone = state.get("redone", 0)
         device = self.loss.device
         self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
         for layer, load in zip(self.layers, state["expert_load"], strict=True):

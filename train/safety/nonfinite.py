@@ -46,6 +46,16 @@ class LossGuard:
         self.step = step
         self._this_step.zero_()
 
+    def mark(self) -> tuple[Tensor, Tensor]:
+        """What is noted of the steps before this one, which has begun."""
+        return self._first.clone(), self._kind.clone()
+
+    def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
+        """This step has noted nothing."""
+        self._first, self._kind = mark
+        self._this_step.zero_()
+        self._hidden.zero_()
+
     def note(self, micro_batch: int, value: Tensor) -> None:
         """A loss of this rank whose backward pass is done, or with `micro_batch` = accumulation the
         gradient's norm."""

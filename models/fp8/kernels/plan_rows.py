@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fp8.reference.plan_rows import RowMap
+from models.fp8.reference.plan_rows import RowMap, most_rows
 from models.fp8.tensor import BLOCK, ceil_div
 
 TILE = 8192  # elements of a chunk's table of ids by experts: what a program holds in registers
@@ -41,11 +41,6 @@ class PlannedRows(RowMap):
 
     source: Tensor
     """int32 `[P]`: slot `r * T + t` of `rows` that a permuted row is copied from, -1 in padding."""
-
-
-def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
-    """P if the routing is as bad as can be: every expert has one row more than it has room for."""
-    return slots + min(slots, num_experts) * (alignment - 1)
 
 
 def plan_rows(
@@ -76,8 +71,9 @@ def plan_rows(
 
     counts, totals = ints(num_experts + 1, chunks), ints(num_experts + 1)
     source, rows = ints(size), ints(*ids.shape, dtype=torch.int64)
-    # Counts [E], offsets [E + 1] and errors [1] together: one copy tells the host P and errors.
-    result = ints(2 * num_experts + 2, dtype=torch.int64)
+    # Counts [E], offsets [E + 1], errors [1] and needed [1] together: one copy tells the host P and
+    # errors.
+    result = ints(2 * num_experts + 3, dtype=torch.int64)
 
     _count_kernel[(chunks,)](
         ids, counts, source, slots, size, num_experts, chunks, CHUNK=chunk, WIDTH=width
@@ -90,13 +86,14 @@ def plan_rows(
 
     num_rows = size
     if max_rows is None:
-        num_rows, errors = result[2 * num_experts :].tolist()  # waits for the device
+        num_rows, errors, _ = result[2 * num_experts :].tolist()  # waits for the device
         if errors:
             raise ValueError(f"expert ids must be -1 or 0..{num_experts - 1}")
     return PlannedRows(
         rows=rows,
         counts=result[:num_experts],
         offsets=result[num_experts : 2 * num_experts + 1],
+        needed=result[-1],
         num_rows=num_rows,
         source=source[:num_rows],
     )
@@ -176,6 +173,7 @@ def _place_kernel(
         tl.store(offsets_ptr, tl.zeros([], tl.int64))
         tl.store(offsets_ptr + 1 + expert, tl.minimum(ends, size).to(tl.int64), mask=real)
         tl.store(offsets_ptr + num_experts + 1, tl.load(totals_ptr + num_experts).to(tl.int64))
+        tl.store(offsets_ptr + num_experts + 2, tl.sum(padded, 0).to(tl.int64))
 
 
 def row_experts(offsets: Tensor, rows: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Grouped GEMMs without FP8 products, one call for all local experts.
 
-Rows of expert e are `offsets[e]:offsets[e + 1]` of P permuted rows. An expert computes
+Rows of expert e are `offsets[e]:offsets[e + 1]` of P permuted rows; those after the last expert's,
+where there was room for more, nobody reads, and what is computed of them is 0. An expert computes
 `y = x @ w.T` with `w [N, K]`; in E stacked experts:
 
     fprop   y  [P, N]    = x  [P, K] @ w.T
@@ -22,7 +23,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
     Raises ValueError if shapes and offsets do not fit.
     """
-    out = x.new_empty(x.shape[0], w.shape[1])
+    out = x.new_zeros(x.shape[0], w.shape[1])
     for expert, rows in _segments(offsets, x.shape[0], w.shape[0]):
         out[rows] = x[rows] @ w[expert].t()
     return out
@@ -61,7 +62,7 @@ def grouped_wgrad(
 def _segments(offsets: Tensor, rows: int, experts: int) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, with the slice they are in."""
     bounds = offsets.tolist()
-    if len(bounds) != experts + 1 or bounds[0] != 0 or bounds[-1] != rows:
+    if len(bounds) != experts + 1 or bounds[0] != 0 or bounds[-1] > rows:
         raise ValueError(f"offsets {bounds} do not fit {experts} experts and {rows} rows")
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:

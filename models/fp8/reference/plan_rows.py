@@ -25,9 +25,17 @@ class RowMap:
     counts: Tensor
     """int64 `[E]`: rows of each expert, padding left out."""
     offsets: Tensor
-    """int64 `[E + 1]`: where each expert's segment starts; the last one is P."""
+    """int64 `[E + 1]`: where each expert's segment starts; the last one is where they end: P, or
+    less where there was room for more."""
+    needed: Tensor
+    """int64 `[]`: P that would have room for all rows; more than P where copies were dropped."""
     num_rows: int
     """P, on the host: buffers are allocated with it."""
+
+
+def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
+    """P if the routing is as bad as can be: every expert has one row more than it has room for."""
+    return slots + min(slots, num_experts) * (alignment - 1)
 
 
 def plan_rows(
@@ -57,8 +65,9 @@ def plan_rows(
     rank[order] = torch.arange(order.numel(), device=order.device)
     rank -= (sizes.cumsum(0) - sizes)[bucket]  # position within its bucket
     rows = torch.where(flat >= 0, offsets[bucket - 1] + rank, -1)
+    needed = offsets[-1]
     if max_rows is not None:
         rows = rows.masked_fill(rows >= max_rows, -1)
         offsets = offsets.clamp(max=max_rows)
     num_rows = int(offsets[-1]) if max_rows is None else max_rows
-    return RowMap(rows.view(expert_ids.shape), counts, offsets, num_rows)
+    return RowMap(rows.view(expert_ids.shape), counts, offsets, needed, num_rows)

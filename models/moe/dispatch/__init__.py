@@ -1,7 +1,7 @@
 """What moves tokens between ranks: one interface, two implementations, and who is taken where."""
 
 import os
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +17,18 @@ class Dispatcher(Protocol[Handle]):
     """Dispatch and combine, each the other's backward. Shapes are in `all_to_all.py`."""
 
     name: str
+    ranks: int
     bytes_sent: int
+
+    @property
+    def why_it_waits(self) -> str | None:
+        """Why the host waits in each first `dispatch` whatever `wait` says; None if it does not."""
+
+    def mark(self) -> Any:
+        """The count behind `bytes_sent` as it is now, without waiting for it."""
+
+    def rewind(self, mark: Any) -> None:
+        """Count on from there."""
 
     def dispatch(
         self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True

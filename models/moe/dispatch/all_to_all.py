@@ -36,6 +36,18 @@ class AllToAll:
         self.local_experts = num_experts // self.ranks
         self.bytes_sent = 0  # data and scales that left for other ranks, since the last reset
 
+    @property
+    def why_it_waits(self) -> str | None:
+        if self.ranks == 1:
+            return None
+        return "all_to_all has to know how many rows each rank gets"
+
+    def mark(self) -> int:
+        return self.bytes_sent
+
+    def rewind(self, mark: int) -> None:
+        self.bytes_sent = mark
+
     def dispatch(
         self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle | None]:

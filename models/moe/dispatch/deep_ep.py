@@ -147,7 +147,7 @@ class DeepEP:
 
         if num_sms is None:
             num_sms = half_of_the_multiprocessors()
-        ranks = group.size()
+        ranks = self.ranks = group.size()
         self.group = group
         self.num_experts = num_experts
         # A class attribute of theirs, which configurations are made with. These two belong
@@ -166,6 +166,18 @@ class DeepEP:
         self._buffer: Any = Buffer(group, nvlink_bytes, rdma_bytes, explicitly_destroy=True)
         self._bytes_per_rank = torch.zeros(ranks, dtype=torch.int64, device="cuda")
 
+    @property
+    def why_it_waits(self) -> str | None:
+        if self.ranks <= NODE:
+            return None
+        return "DeepEP between nodes has to know how many rows arrive"
+
+    def mark(self) -> Tensor:
+        return self._bytes_per_rank.clone()
+
+    def rewind(self, mark: Tensor) -> None:
+        self._bytes_per_rank.copy_(mark)
+
     def dispatch(
         self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Handle]:
@@ -182,8 +194,7 @@ class DeepEP:
         for rows, or a top_k, that the kernels don't take.
         """
         argument = _as_argument(tensors, expert_ids.shape[1])
-        ranks = self.group.size()
-        most = 0 if wait or ranks > NODE else ranks * len(expert_ids)
+        most = 0 if wait or self.why_it_waits else self.ranks * len(expert_ids)
         expert_ids = expert_ids.contiguous()
         per_rank, per_node, per_expert, wanted, _ = self._buffer.get_dispatch_layout(
             expert_ids, self.num_experts

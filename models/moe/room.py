@@ -1,0 +1,149 @@
+"""How many rows a rank's experts get room for where no layer waits to know: `moe.capacity=auto`.
+
+Buffers are allocated on the host and their size P depends on the routing, which is on the device.
+So P is taken from what was needed lately; a layer that needs more loses rows, and the step is done
+again with every layer waiting (train/dropless.py). What was needed is the largest of all layers,
+micro-batches and ranks, kept on the device, so that nothing waits to find out and all ranks agree.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.config import MoEConfig
+from models.fp8.tensor import ceil_div
+
+WINDOW = 100
+"""Steps whose need is remembered: after so many the largest is forgotten, and room may shrink."""
+PARTS = 8
+"""Room grows and shrinks by this part of a rank's even share: few sizes, so that the memory of one
+is taken again and does not fragment."""
+SPARE = 16
+"""What is added to the largest need: this part of the even share."""
+
+
+class Room:
+    """What was needed in the last steps, and the room that is set aside for the next.
+
+    Every layer waits unless a step's attempt is `open`: only there somebody looks afterwards
+    whether rows were lost.
+    """
+
+    def __init__(self) -> None:
+        self.rows: int | None = None
+        """P in the attempt that is open, or in the last one; None where it waited."""
+        self.share: float | None = None
+        """The last P that was not waited for, as a multiple of a rank's even share of rows."""
+        self._needs: deque[int] = deque(maxlen=WINDOW)
+        self._open = self._waits = False
+        self._needed: Tensor | None = None  # int64 [], of the attempt that is open
+        self._on_host: Tensor | None = None  # where it is copied to
+        self._copied: torch.cuda.Event | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a need to go by; the first step waits."""
+        return bool(self._needs)
+
+    @contextmanager
+    def open(self, wait: bool) -> Iterator[None]:
+        """An attempt at a step. With `wait` its layers wait, and nothing is lost."""
+        self.rows, self._open, self._waits = None, True, wait or not self.is_known
+        if self._needed is not None:
+            self._needed.zero_()
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def max_rows(self, even: int, most: int, alignment: int) -> int | None:
+        """P for a layer whose even share is `even` rows and which can need `most`, a multiple of
+        `alignment` as the result is; None if it is to wait."""
+        if not self._open or self._waits:
+            return None
+        if self.rows is None:  # all layers of an attempt get the same
+            step = ceil_div(ceil_div(even, PARTS), alignment) * alignment
+            wanted = max(self._needs) + ceil_div(even, SPARE)
+            self.rows = min(ceil_div(wanted, step) * step, most)
+            self.share = self.rows / even
+        return self.rows
+
+    def note(self, rows: Tensor) -> None:
+        """A layer of the attempt needed so many, int64 []; on the device, so nothing waits."""
+        if not self._open:
+            return
+        if self._needed is None:
+            self._needed = torch.zeros_like(rows)
+        torch.maximum(self._needed, rows, out=self._needed)
+
+    def send(self) -> None:
+        """After the attempt's last forward pass, with all ranks: the largest need to the host.
+
+        Before the backward pass, on the stream that computes: beside DeepEP's kernels a collective
+        of NCCL can wait for ever, and they for it.
+        """
+        assert self._needed is not None, "no layer has noted what it needed"
+        dist.all_reduce(self._needed, dist.ReduceOp.MAX)
+        if self._on_host is None:
+            pinned = self._needed.is_cuda
+            self._on_host = torch.zeros((), dtype=self._needed.dtype, pin_memory=pinned)
+            self._copied = torch.cuda.Event() if pinned else None
+        self._on_host.copy_(self._needed, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def ran_out(self) -> bool:
+        """Whether a layer of any rank lost rows in the last attempt; the same on every rank.
+
+        Remembers what was needed if none did: what comes after lost rows is routed otherwise. On a
+        GPU waits for what `send` has queued, not for the backward pass behind it.
+        """
+        assert self._on_host is not None, "`send` comes first"
+        if self._copied is not None:
+            self._copied.synchronize()
+        needed = int(self._on_host)
+        if self.rows is not None and needed > self.rows:
+            return True
+        self._needs.append(needed)
+        return False
+
+
+class Settled(NamedTuple):
+    """What `moe.capacity` comes to on a machine; every layer waits where both are None."""
+
+    capacity: float | None
+    """A number that is heeded."""
+    room: Room | None
+    said: str
+    """For the user; empty where there is nothing to say."""
+
+
+def settle(
+    moe: MoEConfig, device: str, why_linear_waits: str | None, why_dispatch_waits: str | None
+) -> Settled:
+    """For `cpu` or `cuda`, and what else makes the host wait in every layer, if anything does."""
+    wanted = moe.capacity
+    if wanted is None or (wanted == "default" and device == "cpu"):
+        return Settled(None, None, "")
+    if not isinstance(wanted, str):
+        why = "a CPU has nothing to wait for" if device == "cpu" else why_linear_waits
+        said = f"moe.capacity={wanted:g}"
+        if why is None:
+            said += f": {moe.path} drops rows beyond it, another function than with auto or null"
+            return Settled(wanted, None, said)
+        said += f" is ignored, as {why}: {moe.path} drops nothing, another function than a path "
+        return Settled(None, None, f"{said}that heeds it")
+    why = why_linear_waits
+    if wanted == "default":  # asked for by name, it is carried out beside another wait as well
+        why = why or why_dispatch_waits
+    if why is not None:
+        return Settled(None, None, f"every layer waits for the count of its rows, as {why}")
+    said = "room for the experts' rows by what was needed lately (moe.capacity=auto)"
+    if why_dispatch_waits is not None and device == "cuda":
+        said += f"; every layer waits all the same, as {why_dispatch_waits}"
+    return Settled(None, Room(), said)

@@ -1,0 +1,110 @@
+"""How much room the experts get, and what is said of it."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from models.config import MoEConfig
+from models.moe import room as rooms
+from models.moe.room import Room, settle
+from scripts.bench.stacks import use_runtime
+from tests.models.test_gpt import batch, build, configure
+from tests.support.ranks import run_ranks
+
+EVEN, MOST, STEP = 1024, 4096, 64
+
+
+def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
+    """P in steps in which one layer of this rank needs so many rows, and others hardly any; or one
+    that comes after lost rows `misled` more."""
+    found = []
+    for need in needs:
+        with room.open(wait=False):
+            for rows in (7, need + misled, 5):
+                given = room.max_rows(EVEN, MOST, STEP)
+                room.note(torch.tensor(rows))
+            room.send()
+        found.append(given)
+        if room.ran_out():
+            with room.open(wait=True):
+                assert room.max_rows(EVEN, MOST, STEP) is None
+                room.note(torch.tensor(need))
+                room.send()
+            assert not room.ran_out()
+    return found
+
+
+def policy(rank: int) -> dict[str, Any]:
+    learned = Room()
+    assert learned.max_rows(EVEN, MOST, STEP) is None, "nobody would look whether rows were lost"
+    found: dict[str, Any] = {"first": rows_of(learned, 1100 - 100 * rank)}
+    found["wobble"] = set(rows_of(learned, *range(1020, 1090, 7)))
+    found["overflow"] = rows_of(learned, 2000, misled=1000) + rows_of(learned, 1050)
+    found["share"] = learned.share
+    found["bound"] = rows_of(learned, 4096, 1050, 1050)
+    long_ago = rows_of(learned, *[1050] * (rooms.WINDOW + 1))
+    found["shrunk"] = (long_ago[0], long_ago[-1])
+    return found
+
+
+def test_room_follows_what_was_needed():
+    """The same on every rank, though the first needed more on one of them."""
+    one, other = run_ranks(2, policy)
+    assert one == other
+    assert one["first"] == [None]
+    # 1100 and 1/16 of 1024, rounded up to a multiple of 128.
+    assert one["wobble"] == {1280}
+    assert one["overflow"] == [1280, 2176]
+    assert one["share"] == 2176 / EVEN
+    assert one["bound"] == [2176, MOST, MOST]
+    assert one["shrunk"] == (MOST, 1152)
+
+
+def moe(capacity: Any, path: str = "bf16") -> MoEConfig:
+    keys = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 128}
+    return MoEConfig.model_validate({**keys, "capacity": capacity, "path": path})
+
+
+GEMMS, SPLITS = "its GEMMs want it", "all_to_all wants it"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "gemms", "splits", "capacity", "has_room", "says"),
+    [
+        (None, "cuda", None, None, None, False, ""),
+        ("default", "cpu", None, SPLITS, None, False, ""),
+        ("default", "cuda", None, None, None, True, "what was needed lately"),
+        ("default", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
+        ("default", "cuda", None, SPLITS, None, False, f"every layer waits .* as {SPLITS}"),
+        ("auto", "cpu", None, SPLITS, None, True, "what was needed lately"),
+        ("auto", "cuda", None, SPLITS, None, True, f"waits all the same, as {SPLITS}"),
+        ("auto", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
+        (1.5, "cuda", None, None, 1.5, False, r"capacity=1.5: bf16 drops rows .* another function"),
+        (1.5, "cuda", GEMMS, None, None, False, f"ignored, as {GEMMS}: .* another function"),
+        (1.5, "cpu", None, None, None, False, "ignored, as a CPU .* another function"),
+    ],
+)
+def test_who_gets_room_and_who_waits(wanted, device, gemms, splits, capacity, has_room, says):
+    got, room, said = settle(moe(wanted), device, gemms, splits)
+    assert (got, room is not None) == (capacity, has_room)
+    assert re.search(says, said) if says else not said
+
+
+def dropped(rank: int, training: bool) -> tuple[float, bool]:
+    """Rows that a model with too little room drops, and whether its losses are those of enough."""
+    config = configure("parallel.expert_parallel=1", "model.seq_len=256")
+    model = build(config).train(training)
+    want = model(*batch(config))
+    use_runtime(model, replace(model.runtime, capacity=0.25))
+    got = model(*batch(config))
+    return float(model.runtime.counts.dropped_rows), torch.equal(got, want)
+
+
+def test_validation_drops_nothing_where_training_does():
+    ((lost, same),) = run_ranks(1, dropped, True)
+    assert lost > 0
+    assert not same
+    assert run_ranks(1, dropped, False) == [(0, True)]

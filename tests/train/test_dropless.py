@@ -1,0 +1,116 @@
+"""`moe.capacity=auto` trains to the bits of `null`, whatever room the experts get."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import cramp, crowd
+from tests.support.ranks import Training, read_metrics
+from tests.support.tiny import Rows, argv, checkpoints, computed
+from tests.train.test_resume import forget
+from tests.train.test_same_run import config_of as config_with
+from tests.train.test_same_run import write_checkpoint
+from train.checkpoint.same_run import check_checkpoint
+from train.config import Config, ConfigError
+
+KEYS = ["model.num_layers=2", "model.seq_len=128", "train.micro_batch=2", "train.steps=7"]
+"""Enough tokens that a rank's rows are more than what rounding up adds to each expert's."""
+
+EP2 = ("parallel.expert_parallel=2", "train.global_batch=8")
+EP4 = ("parallel.expert_parallel=4", "train.global_batch=16", "moe.num_experts=8")
+
+
+def train(folder: Path, name: str, ranks: int, *keys: str, plant=None) -> Rows:
+    arguments = argv(folder, name, *KEYS, *keys)
+    with Training(ranks, arguments, folder / f"{name}.log", plant) as training:
+        assert training.exit_codes(120) == [0] * ranks, training.log.read_text()
+    return read_metrics(folder / name)
+
+
+def redone(rows: Rows) -> float:
+    return sum(row.get("moe/redone_steps", 0) for row in rows)  # some only say a validation's loss
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [
+        # Counters run over several steps, accumulation and validations in each interval.
+        (2, [*EP2, "train.log_every=3", "train.valid_every=2", "train.valid_batches=1"]),
+        pytest.param(2, [*EP2, "moe.path=fp8_compact"], marks=pytest.mark.slow),
+        pytest.param(4, [*EP4, "moe.path=fp8_direct"], marks=pytest.mark.slow),
+        # Replicas, whose gradients FSDP gathers up over micro-batches.
+        pytest.param(4, ["parallel.expert_parallel=2", EP4[1]], marks=pytest.mark.slow),
+        pytest.param(
+            2, [*EP2, "moe.recompute=true", "moe.path=fp8_baseline"], marks=pytest.mark.slow
+        ),
+        # Drawn in every forward pass.
+        (2, [*EP2, "moe.force_balance=true"]),
+        pytest.param(
+            1, ["train.global_batch=4", "optim.prepare_weights=true"], marks=pytest.mark.slow
+        ),
+        pytest.param(2, [*EP2, "train.on_nonfinite=skip"], marks=pytest.mark.slow),
+        # Timed, and traced, in runtimes of their own.
+        pytest.param(
+            2,
+            [*EP2, "train.profile=true", "train.profile_every=1", "train.trace_step=4"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, ranks, keys):
+    keys = ["parallel.expert_parallel=1", *keys]
+    want = train(tmp_path, "null", ranks, "moe.capacity=null", *keys)
+    got = train(tmp_path, "auto", ranks, "moe.capacity=auto", *keys, plant=cramp(2, 3, 5))
+    assert computed(got) == computed(want)
+    assert redone(got) == 3
+    assert not any(key in row for row in want for key in ("moe/room", "moe/redone_steps"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys"), [(2, EP2), pytest.param(4, EP4, marks=pytest.mark.slow)]
+)
+def test_a_router_that_crowds_an_expert_is_obeyed(tmp_path, ranks, keys):
+    """Twice: after the first time there is room for it."""
+    plant = crowd(2, 5)
+    want = train(tmp_path, "null", ranks, "moe.capacity=null", *keys, plant=plant)
+    got = train(tmp_path, "auto", ranks, "moe.capacity=auto", *keys, plant=plant)
+    assert computed(got) == computed(want)
+    assert [row["moe/redone_steps"] for row in got] == [0, 0, 1, 0, 0, 0, 0]
+    assert "moe/room" not in got[0], "the first step waits"
+    assert got[3]["moe/room"] > got[2]["moe/room"] >= 1
+    assert {row["moe/dropped_rows"] for row in got} == {0}
+    loads = [row["moe/max_expert_load"] for row in got]
+    assert min(loads[2], loads[5]) > ranks / 2  # of two experts on each rank
+
+
+@pytest.mark.slow
+def test_auto_and_null_may_be_exchanged_on_resume(tmp_path):
+    keys = [*EP2, "train.log_every=2", "checkpoint.every=3", "checkpoint.keep=3"]
+    want = computed(train(tmp_path, "null", 2, "moe.capacity=null", *keys))
+    for before, after, again in (
+        ("auto", "null", [0, None, None, None]),
+        ("null", "auto", [None, 0, 2, 0]),
+        # The third step's is kept with the checkpoint after it, between two lines of metrics.
+        ("auto", "auto", [0, 1, 2, 0]),
+    ):
+        name = f"{before}-{after}"
+        train(tmp_path, name, 2, f"moe.capacity={before}", *keys, plant=cramp(2, 4))
+        forget(tmp_path / name, 3)
+        got = train(tmp_path, name, 2, f"moe.capacity={after}", *keys, plant=cramp(4, 5))
+        assert checkpoints(tmp_path / name)[-1] == 7
+        assert computed(got) == want
+        assert [row.get("moe/redone_steps") for row in got] == again
+
+
+def test_what_drops_nothing_is_the_same_training(tmp_path):
+    def config_of(capacity: str) -> Config:
+        return config_with(f"moe.capacity={capacity}")
+
+    names = ("null", "auto", "default")
+    for one in names:
+        there = config_of(one).model_dump(mode="json")
+        path = write_checkpoint(tmp_path / one, there)
+        for other in names:
+            check_checkpoint(path, config_of(other), 1)
+        with pytest.raises(ConfigError, match=r"moe\.capacity: .* there, 1\.5 now"):
+            check_checkpoint(path, config_of("1.5"), 1)
