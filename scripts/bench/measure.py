@@ -62,6 +62,8 @@ class Window:
     final_loss: float
     dropped_rows: int = 0
     """On all ranks, in all steps of the window."""
+    redone_steps: int = 0
+    """Of the window, done again for lack of room (`moe.capacity=auto`); their time is in it."""
     step_joules: float | None = None
     """Of all GPUs, a step; None where nobody measures it."""
 
@@ -73,6 +75,7 @@ class Window:
             "peak_allocated_gib": self.peak_gib,
             "final_loss": self.final_loss if math.isfinite(self.final_loss) else None,
             "dropped_rows": self.dropped_rows,
+            "redone_steps": self.redone_steps,
             "step_joules": self.step_joules,
         }
 
@@ -85,7 +88,7 @@ def measure(
     queue = itertools.cycle(batches)
     for _ in range(warmup):
         stack.step(queue)
-    stack.dropped_rows()
+    stack.dropped_rows(), stack.redone_steps()  # of the warm-up
     gc.collect()
     _wait(ranks)
     if on_gpu:
@@ -118,6 +121,7 @@ def measure(
         peak if on_gpu else None,
         loss_sum,
         int(dropped),
+        stack.redone_steps(),  # all ranks redo a step together
         None if math.isnan(joules) else joules,
     )
 

@@ -159,6 +159,9 @@ class Stack(Protocol):
     def dropped_rows(self) -> int:
         """Rows that found no room on this rank, since it was last asked. Waits for the device."""
 
+    def redone_steps(self) -> int:
+        """Steps that were done again for lack of room, since it was last asked."""
+
     def close(self) -> None:
         """Let go of what outlives the model. All ranks together."""
 
@@ -173,6 +176,7 @@ class Ours:
         if reason:
             raise ConfigError(reason)
         self.config, self.ranks = config, ranks
+        self._redone = 0
         self.model = build_gpt(
             config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
         )
@@ -190,12 +194,17 @@ class Ours:
     def step(self, batches: Iterator[Batch]) -> Tensor:
         training = loop.Training(self.config, self.ranks, self.model, self.optimizer)
         loop.step(training, batches)
+        self._redone += training.metrics.redone
         return training.metrics.loss
 
     def dropped_rows(self) -> int:
         counts = self.model.runtime.counts
         dropped, counts.dropped_rows = int(counts.dropped_rows), 0
         return dropped
+
+    def redone_steps(self) -> int:
+        redone, self._redone = self._redone, 0
+        return redone
 
     def close(self) -> None:
         self.model.runtime.dispatcher.close()

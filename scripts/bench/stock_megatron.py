@@ -258,6 +258,10 @@ class StockMegatron:
         """None: no capacity is set."""
         return 0
 
+    def redone_steps(self) -> int:
+        """None: its layers wait."""
+        return 0
+
     def _capture(self) -> None:
         """Graphs of every layer, as megatron's own training loop makes them after warming up."""
         from megatron.core.transformer.cuda_graphs import TECudaGraphHelper

@@ -82,5 +82,6 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
     joules = [w["step_joules"] for w in windows if w["step_joules"] is not None]
     if joules:
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
+    row["redone_steps"] = sum(w["redone_steps"] for w in windows)
     row["dropped_rows"] = sum(w["dropped_rows"] for w in windows)
     row["final_loss"] = windows[-1]["final_loss"]  # null says that it was not a number

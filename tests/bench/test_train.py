@@ -56,6 +56,9 @@ class Uneven:
     def dropped_rows(self) -> int:
         return 2
 
+    def redone_steps(self) -> int:
+        return 3
+
     def close(self) -> None: ...
 
 
@@ -72,6 +75,7 @@ def test_the_slowest_rank_counts():
     assert min(windows[0].single_seconds) >= 0.06
     assert windows[0].final_loss == pytest.approx(0.07), "the ranks' shares add up"
     assert windows[0].dropped_rows == 4, "of all ranks"
+    assert windows[0].redone_steps == 3
 
 
 def run(tmp_path: Path, stack: str, sizes: str, target=measuring) -> list[dict]:
