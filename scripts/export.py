@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = find_checkpoint(options.run, options.step)
         weights, config, step = read_checkpoint(folder)
         try:
-            tokenizer = load_tokenizer(config.data.tokenizer)
+            tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
         except ConfigError as error:
             print(f"warning: the file will hold no tokenizer: {error}", file=sys.stderr)
             tokenizer = None
