@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
+from models.gpt import GPT
 from models.hf import config as hf_config
-from scripts.export import check_fits_hf, write_hf
+from scripts.export import check_fits_hf, write, write_hf
 from scripts.export import main as export
 from scripts.generate import main as generate
 from scripts.train_tokenizer import train_bpe
@@ -45,16 +47,26 @@ def some_tokens(config: Config) -> Tensor:
     return torch.randint(0, config.model.vocab_size, (2, 32), generator=generator)
 
 
-def export_random(rank: int, config: Config, folder: Path, dtype: str) -> Tensor:
-    """Write a model with random weights, norms among them; its logits."""
+def random_model(config: Config) -> GPT:
+    """With random weights, norms among them."""
     model = build(config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            mean = 1.0 if parameter.ndim == 1 else 0.0
-            parameter.normal_(mean, 0.15, generator=generator)
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        write_hf(folder, weights, config, dtype, ByteTokenizer())
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15, generator=generator)
+    return model
+
+
+def random_weights(rank: int, config: Config) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in random_model(config).named_parameters()}
+
+
+def export_random(rank: int, config: Config, folder: Path, dtype: str) -> Tensor:
+    """Write a model with random weights; its logits."""
+    model = random_model(config)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    write_hf(folder, weights, config, dtype, ByteTokenizer())
+    with torch.no_grad():
         return model(some_tokens(config), None)
 
 
@@ -110,6 +122,34 @@ def test_a_prompt_is_completed_as_by_generate(run_dir, tmp_path, capsys):
         assert len(want) > len(prompt) + 5
 
 
+@pytest.mark.parametrize("keys", [[QWEN], [MIXTRAL]])
+def test_it_ends_as_generate_does_and_says_nothing_else(keys, tmp_path):
+    """Of a model that says anything, rows without a token too, as one that is trained does not."""
+    config = configure(*ODD, *keys)
+    tokenizer = ByteTokenizer()
+    (weights,) = run_ranks(1, random_weights, config)
+    rows = weights["output_layer.weight"]
+    rows[:32] = rows[127:256] = 0  # so that it is text
+
+    def completed(name: str) -> str:
+        file, out = tmp_path / f"{name}.safetensors", tmp_path / name
+        write(file, weights, config, 0, tokenizer)
+        write_hf(out, weights, config, "float32", tokenizer)
+        options = ["--temperature", "0", "--tokens", "24", "--device", "cpu"]
+        want = run_alone(printed, generate, [str(file), "def ", *options])
+        assert run_alone(hf.completed, out, "def ", 24) + "\n" == want
+        return want.removeprefix("def ").removesuffix("\n")
+
+    rows[tokenizer.eod] = 0
+    text = completed("long")
+    assert len(text) == 24
+    assert len(set(text)) > 8
+    rows[tokenizer.eod] = 2 * rows[ord(text[8])]
+    short = completed("short")
+    assert text.startswith(short)
+    assert len(short) < 9
+
+
 TEXTS = [
     *("", "def a(b):\n\treturn b", " two  spaces ", "\x00\x7f\xad\xff\n", "\U0001f600 \u4e16"),
     "".join(map(chr, range(0x250))),
@@ -140,6 +180,9 @@ def test_tokenizer_gives_the_same_numbers(kind, model_type, tmp_path):
     assert run_alone(hf.numbers, tmp_path, texts, False) == want
     begun = [[tokenizer.eod, *ids] for ids in want]
     assert run_alone(hf.numbers, tmp_path, texts, True) == begun
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw = [inner.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert raw == want[: len(TEXTS)]
     ours = load_tokenizer(str(tmp_path))
     assert [ids.tolist() for ids in ours.encode(texts)] == want
     assert (ours.eod, ours.vocab_size) == (tokenizer.eod, tokenizer.vocab_size)

@@ -243,6 +243,21 @@ def hub_config(kind: str) -> dict[str, Any]:
     return {**same, **hf.SMALL, **hf.OF_CLASS[kind]}
 
 
+def test_what_is_not_said_is_what_transformers_takes():
+    about = hub_config("mixtral")
+    del about["rope_theta"], about["rms_norm_eps"], about["tie_word_embeddings"]
+    _, keys = hf_config.from_theirs(about)
+    assert (keys["model.rope_base"], keys["model.norm_eps"]) == (1_000_000, 1e-5)
+    about = hub_config("qwen3_moe")
+    del about["rope_theta"], about["rms_norm_eps"], about["head_dim"]
+    _, keys = hf_config.from_theirs(about)
+    assert (keys["model.rope_base"], keys["model.norm_eps"]) == (10_000, 1e-6)
+    assert keys["model.head_dim"] == 32
+    del about["norm_topk_prob"]
+    with pytest.raises(ValueError, match="norm_topk_prob=False"):
+        hf_config.from_theirs(about)
+
+
 @pytest.mark.parametrize("kind", hf_config.FAMILIES)
 def test_the_hubs_own_config_is_taken(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hub_config(kind)))
