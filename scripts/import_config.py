@@ -1,4 +1,4 @@
-"""Write the config of a training that begins with the weights of a Hugging Face checkpoint.
+"""Write the config of a run that starts from the weights of a Hugging Face checkpoint.
 
     python -m scripts.import_config FOLDER --out configs/NAME.yaml
 
@@ -7,6 +7,7 @@ as the learning rate, is there to be changed.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +33,10 @@ def config_of(folder: Path) -> tuple[str, dict[str, Any]]:
         section, _, name = key.partition(".")
         if value is not None:
             sections[section][name] = value
-    about = hf_reader.read_json(folder)
-    longest = about.get("max_position_embeddings") or LONGEST
-    sections["model"]["seq_len"] = min(longest, LONGEST)
-    sections["moe"]["aux_loss_coeff"] = float(about.get("router_aux_loss_coef", 0.001))
+    found = hf_reader.read_json(folder)
+    longest = found.get("max_position_embeddings")
+    sections["model"]["seq_len"] = min(longest, LONGEST) if isinstance(longest, int) else LONGEST
+    sections["moe"]["aux_loss_coeff"] = found.get("router_aux_loss_coef", 0.001)
     sections["optim"] = {"lr": 1e-5, "warmup_steps": 100}
     sections["train"] = {"steps": 1000, "micro_batch": 1}
     if (folder / FILE).is_file():
@@ -57,20 +58,27 @@ def write(out: Path, folder: Path) -> Config:
             config = load(new)
         except ConfigError as error:
             raise ConfigError(f"{folder} cannot be trained here: {error}") from None
-        total = flops.count(config.model, config.moe).total_params
-        about = (
-            f"# The {architecture} in {folder}: {total / 1e9:,.2f} billion parameters,\n"
-            f"# which take {total * 16 / 1e9:,.1f} GB of all GPUs together before activations:\n"
-            "# weights, gradients and AdamW's two means in float32.\n"
-            f"#   torchrun --nproc-per-node 8 -m train {out} parallel.expert_parallel=8\n"
-        )
-        new.write_text(about + new.read_text(encoding="utf-8"), encoding="utf-8")
+        head = about(config, f"The {architecture} in {folder}", out)
+        new.write_text(head + new.read_text(encoding="utf-8"), encoding="utf-8")
         new.replace(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     finally:
         new.unlink(missing_ok=True)
     return config
+
+
+def about(config: Config, what: str, out: Path) -> str:
+    """The comment at the head of the file: how large the model is, and how to start."""
+    total = flops.count(config.model, config.moe).total_params
+    ranks = math.gcd(8, config.moe.num_experts)
+    command = f"torchrun --nproc-per-node {ranks} -m train {out} parallel.expert_parallel={ranks}"
+    return (
+        f"# {what}: {total / 1e9:,.2f} billion parameters.\n"
+        f"#   {command}\n"
+        f"# It needs {total * 16 / 1e9:,.1f} GB of all GPUs together before activations: weights,\n"
+        "# gradients and AdamW's two means in float32.\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = write(options.out, options.folder)
-        hf_reader.source(config)  # what is wrong with its weights is better known now
+        hf_reader.source(config)  # what is wrong with its weights is better known now, not later
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

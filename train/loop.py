@@ -142,7 +142,8 @@ def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def has_checkpoint(config: Config) -> bool:
-    """Whether the run goes on from a checkpoint, as rank 0 sees it, which restores the same one."""
+    """Whether the run is resumed from a checkpoint, as rank 0 sees it, which decides that later
+    too."""
     found = [newest(folder_of(config.run_dir)) is not None]
     dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]

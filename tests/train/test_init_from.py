@@ -1,4 +1,4 @@
-"""A training begins with the weights of a checkpoint that transformers has written."""
+"""A run starts from the weights of a checkpoint that transformers has written."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def yaml_of(folder: Path) -> Path:
 
 
 def keys_of(run_dir: Path, name: str, *more: str) -> list[str]:
-    """What makes a training of an imported config a small one."""
+    """What makes a run of an imported config a small one."""
     small = [key for key in TINY[1:] if not key.startswith(("model.num_layers", "moe.num_"))]
     return [*small, f"run.dir={run_dir}", f"run.name={name}", "train.steps=1", *more]
 
@@ -123,8 +123,8 @@ WAYS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout", "ranks", "ep"), WAYS)
 def test_round_trip_is_bit_for_bit(models, tmp_path, kind, layout, ranks, ep):
-    """Into a training whose one step changes nothing, and out again, in the source's dtype. Each
-    rank reads of the experts those that it holds."""
+    """Into a run whose one step changes nothing, and out again, in the source's dtype. Each rank
+    reads of the experts those that it holds."""
     folder = models / kind / layout / "model"
     # In float32 this rate is 0.
     keys = keys_of(tmp_path, "a", f"parallel.expert_parallel={ep}", "optim.lr=1e-300")
