@@ -87,6 +87,10 @@ class ModelConfig(Section):
     """Standard deviation of the initial embedding, by default `init_std`. The first norm divides
     gradients by it, so a small one makes them large in the first layers and the first steps; 1
     calms them (Takase et al., "Spike No More", arXiv:2312.16903)."""
+    init_from: str | None = None
+    """A folder with a Qwen3-MoE or Mixtral checkpoint in Hugging Face's layout, from whose weights
+    the run starts; `python -m scripts.import_config FOLDER` writes the other keys. Read once: a run
+    that is resumed has its own."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

@@ -1,9 +1,11 @@
 """The whole model of a run in one safetensors file: weights in float32, config, tokenizer, step.
 
     python -m scripts.export runs/NAME --out model.safetensors [--step 200]
+    python -m scripts.export runs/NAME --out FOLDER --format hf [--dtype bfloat16]
 
 Whatever number of ranks trained it; needs memory for the weights, and no GPU. Names are those of
-`models.gpt.build_gpt` on one rank: experts are one tensor, [experts, ...].
+`models.gpt.build_gpt` on one rank: experts are one tensor, [experts, ...]. With `--format hf` it is
+a folder that Hugging Face's transformers loads, as Qwen3-MoE or Mixtral.
 """
 
 import argparse
@@ -21,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.hf import config as hf_config
 from scripts import terminal
-from train.checkpoint import checksums, progress
+from train.checkpoint import checksums, hf_writer, progress
 from train.checkpoint.files import finished, folder_of, is_of_model, size_of, step_of
 from train.config import Config, ConfigError, load
+from train.data import hf_tokenizer
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 PREFIX = "training.model."
@@ -149,6 +153,26 @@ def read(path: Path) -> Model:
         ) from None
 
 
+def check_fits_hf(config: Config) -> None:
+    """Raise ConfigError, before any weight is read, where no class of transformers fits."""
+    if (reason := hf_config.why_not(config.model, config.moe)) is not None:
+        raise ConfigError(f"--format hf: {reason}")
+
+
+def write_hf(
+    out: Path, weights: dict[str, Tensor], config: Config, dtype: str, tokenizer: Tokenizer | None
+) -> None:
+    """Write a folder that transformers loads; whole, or not at all. Raises ConfigError."""
+    model = config.model
+    others, eod = {}, None
+    if tokenizer is not None:
+        eod = tokenizer.eod
+        others = hf_tokenizer.files_of(tokenizer, model.seq_len)
+        generation = hf_tokenizer.generation_config(tokenizer, model.vocab_size)
+        others["generation_config.json"] = json.dumps(generation) + "\n"
+    hf_writer.write(out, weights, config, getattr(torch, dtype), eod, others)
+
+
 def _made_of(tokenizer: Tokenizer) -> list[str]:
     """Texts that make the tokenizer again, so that the file needs no other; none for bytes."""
     return [*tokenizer.__reduce__()[1]] if isinstance(tokenizer, FileTokenizer) else []
@@ -180,18 +204,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument(
+        "--format", choices=("native", "hf"), default="native", help="one file, or a folder"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; with hf (float32)"
+    )
     options = parser.parse_args(arguments)
     try:
+        if options.format == "hf":
+            hf_writer.check_out(options.out)
+        elif options.dtype is not None:
+            raise ConfigError(
+                f"--dtype {options.dtype}: a native file is in float32; add --format hf, or leave "
+                "--dtype out"
+            )
         folder = find_checkpoint(options.run, options.step)
+        if options.format == "hf":
+            check_fits_hf(load(folder / checksums.CONFIG))
         weights, config, step = read_checkpoint(folder)
         try:
-            tokenizer = load_tokenizer(config.data.tokenizer)
+            tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
         except ConfigError as error:
-            print(f"warning: the file will hold no tokenizer: {error}", file=sys.stderr)
+            print(f"warning: {options.out} will hold no tokenizer: {error}", file=sys.stderr)
             tokenizer = None
-        write(options.out, weights, config, step, tokenizer)
+        if options.format == "hf":
+            write_hf(options.out, weights, config, options.dtype or "float32", tokenizer)
+        else:
+            write(options.out, weights, config, step, tokenizer)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

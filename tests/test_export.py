@@ -107,12 +107,15 @@ def test_the_file_holds_its_tokenizer(run_dir, tmp_path):
     """It completes a prompt where the tokenizer that it was trained with is not."""
     tokenizer = tmp_path / "tokenizer.json"
     texts = ["def a(b): return b", "\N{LATIN SMALL LETTER E WITH ACUTE}t\xe9"] * 20
-    train_bpe(iter(texts), 260).save(str(tokenizer))
+    bpe = train_bpe(iter(texts), 260)
+    bpe.add_special_tokens(["<|over|>"])  # beside the one of a usual name
+    bpe.save(str(tokenizer))
     keys = ["train.steps=1", f"data.tokenizer={tokenizer}", "parallel.expert_parallel=1"]
+    keys += ["data.eod_token=<|over|>"]
     assert run_train(1, argv(tmp_path, "a", *keys)) == [0]
     file = tmp_path / "model.safetensors"
     assert export([str(tmp_path / "a"), "--out", str(file)]) == 0
-    want = load_tokenizer(str(tokenizer))
+    want = load_tokenizer(str(tokenizer), "<|over|>")
     tokenizer.unlink()
     got = read(file).tokenizer
     assert got is not None

@@ -22,7 +22,9 @@ from models.fp8 import overflow
 from models.gpt import GPT, build_gpt
 from train import dropless, parallel
 from train.agreement import agree
+from train.checkpoint import hf_reader
 from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.files import folder_of, newest
 from train.config import Config
 from train.data.batches import Batch, Corpus
 from train.failure import NotFinite, Preempted, TrainingFailed
@@ -129,13 +131,24 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
 
 
 def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
-    """The model, sharded over the ranks, and its optimizer; as new, the seed decides."""
+    """The model, sharded over the ranks, and its optimizer; as new, the seed decides, or the
+    weights of `model.init_from`."""
     device, dtype = ranks.device, resolve_dtype(config, ranks.device.type)
     model = build_gpt(
         config.model, config.moe, device, config.train.seed, config.train.deterministic
     )
+    if config.model.init_from is not None and not has_checkpoint(config):
+        hf_reader.load(hf_reader.source(config), model, ranks.is_first)
     parallel.shard(model, ranks, dtype, config.parallel.reshard_after_forward)
     return model, build_optimizer(model, config.optim, device.type == "cuda", dtype)
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Whether the run is resumed from a checkpoint, as rank 0 sees it, which decides that later
+    too."""
+    found = [newest(folder_of(config.run_dir)) is not None]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return found[0]
 
 
 def train_steps(

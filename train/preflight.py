@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from models.moe.runtime import why_not
+from train.checkpoint import hf_reader
+from train.checkpoint.files import folder_of, newest
 from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError
 from train.data.batches import PREFETCH
@@ -36,6 +38,8 @@ def check(config: Config) -> None:
         raise ConfigError(reason)
     run_dir = config.run_dir
     check_same_run(run_dir, config)
+    if config.model.init_from is not None and newest(folder_of(run_dir)) is None:
+        hf_reader.source(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -88,13 +88,14 @@ def describe(
     recorder = Recorder(config, run_dir, environment, first_step)
     checkpoint = run_dir / "checkpoints" / f"step_{first_step:08d}"
     changed = changed_keys(checkpoint, config) if first_step else ""
+    origin = str(run_dir / "checkpoints") if first_step else config.model.init_from
     recorder.progress.start(
         {
             **facts(config, ranks, environment["device_name"], runs_on),
             "data": data,
             "tracking": recorder.tracker.describe(),
             "start": f"step {first_step} of {config.train.steps}"
-            + (f", from {run_dir / 'checkpoints'}" if first_step else ""),
+            + (f", from {origin}" if origin else ""),
         }
         | ({"changed": changed} if changed else {})
     )
