@@ -109,6 +109,8 @@ def write(
     """Write the file; whole, or not at all. Raises ConfigError."""
     if path.is_dir() or not path.name:
         raise ConfigError(f"--out {path} is a folder; name the file to write, in it or elsewhere")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {path} is a device or a pipe; name a file")
     new = path.with_name(f"{path.name}.unfinished")
     metadata = {"config": config.model_dump_json(), "step": str(step), "format": "pt"}
     if tokenizer is not None:

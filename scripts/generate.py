@@ -97,7 +97,8 @@ def complete(
         window = torch.tensor([ids[-context:]], device=device)
         logits = model(window, None)[0, -1].float().cpu()[: tokenizer.vocab_size]
         if temperature > 0:
-            chances = torch.softmax(logits / temperature, 0)
+            # From the largest down, so that no temperature is too low for float32.
+            chances = torch.softmax((logits - logits.max()).double() / temperature, 0)
             token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())

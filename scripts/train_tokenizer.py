@@ -82,6 +82,8 @@ def check(vocab_size: int, documents: int, out: Path) -> None:
         raise ConfigError(f"--documents={documents} leaves nothing to learn from; take 1 or more")
     if not out.name.endswith(".json"):
         raise ConfigError(f"--out={out} must end in .json, by which data.tokenizer knows a file")
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise ConfigError(f"--out={out} is a device or a pipe; name a file")
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a file, such as {out / 'tokenizer.json'}")
     try:

@@ -91,6 +91,8 @@ def test_generate_completes_a_prompt(run_dir, tmp_path):
     assert complete("--temperature", "0", "--tokens", "40", "--path", "bf16").startswith("def ")
     drawn = complete("--temperature", "1", "--tokens", "20", "--seed", "1")
     assert drawn != complete("--temperature", "1", "--tokens", "20", "--seed", "2")
+    few = ("--tokens", "3", "--path", "bf16")
+    assert complete("--temperature", "1e-300", *few) == complete("--temperature", "0", *few)
 
 
 def run_generate(*arguments: object, **environment: str) -> tuple[int, str, str]:
@@ -250,8 +252,10 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     broken.write_text("no model")
     newest = run_dir / "checkpoints" / "step_00000040"
     assert export([str(newest), "--step", "40", "--out", str(tmp_path / "y")]) == 0
+    os.mkfifo(tmp_path / "pipe")  # a device alike: /dev/null must not become a file
     capsys.readouterr()
     for arguments, says in (
+        ([str(run_dir), "--out", str(tmp_path / "pipe")], "is a device or a pipe; name a file"),
         (["none", "--out", "x"], "none: no such folder"),
         (["tests", "--out", "x"], "tests has no whole checkpoint; it has steps: none"),
         ([str(newest), "--step", "20", "--out", "x"], "is the checkpoint of step 40; leave"),

@@ -34,6 +34,9 @@ from models.config import (
 )
 from train import config_file
 
+MOST = 2**31 - 1
+"""Of what is counted in sequences."""
+
 
 class ConfigError(Exception):
     """Bad input from the user. Its text is the one line to print: what, where, what would do."""
@@ -67,7 +70,7 @@ class ParallelConfig(Section):
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: SaidOnResume[float] = Field(gt=0)
+    lr: SaidOnResume[float] = Field(gt=0, le=1e6)
     """Peak learning rate."""
     schedule: SaidOnResume[Literal["cosine", "wsd", "constant"]] = "cosine"
     """After warm-up: cosine decay, warmup-stable-decay (linear at the end), or none."""
@@ -97,9 +100,9 @@ class TrainConfig(Section):
 
     steps: FreeOnResume[PositiveInt]
     """Optimizer steps of the whole run."""
-    micro_batch: FreeOnResume[PositiveInt]
+    micro_batch: FreeOnResume[PositiveInt] = Field(le=MOST)
     """Sequences per rank and forward pass."""
-    global_batch: FreeOnResume[PositiveInt | None] = None
+    global_batch: FreeOnResume[PositiveInt | None] = Field(default=None, le=MOST)
     """Sequences per optimizer step over all ranks; more than `micro_batch` x ranks means gradient
     accumulation. By default `micro_batch` x ranks."""
     seed: int = Field(default=0, ge=0, lt=2**62)
@@ -240,7 +243,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """The run's own folder."""
-        return Path(self.run.dir) / self.run.name
+        return Path(self.run.dir).expanduser() / self.run.name
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""

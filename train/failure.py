@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says when the other side of a connection has ended."""
+
+NO_ADDRESS = "Unable to find address for"
+"""What gloo says of a network interface."""
+
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUDA error: out of memory")
+"""What PyTorch says, beside an error of its own, where a machine's or a GPU's memory is full."""
 
 WORKER_IS_GONE = "DataLoader worker"
 """What PyTorch's DataLoader says, wherever the main thread is at that moment."""
@@ -96,6 +103,21 @@ def explain(error: Exception) -> Ending:
             1,
             after_the_first,
         )
+    if NO_ADDRESS in text:
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        return Ending(
+            f"error: GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} is no network "
+            f"interface with an address here; unset it, or name one of {there}",
+            2,
+            after_the_first,
+        )
+    if any(sign in text for sign in NO_MEMORY):
+        return Ending(
+            f"error: rank {rank}: out of memory ({' '.join(text.split())[:120]}); lower "
+            "train.micro_batch or model.seq_len, set moe.recompute=true, or share the model over "
+            "more ranks",
+            1,
+        )
     if any(sign in text for sign in PEER_IS_GONE):
         return Ending(lost_another(rank), 1, PATIENCE_S)
     return Ending(None, None, PATIENCE_S if "NCCL" in text else 0.0)
@@ -117,8 +139,13 @@ def stop_file() -> Path | None:
 
 
 def refuse_while_stopped() -> None:
-    """Raise Preempted where the file is there already."""
-    if (path := stop_file()) is not None and path.exists():
+    """Raise Preempted where the file is there already, ConfigError where it can never be."""
+    path = stop_file()
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(
+            f"{STOP_FILE}={path}: there is no folder {path.parent}; make it, or unset {STOP_FILE}"
+        )
+    if path is not None and path.exists():
         raise Preempted(f"{STOP_FILE}={path} is there already, so nothing was started")
 
 

@@ -20,6 +20,7 @@ OTHERS = {
 def check() -> None:
     """Raise ConfigError where several processes would each take itself for the only one."""
     environment = os.environ
+    _check_numbers()
     if "RANK" not in environment:
         for variable, launcher in OTHERS.items():
             number = environment.get(variable, "1")
@@ -36,13 +37,19 @@ def check() -> None:
             f"RANK={environment['RANK']} is in the environment without {' and '.join(missing)}, "
             "which torchrun sets beside it; start with torchrun, or unset RANK"
         )
-    for variable in NUMBERS:
-        text = environment.get(variable, "0")
-        if not (text.isascii() and text.isdigit()):
-            raise ConfigError(f"{variable}={text} in the environment is no number; unset it")
     rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if rank >= ranks:
         raise ConfigError(
             f"RANK={rank} is none of the WORLD_SIZE={ranks} ranks, which count from 0; start with "
             "torchrun, which sets both"
         )
+
+
+def _check_numbers() -> None:
+    """Raise ConfigError for a number that is none, or none that can be meant."""
+    for variable in NUMBERS:
+        text = os.environ.get(variable, "1")
+        if not (text.isascii() and text.isdigit()):
+            raise ConfigError(f"{variable}={text} in the environment is no number; unset it")
+        if int(text) < variable.endswith("SIZE") or int(text) >= 1 << 16:
+            raise ConfigError(f"{variable}={text} in the environment cannot be meant; unset it")

@@ -157,6 +157,9 @@ def test_a_file_of_another_encoding(tmp_path):
         ("train.steps=1.5", "config key train.steps=1.5: "),
         ("train.steps=0", "config key train.steps=0: input should be greater than 0"),
         ("optim.lr=.nan", "config key optim.lr=nan"),
+        ("optim.lr=1e300", "config key optim.lr=1e+300"),
+        ("train.global_batch=99999999999999999998", "config key train.global_batch=9999"),
+        ("train.micro_batch=1e12", "config key train.micro_batch=10"),
         ("moe.path=fp9", f"{', '.join(map(repr, PATH_NAMES[:-1]))} or {PATH_NAMES[-1]!r}"),
         ("model.hidden_size=200", "hidden_size=200 is not a multiple of 128"),
         ("moe.ffn_hidden_size=100", "ffn_hidden_size=100 is not a multiple of 128"),
@@ -194,6 +197,10 @@ def test_bad_input_is_one_line(override, says):
         load(DEMO, override.split(" "))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_home_is_found_in_paths():
+    assert load(DEMO, ["run.dir=~/x", "run.name=a"]).run_dir == Path.home() / "x" / "a"
 
 
 def test_missing_key_is_named(tmp_path):

@@ -392,7 +392,7 @@ def test_a_folder_downloaded_from_the_hub(tmp_path):
         (["en/train/0.jsonl", "en/validation/0.jsonl", "LICENSE.txt"], ["en/train/0.jsonl"]),
         (["c4-train.00000-of-00002.json", "c4-validation.json"], ["c4-train.00000-of-00002.json"]),
         (["train.jsonl", "extra.jsonl", "dev.jsonl"], ["extra.jsonl", "train.jsonl"]),
-        (["test.jsonl", "a.jsonl"], ["a.jsonl", "test.jsonl"]),  # nothing is named train
+        (["test.jsonl", "a.jsonl"], ["a.jsonl"]),  # nothing is named train
         (["training_notes.txt", "test_notes.txt"], ["test_notes.txt", "training_notes.txt"]),
         (["part-00000-of-00001.jsonl"], ["part-00000-of-00001.jsonl"]),
     ],
@@ -414,6 +414,49 @@ def test_a_folder_of_several_kinds_is_one_line(tmp_path, names):
     line = error_of(tmp_path)
     assert " mixes " in line
     assert "name one kind with a glob" in line
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["test.jsonl"], "data.split=train is not in data.path="),
+        (["data/train.csv", "README.md"], "beside README.md nothing in this folder is read, train"),
+        (["a.jsonl", "b.jsonl.incomplete"], "b.jsonl.incomplete is an unfinished download"),
+        (["a.jsonl", "b.JSONL.PART"], "b.JSONL.PART is an unfinished download"),
+    ],
+)
+def test_a_folder_that_is_no_corpus_is_one_line(tmp_path, names, words):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    assert words in error_of(tmp_path)
+
+
+def test_what_is_not_read_of_a_folder_is_said(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.csv").write_text("text\n1\n")
+    assert "left out: b.csv;" in data.load(configure(f"data.path={tmp_path}")).describe()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_a_table_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text("id,text\n1,words\n")
+    assert f"{name} is a table, which is not read" in error_of(tmp_path / name)
+
+
+def test_json_that_is_called_txt_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text(LINES)
+    assert "a.txt holds JSON; rename it to end in .jsonl" in error_of(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("{ a brace\nand words }\n" * 50)
+    assert find_files(str(tmp_path / "b.txt")).kind == "text"
+
+
+def test_a_column_twice_is_one_line(tmp_path):
+    column = pa.array(TEXTS)
+    pq.write_table(pa.table([column, column], names=["text", "text"]), tmp_path / "a.parquet")
+    assert "has more than one column text; give one another name" in error_of(
+        tmp_path / "a.parquet"
+    )
 
 
 def test_linked_folders_are_read_once(tmp_path):

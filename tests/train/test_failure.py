@@ -3,7 +3,13 @@
 import pytest
 
 from train.config import ConfigError
-from train.failure import PATIENCE_S, Preempted, TrainingFailed, explain
+from train.failure import (
+    PATIENCE_S,
+    Preempted,
+    TrainingFailed,
+    explain,
+    refuse_while_stopped,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,18 @@ from train.failure import PATIENCE_S, Preempted, TrainingFailed, explain
             1,
             (0, PATIENCE_S),
         ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\n"),
+            "error: rank {rank}: out of memory ([enforce fail]",
+            1,
+            (0, 0),
+        ),
+        (
+            RuntimeError("[device.cc:84] ifa != nullptr. Unable to find address for: eth9"),
+            "error: GLOO_SOCKET_IFNAME=None is no network interface with an address here; unset",
+            2,
+            (0, PATIENCE_S),
+        ),
         (OSError(2, "No such file"), None, None, (0, 0)),
         (RuntimeError("NCCL error"), None, None, (PATIENCE_S, PATIENCE_S)),
         (ValueError("a mistake of ours"), None, None, (0, 0)),
@@ -50,3 +68,14 @@ def test_a_stop_is_said_by_the_first_rank_alone(monkeypatch):
     assert explain(Preempted("stopped")) == ("stopped", 75, 0)
     monkeypatch.setenv("RANK", "1")
     assert explain(Preempted("stopped")) == (None, 75, 0)
+
+
+def test_a_stop_file_that_can_never_be_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAIN_STOP_FILE", str(tmp_path / "nowhere" / "stop"))
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere; make it, or unset"):
+        refuse_while_stopped()
+    monkeypatch.setenv("TRAIN_STOP_FILE", str(tmp_path / "stop"))
+    refuse_while_stopped()
+    (tmp_path / "stop").touch()
+    with pytest.raises(Preempted):
+        refuse_while_stopped()

@@ -32,6 +32,9 @@ def _alone(monkeypatch):
         (GOOD | {"MASTER_ADDR": ""}, "RANK=1 is in the environment without MASTER_ADDR, which"),
         (GOOD | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment is no number"),
         (GOOD | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no number"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment cannot be meant"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE=abc in the environment is no number"),
+        (GOOD | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment cannot be meant"),
         (GOOD | {"RANK": "2"}, "RANK=2 is none of the WORLD_SIZE=2 ranks"),
     ],
 )

@@ -4,11 +4,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import argv, checkpoints, repeated, slow_saves
+from train.safety.signals import StopRequest
 
 STEPS = "train.steps=400"
 
@@ -217,3 +220,10 @@ def test_the_last_step_is_a_normal_end(tmp_path):
     assert codes == [0, 0], training.log.read_text()
     assert checkpoints(tmp_path / "a") == [3]
     assert len(read_metrics(tmp_path / "a")) == 3
+
+
+def test_a_stop_file_that_cannot_be_written_is_said(tmp_path, caplog):
+    """All is saved by then, and the exit code says so."""
+    request: Any = SimpleNamespace(file=tmp_path / "gone" / "stop")
+    StopRequest.answer(request)
+    assert "stop cannot be written (No such file or directory)" in caplog.text

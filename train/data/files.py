@@ -51,6 +51,12 @@ SPLITS = {
 }
 """Words in the names of files and folders, and the split they mean on the hub."""
 
+TABLES = (".csv", ".tsv")
+"""Suffixes of what is read by no one here, and would be trained on with its commas as text."""
+
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
+"""Suffixes that a download has until it is whole."""
+
 HEAD = 1 << 16
 """Bytes of a file by which its content is judged."""
 
@@ -91,15 +97,38 @@ def find_files(path: str | None, split: str = "train") -> LocalFiles:
         if os.path.lexists(found):
             what = "a link to nothing" if found.is_symlink() else "neither a file nor a folder"
         raise ConfigError(f"data.path={path}: {what}; name a file, a folder or a glob")
-    return _of_one_kind(path, {p: kind_of(p) or judge(p) for p in files})
+    return _of_one_kind(path, {p: _kind_of_named(path, p) for p in files})
+
+
+def _kind_of_named(path: str, file: Path) -> str:
+    """By its name, or else by its content; a .txt by both. Raises ConfigError."""
+    if _suffix(file) in TABLES:
+        raise ConfigError(
+            f"data.path={path}: {file.name} is a table, which is not read; write its text as JSON "
+            "lines or Parquet, with data.text_column as the name"
+        )
+    kind = kind_of(file)
+    if kind is None:
+        return judge(file)
+    if file.suffix.lower() == ".txt" and judge(file) == "json":
+        raise ConfigError(
+            f"data.path={path}: {file.name} holds JSON; rename it to end in .jsonl, by which it is "
+            "read as that"
+        )
+    return kind
+
+
+def _suffix(path: Path | str) -> str:
+    """In lower case, without that of a compression."""
+    name = Path(path).name.lower()
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
 
 
 def kind_of(path: Path | str) -> str | None:
     """The kind that a file's name tells, if it tells one."""
-    name = Path(path).name.lower()
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return KINDS.get(Path(name).suffix)
+    return KINDS.get(_suffix(path))
 
 
 def judge(path: Path) -> str:
@@ -157,12 +186,24 @@ def _in_folder(path: str, folder: Path, split: str) -> LocalFiles:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved(path, folder)
     try:
-        kinds = {file: kind for file in _walk(folder) if (kind := kind_of(file))}
+        there = _walk(folder)
     except OSError as error:
         raise ConfigError(f"data.path={path}: {error.filename}: {error.strerror}") from None
+    kinds = {file: kind for file in there if (kind := kind_of(file))}
+    unread = [file.name for file in there if file not in kinds]
+    for name in unread:
+        if name.lower().endswith(UNFINISHED):
+            raise ConfigError(
+                f"data.path={path}: {name} is an unfinished download; finish it, or remove it"
+            )
     if not kinds:
         raise ConfigError(
             f"data.path={path}: no {', '.join(KINDS)} file in this folder; name a file or a glob"
+        )
+    if unread and all(_is_about_data(file) for file in kinds):
+        raise ConfigError(
+            f"data.path={path}: beside {next(iter(kinds)).name} nothing in this folder is read, "
+            f"{unread[0]} neither; known files are {', '.join(KINDS)}"
         )
     for file in kinds:
         if not file.exists():
@@ -171,7 +212,7 @@ def _in_folder(path: str, folder: Path, split: str) -> LocalFiles:
                 "leaves; download it again, or remove the link"
             )
     data = _without_what_is_about_it(kinds)
-    names = sorted(file.name for file in kinds.keys() - data.keys())
+    names = sorted([*(file.name for file in kinds.keys() - data.keys()), *unread])
     notes = [", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")]
     if set(data.values()) != {"text"}:
         data, note = _of_split(path, folder, data, split)
@@ -188,9 +229,12 @@ def _without_what_is_about_it(kinds: dict[Path, str]) -> dict[Path, str]:
         suffixes = {file: file.suffix.lower() for file in data}
         return {f: k for f, k in data.items() if k != "text" and suffixes[f] != ".json"}
     if "json" in data.values():
-        stems = {file: file.name.partition(".")[0].lower() for file in data}
-        return {f: k for f, k in data.items() if k == "json" or stems[f] not in ABOUT_DATA}
+        return {f: k for f, k in data.items() if k == "json" or not _is_about_data(f)}
     return data or kinds
+
+
+def _is_about_data(file: Path) -> bool:
+    return file.name.partition(".")[0].lower() in ABOUT_DATA
 
 
 def _of_split(
@@ -198,17 +242,19 @@ def _of_split(
 ) -> tuple[dict[Path, str], str]:
     """The files of a split, with those that are of none; and how many of others are left out."""
     splits = {file: split_of(file.relative_to(folder)) for file in kinds}
-    if split not in splits.values():
-        if split != "train":
-            there = ", ".join(sorted({one for one in splits.values() if one})) or "none"
-            raise ConfigError(
-                f"data.split={split} is not in data.path={path}; the splits its files are named "
-                f"after: {there}"
-            )
-        return kinds, ""
-    others = Counter(one for one in splits.values() if one not in (split, None))
+    known = {*SPLITS.values()}
+    wanted = {split, None}
+    if split == "train" and split not in splits.values():
+        wanted |= {*splits.values()} - known  # shards called part, and the like
+    if not {*splits.values()} & wanted or (split != "train" and split not in splits.values()):
+        there = ", ".join(sorted({one for one in splits.values() if one})) or "none"
+        raise ConfigError(
+            f"data.split={split} is not in data.path={path}; the splits its files are named "
+            f"after: {there}"
+        )
+    others = Counter(one for one in splits.values() if one not in wanted)
     note = ", ".join(f"{n} file(s) of split {one}" for one, n in sorted(others.items()))
-    return {file: kind for file, kind in kinds.items() if splits[file] in (split, None)}, note
+    return {file: kind for file, kind in kinds.items() if splits[file] in wanted}, note
 
 
 def split_of(path: Path) -> str | None:

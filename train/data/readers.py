@@ -201,6 +201,8 @@ def _read_arrow(path: str, column: str) -> Iterator[Document]:
 def _check_type(schema: pa.Schema, column: str, path: str) -> None:
     if column not in schema.names:
         raise _no_column(column, path, schema.names)
+    if schema.names.count(column) > 1:
+        raise Unreadable(f"{path} has more than one column {column}; give one another name")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

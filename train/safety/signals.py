@@ -9,6 +9,7 @@ SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2 and Ctrl-C ask so, on
 signal exits at once. The file that TRAIN_STOP_FILE names asks too; see train/failure.py.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from train.failure import SIGNALS, STOP_FILE, stop_file
 from train.parallel import Ranks
 from train.safety import output
+
+log = logging.getLogger(__name__)
 
 BY_FILE = 1000
 """In place of a signal's number."""
@@ -73,7 +76,10 @@ class StopRequest:
     def answer(self) -> None:
         """Tell whoever asked by the stop file that all is saved."""
         if self.file is not None:
-            self.file.write_text("saved\n")
+            try:
+                self.file.write_text("saved\n")
+            except OSError as error:  # all is saved; only nobody is told
+                log.warning("%s cannot be written (%s)", self.file, error.strerror)
 
     def wait_for_all(self) -> None:
         """Return when every rank has called it."""
