@@ -25,12 +25,22 @@ def read(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return fresh
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "screening" not in found or found.get("config") != fresh["config"]:
+    if "screening" not in found or not _is_same(found.get("config"), fresh["config"]):
         raise ValueError(
             f"{path} is of another config or of another version of this benchmark; "
             "move it away, or give another --out"
         )
     return found
+
+
+def _is_same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether two configs agree in the keys that both have: newer versions have more."""
+    return before is not None and all(
+        values[key] == now[section].get(key, values[key])
+        for section, values in before.items()
+        if section in now
+        for key in values
+    )
 
 
 def is_of(row: Row, spec: Spec, routing: str, gpus: int) -> bool:

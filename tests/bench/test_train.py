@@ -200,9 +200,15 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
                     ("bf16", "tuesday", 2), ("fp8_compact", "tuesday", 2)]  # fmt: skip
     assert set(report["sittings"]) == {"monday", "tuesday"}
 
+    path = tmp_path / "train_demo_cpu.json"
+    older = json.loads(path.read_text())
+    del older["config"]["model"]["init_from"]  # a key that the version of then did not have
+    path.write_text(json.dumps(older))
     third = Machine(monkeypatch, speeds)
     plan(tmp_path, *argv, "--sitting", "wednesday")
     assert not third.started, "all is there"
+    other = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv, "model.num_layers=2"]
+    assert train.main(other) == 2, "another config's rows are mixed with these"
 
 
 def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):
