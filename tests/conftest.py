@@ -22,6 +22,27 @@ gc.disable()  # until all is collected: Python looks for cycles among the import
 LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")
 """Files that take minutes, begun first: the first computes while the others wait."""
 
+SLOW = (
+    "test_export.py",
+    "test_export_hf.py",
+    "test_start.py",
+    "test_sync.py",
+    "compare/test_page.py",
+    "models/test_interfaces.py",
+    "train/test_checkpoint.py",
+    "train/test_dropless.py",
+    "train/test_faults.py",
+    "train/test_init_from.py",
+    "train/test_lifeline.py",
+    "train/test_nonfinite.py",
+    "train/test_output.py",
+    "train/test_resume.py",
+    "train/test_saving.py",
+    "train/test_signals.py",
+    "train/test_train.py",
+)
+"""Files most of whose tests start trainings or processes of their own: all of them are slow."""
+
 LEAVE_THREADS = (
     "compare/test_dashboard.py",
     "compare/test_page.py",
@@ -45,8 +66,12 @@ def name_of(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, with the reason, where there is none that can run them."""
+    for item in items:
+        if name_of(item) in SLOW:
+            item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate((*LONG, None, *LEAVE_THREADS))}
     items.sort(key=lambda item: order.get(name_of(item), order[None]))
     if torch.cuda.is_available():
