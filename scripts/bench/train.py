@@ -44,7 +44,7 @@ from rich.table import Table
 
 from models.config import PATH_NAMES
 from scripts.bench import results, stacks, train_rows
-from scripts.bench.measure import positive, positive_list
+from scripts.bench.measure import or_one_line, positive, positive_list
 from scripts.bench.results import Row
 from scripts.bench.stacks import ROUTINGS, Spec
 from train.config import Config, ConfigError, check_world
@@ -311,11 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sitting", help="its name; default: the time")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        return bench(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return or_one_line(lambda: bench(arguments))
 
 
 if __name__ == "__main__":
