@@ -212,12 +212,13 @@ def _transformer_engine_parts() -> _Parts:
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
-        TENorm,
         TERowParallelLinear,
     )
 
+    from models.rms_norm import RMSNorm
+
     return _Parts(
-        TENorm, TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention
+        RMSNorm, RMSNorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention
     )
 
 

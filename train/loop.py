@@ -304,8 +304,9 @@ def add_gradients(training: Training, batches: Iterable[Batch]) -> torch.Tensor:
     total = torch.zeros((), device=ranks.device)
     for micro_batch, batch in enumerate(batches):
         is_last = micro_batch == accumulation - 1
-        # Gradients travel once a step, with the last micro-batch.
+        # Gradients travel once a step, with the last micro-batch; weights stay gathered until then.
         model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last or config.parallel.reshard_after_forward)
         loss = losses(model, batch, config).sum() / tokens_per_step
         if is_last and model.runtime.room is not None:
             model.runtime.room.send()
