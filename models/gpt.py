@@ -152,6 +152,8 @@ def build_gpt(
         gpt.rotary_pos_emb = RotaryPositions(
             model.head_size, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True
         )
+    for number, layer in enumerate(gpt.moe_layers()):
+        layer.experts.layer = number
     gpt.to(device)
     initialize(gpt, model.init_std, model.embedding_init_std, seed)
     return gpt

@@ -34,6 +34,8 @@ class Experts(nn.Module):
         # The gate's rows first, then those of the up-projection: one GEMM makes both.
         self.up = nn.Parameter(torch.empty(local_experts, 2 * ffn, hidden, device=device))
         self.down = nn.Parameter(torch.empty(local_experts, hidden, ffn, device=device))
+        self.layer = 0
+        """Its number in the model, counted from 0."""
         self._prepared: tuple[Prepared, Prepared] | None = None
 
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class Experts(nn.Module):
             # Not what shares memory with a parameter: FSDP frees and refills that.
             if prepared[0][0] is not up:
                 self._prepared = prepared
-        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, runtime, prepared)
+        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, self.layer, runtime, prepared)
 
     def forget_prepared(self) -> None:
         """The parameters have changed: quantize them again when they are needed next."""
@@ -92,6 +94,7 @@ class _Context(FunctionCtx):
 
     runtime: Runtime
     prepared: tuple[Prepared, Prepared]
+    layer: int
     local_experts: int
     dtype: torch.dtype  # of the weights' gradients
     saved: Saved | None  # None where it is computed again, from `saved_tensors`
@@ -116,18 +119,19 @@ class ExpertMLP(torch.autograd.Function):
         up: Tensor,
         down: Tensor,
         expert_ids: Tensor,
+        layer: int,
         runtime: Runtime,
         prepared: tuple[Prepared, Prepared],
     ) -> Tensor:
         local_experts = len(up)
-        y, saved = _compute(tokens, weights, expert_ids, local_experts, runtime, prepared)
+        y, saved = _compute(tokens, weights, expert_ids, layer, local_experts, runtime, prepared)
         counts = runtime.counts
         if runtime.capacity is not None:
             counts.dropped_rows = counts.dropped_rows + saved.trip.dropped_rows()
         if runtime.room is not None:
-            runtime.room.note(saved.trip.rows.needed)
+            runtime.room.note(layer, saved.trip.rows.needed)
         ctx.runtime, ctx.prepared = runtime, prepared
-        ctx.local_experts, ctx.dtype = local_experts, up.dtype
+        ctx.layer, ctx.local_experts, ctx.dtype = layer, local_experts, up.dtype
         ctx.saved = None if runtime.recompute else saved
         inputs = (tokens, weights, expert_ids)
         if runtime.recompute:
@@ -146,7 +150,9 @@ class ExpertMLP(torch.autograd.Function):
         # Taken off ctx, so that memory is free after this layer and not after the whole backward.
         saved, ctx.saved = ctx.saved, None
         if saved is None:
-            _, saved = _compute(*ctx.saved_tensors, ctx.local_experts, runtime, ctx.prepared)
+            _, saved = _compute(
+                *ctx.saved_tensors, ctx.layer, ctx.local_experts, runtime, ctx.prepared
+            )
         trip, h, x_kept, a_kept = saved
         del saved
         trip.phase = "backward"
@@ -158,13 +164,14 @@ class ExpertMLP(torch.autograd.Function):
         d_down = linear.wgrad(dy_kept, a_kept, offsets, ctx.dtype)
         d_up = linear.wgrad(dh_kept, x_kept, offsets, ctx.dtype)
         runtime.counts.backward_passes += 1
-        return d_tokens, d_weights, d_up, d_down, None, None, None
+        return d_tokens, d_weights, d_up, d_down, None, None, None, None
 
 
 def _compute(
     tokens: Tensor,
     weights: Tensor,
     expert_ids: Tensor,
+    layer: int,
     local_experts: int,
     runtime: Runtime,
     prepared: tuple[Prepared, Prepared],
@@ -175,7 +182,7 @@ def _compute(
     """
     path, ops, linear = runtime.path, runtime.ops, runtime.linear
     (up, _), (down, _) = prepared
-    max_rows = runtime.max_rows(len(tokens), expert_ids.shape[1], local_experts)
+    max_rows = runtime.max_rows(layer, len(tokens), expert_ids.shape[1], local_experts)
     trip = Trip(
         runtime.dispatcher,
         ops,

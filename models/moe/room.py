@@ -20,10 +20,10 @@ from models.fp8.tensor import ceil_div
 
 WINDOW = 100
 """Steps whose need is remembered: after so many the largest is forgotten, and room may shrink."""
-PARTS = 8
+PARTS = 16
 """Room grows and shrinks by this part of a rank's even share: few sizes, so that the memory of one
 is taken again and does not fragment."""
-SPARE = 16
+SPARE = 8
 """What is added to the largest need: this part of the even share."""
 
 
@@ -34,14 +34,18 @@ class Room:
     whether rows were lost.
     """
 
-    def __init__(self) -> None:
-        self.rows: int | None = None
-        """P in the attempt that is open, or in the last one; None where it waited."""
+    def __init__(self, layers: int) -> None:
+        self.rows: list[int | None] = [None] * layers
+        """P of each layer in the attempt that is open, or in the last one; None where it waited."""
         self.share: float | None = None
-        """The last P that was not waited for, as a multiple of a rank's even share of rows."""
-        self._needs: deque[int] = deque(maxlen=WINDOW)
+        """The last P that were not waited for, as a multiple of a rank's even share of rows: their
+        mean over the layers."""
+        self._shares = [0.0] * layers
+        self._needs: deque[list[int]] = deque(maxlen=WINDOW)  # of each layer
         self._open = self._waits = False
-        self._needed: Tensor | None = None  # int64 [], of the attempt that is open
+        self._lately: list[int] = []  # the largest of `_needs`, of each layer
+        self._needed: Tensor | None = None  # int64 [layers], of the attempt that is open
+        self._of_layer: tuple[Tensor, ...] = ()  # its elements, int64 []
         self._on_host: Tensor | None = None  # where it is copied to
         self._copied: torch.cuda.Event | None = None
 
@@ -53,7 +57,9 @@ class Room:
     @contextmanager
     def open(self, wait: bool) -> Iterator[None]:
         """An attempt at a step. With `wait` its layers wait, and nothing is lost."""
-        self.rows, self._open, self._waits = None, True, wait or not self.is_known
+        self.rows = [None] * len(self.rows)
+        self._open, self._waits = True, wait or not self.is_known
+        self._lately = [max(needs) for needs in zip(*self._needs, strict=True)]
         if self._needed is not None:
             self._needed.zero_()
         try:
@@ -61,28 +67,31 @@ class Room:
         finally:
             self._open = False
 
-    def max_rows(self, even: int, most: int, alignment: int) -> int | None:
-        """P for a layer whose even share is `even` rows and which can need `most`, a multiple of
-        `alignment` as the result is; None if it is to wait."""
+    def max_rows(self, layer: int, even: int, most: int, alignment: int) -> int | None:
+        """P for a layer, counted from 0, whose even share is `even` rows and which can need `most`,
+        a multiple of `alignment` as the result is; None if it is to wait."""
         if not self._open or self._waits:
             return None
-        if self.rows is None:  # all layers of an attempt get the same
+        rows = self.rows[layer]
+        if rows is None:  # all micro-batches of an attempt get the same
             step = ceil_div(ceil_div(even, PARTS), alignment) * alignment
-            wanted = max(self._needs) + ceil_div(even, SPARE)
-            self.rows = min(ceil_div(wanted, step) * step, most)
-            self.share = self.rows / even
-        return self.rows
+            wanted = self._lately[layer] + ceil_div(even, SPARE)
+            rows = self.rows[layer] = min(ceil_div(wanted, step) * step, most)
+            self._shares[layer] = rows / even
+            self.share = sum(self._shares) / len(self._shares)
+        return rows
 
-    def note(self, rows: Tensor) -> None:
+    def note(self, layer: int, rows: Tensor) -> None:
         """A layer of the attempt needed so many, int64 []; on the device, so nothing waits."""
         if not self._open:
             return
         if self._needed is None:
-            self._needed = torch.zeros_like(rows)
-        torch.maximum(self._needed, rows, out=self._needed)
+            self._needed = rows.new_zeros(len(self.rows))
+            self._of_layer = self._needed.unbind()
+        torch.maximum(self._of_layer[layer], rows, out=self._of_layer[layer])
 
     def send(self) -> None:
-        """After the attempt's last forward pass, with all ranks: the largest need to the host.
+        """After the attempt's last forward pass, with all ranks: the largest needs to the host.
 
         Before the backward pass, on the stream that computes: beside DeepEP's kernels a collective
         of NCCL can wait for ever, and they for it.
@@ -91,7 +100,7 @@ class Room:
         dist.all_reduce(self._needed, dist.ReduceOp.MAX)
         if self._on_host is None:
             pinned = self._needed.is_cuda
-            self._on_host = torch.zeros((), dtype=self._needed.dtype, pin_memory=pinned)
+            self._on_host = self._needed.new_zeros(len(self.rows), device="cpu", pin_memory=pinned)
             self._copied = torch.cuda.Event() if pinned else None
         self._on_host.copy_(self._needed, non_blocking=True)
         if self._copied is not None:
@@ -106,8 +115,10 @@ class Room:
         assert self._on_host is not None, "`send` comes first"
         if self._copied is not None:
             self._copied.synchronize()
-        needed = int(self._on_host)
-        if self.rows is not None and needed > self.rows:
+        needed: list[int] = self._on_host.tolist()
+        if any(
+            rows is not None and need > rows for need, rows in zip(needed, self.rows, strict=True)
+        ):
             return True
         self._needs.append(needed)
         return False
@@ -124,7 +135,11 @@ class Settled(NamedTuple):
 
 
 def settle(
-    moe: MoEConfig, device: str, why_linear_waits: str | None, why_dispatch_waits: str | None
+    moe: MoEConfig,
+    layers: int,
+    device: str,
+    why_linear_waits: str | None,
+    why_dispatch_waits: str | None,
 ) -> Settled:
     """For `cpu` or `cuda`, and what else makes the host wait in every layer, if anything does."""
     wanted = moe.capacity
@@ -146,4 +161,4 @@ def settle(
     said = "room for the experts' rows by what was needed lately (moe.capacity=auto)"
     if why_dispatch_waits is not None and device == "cuda":
         said += f"; every layer waits all the same, as {why_dispatch_waits}"
-    return Settled(None, Room(), said)
+    return Settled(None, Room(layers), said)

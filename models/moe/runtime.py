@@ -40,17 +40,18 @@ class Runtime:
     """See `MoEConfig.recompute`."""
     counts: Counts = field(default_factory=Counts)
 
-    def max_rows(self, tokens: int, top_k: int, local_experts: int) -> int | None:
-        """P where room is set aside: the even share of `tokens` on every rank times `capacity`, and
-        what rounding up each expert's rows may take; or what `room` says. None where P is what
-        arrives."""
+    def max_rows(self, layer: int, tokens: int, top_k: int, local_experts: int) -> int | None:
+        """P of a layer, counted from 0, where room is set aside: the even share of `tokens` on
+        every rank times `capacity`, and what rounding up each expert's rows may take; or what
+        `room` says. None where P is what arrives."""
         step, even = self.path.ROW_ALIGNMENT, tokens * top_k
         if self.capacity is not None:
             return (math.ceil(even * self.capacity / step) + local_experts) * step
         if self.room is None:
             return None
         slots = tokens * self.dispatcher.ranks * min(top_k, local_experts)
-        return self.room.max_rows(even, most_rows(slots, local_experts, step) // step * step, step)
+        most = most_rows(slots, local_experts, step) // step * step
+        return self.room.max_rows(layer, even, most, step)
 
     def __deepcopy__(self, memo: dict) -> "Runtime":
         """Itself: megatron-core copies its config for shared experts, and one place counts."""
@@ -91,7 +92,7 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
         model, moe, device, parallel_state.get_expert_model_parallel_group()
     )
     why = f"{moe.path} launches one GEMM an expert" if linear.NEEDS_SEGMENTS_ON_HOST else None
-    capacity, room, rows = settle(moe, device, why, dispatcher.why_it_waits)
+    capacity, room, rows = settle(moe, model.num_layers, device, why, dispatcher.why_it_waits)
     return Runtime(
         path,
         ops,

@@ -83,7 +83,7 @@ def run_path(rank: int, path: PathName, tokens: list[int], route: Routing, seed:
     ops, _ = operations.choose(path, "cpu")
     runtime = Runtime(PATHS[path], ops, build_linear(PATHS[path], ops, "cpu"), dispatcher)
     prepared = prepare_weights(leaves[2], leaves[3], x.dtype, runtime)
-    out = ExpertMLP.apply(*leaves, ids, runtime, prepared)
+    out = ExpertMLP.apply(*leaves, ids, 0, runtime, prepared)
     out.backward(grad)
     return dict(zip(RESULTS, (out.detach(), *(t.grad for t in leaves)), strict=True))
 

@@ -18,28 +18,31 @@ EVEN, MOST, STEP = 1024, 4096, 64
 
 
 def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
-    """P in steps in which one layer of this rank needs so many rows, and others hardly any; or one
-    that comes after lost rows `misled` more."""
+    """P of the second of three layers in steps in which it needs so many rows on this rank, and the
+    others hardly any; or, after it has lost rows, `misled` more."""
     found = []
     for need in needs:
         with room.open(wait=False):
-            for rows in (7, need + misled, 5):
-                given = room.max_rows(EVEN, MOST, STEP)
-                room.note(torch.tensor(rows))
+            given = [room.max_rows(layer, EVEN, MOST, STEP) for layer in range(3)]
+            for layer, rows in enumerate((7, need + misled, 5)):
+                room.note(layer, torch.tensor(3))  # of another micro-batch
+                room.note(layer, torch.tensor(rows))
             room.send()
-        found.append(given)
+        assert given[0] in (None, STEP * 3), "a layer that needs little gets little"
+        found.append(given[1])
         if room.ran_out():
             with room.open(wait=True):
-                assert room.max_rows(EVEN, MOST, STEP) is None
-                room.note(torch.tensor(need))
+                for layer, rows in enumerate((7, need, 5)):
+                    assert room.max_rows(layer, EVEN, MOST, STEP) is None
+                    room.note(layer, torch.tensor(rows))
                 room.send()
             assert not room.ran_out()
     return found
 
 
 def policy(rank: int) -> dict[str, Any]:
-    learned = Room()
-    assert learned.max_rows(EVEN, MOST, STEP) is None, "nobody would look whether rows were lost"
+    learned = Room(3)
+    assert learned.max_rows(1, EVEN, MOST, STEP) is None, "nobody would look whether rows were lost"
     found: dict[str, Any] = {"first": rows_of(learned, 1100 - 100 * rank)}
     found["wobble"] = set(rows_of(learned, *range(1020, 1090, 7)))
     found["overflow"] = rows_of(learned, 2000, misled=1000) + rows_of(learned, 1050)
@@ -55,12 +58,13 @@ def test_room_follows_what_was_needed():
     one, other = run_ranks(2, policy)
     assert one == other
     assert one["first"] == [None]
-    # 1100 and 1/16 of 1024, rounded up to a multiple of 128.
+    # 1100 and 1/8 of 1024, rounded up to a multiple of 64.
     assert one["wobble"] == {1280}
     assert one["overflow"] == [1280, 2176]
-    assert one["share"] == 2176 / EVEN
+    # The others' 7 and 5 and 1/8 of 1024 make three times 64.
+    assert one["share"] == pytest.approx((192 + 2176 + 192) / EVEN / 3)
     assert one["bound"] == [2176, MOST, MOST]
-    assert one["shrunk"] == (MOST, 1152)
+    assert one["shrunk"] == (MOST, 1216)
 
 
 def moe(capacity: Any, path: str = "bf16") -> MoEConfig:
@@ -88,7 +92,7 @@ GEMMS, SPLITS = "its GEMMs want it", "all_to_all wants it"
     ],
 )
 def test_who_gets_room_and_who_waits(wanted, device, gemms, splits, capacity, has_room, says):
-    got, room, said = settle(moe(wanted), device, gemms, splits)
+    got, room, said = settle(moe(wanted), 2, device, gemms, splits)
     assert (got, room is not None) == (capacity, has_room)
     assert re.search(says, said) if says else not said
 

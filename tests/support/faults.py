@@ -96,16 +96,16 @@ def cramp(*steps: int):
             now[0] = training.done
             return step(training, *args)
 
-        def cramped(self, even, most, alignment):
-            rows = max_rows(self, even, most, alignment)
+        def cramped(self, layer, even, most, alignment):
+            rows = max_rows(self, layer, even, most, alignment)
             if rows is not None and now[0] in steps:
-                rows = self.rows = alignment
+                rows = self.rows[layer] = alignment
             return rows
 
         def poisoned(model, *args):
             out = losses(model, *args)
             room = model.runtime.room
-            lost = model.training and room is not None and room.rows is not None
+            lost = model.training and room is not None and any(room.rows)
             return out * (float("nan") if lost and now[0] in steps else 1.0)
 
         loop.step, loop.losses = counted, poisoned
