@@ -167,6 +167,7 @@ def train_steps(
         training.model, config.train, ranks.device, config.run_dir, ranks.is_first
     )
     meter.start()
+    first = training.done + 1
     while training.done < config.train.steps:
         number = training.done + 1
         due = due_after(number, config)
@@ -179,6 +180,8 @@ def train_steps(
         if not traced:
             meter.step(tokens_per_step, data_seconds)
 
+        if number == first and 0 < config.checkpoint.every < config.train.steps:
+            checkpointer.allocate()
         stopping = safety.stop.agreed()
         # What was good is not rotated away by what may be lost already.
         saving = due.save and not stopping and not training.guard.skipped_in_a_row

@@ -48,6 +48,27 @@ def test_a_copy_is_of_the_moment(monkeypatch):
         copy.close()
 
 
+def test_the_first_save_finds_its_memory(tmp_path):
+    """It is there since the first step, which is why the first save stops nothing for long."""
+
+    def ready(rank: int) -> None:
+        begin = HostCopy.begin
+
+        def ready_begin(self: HostCopy, state: Any) -> Any:
+            assert self._copies is not None, "the first save gets its memory itself"
+            before = self._copies.result()
+            done = begin(self, state)
+            assert self._copies.result() is before, "got again"
+            return done
+
+        HostCopy.begin = ready_begin  # type: ignore[method-assign]
+
+    keys = argv(tmp_path, "a", ALONE, "train.steps=6", "checkpoint.every=2", "checkpoint.keep=9")
+    with Training(1, keys, tmp_path / "log", ready) as training:
+        assert training.exit_codes() == [0]
+    assert checkpoints(tmp_path / "a") == [2, 4, 6]
+
+
 def test_the_optimizer_waits_for_the_copy(tmp_path):
     """Copied and written so slowly that a step could be over before: what is saved is exact."""
 

@@ -112,6 +112,11 @@ class Checkpointer:
         rng.restore(own["rng"], self.ranks.device)
         return about["step"], own["metrics"]
 
+    def allocate(self) -> None:
+        """Get the memory that saves copy to, while training goes on, so that the first does not
+        stop it. After an optimizer step, which makes the state."""
+        self._copy.allocate({"training": self.state.state_dict()})
+
     def save(self, step: int, metrics: Gathered | None = None) -> None:
         """Copy the training as it is after `step` steps, and write it while training goes on.
 
