@@ -41,8 +41,9 @@ class Event(TypedDict, total=False):
 KINDS = {
     "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer|adamw",
     "attention": r"sdpa|fmha|cudnn::fusion",
-    "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_",
-    "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad",
+    # The last letters say how cuBLAS reads its factors; a wgrad's are NT.
+    "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad|ptrGroup_NT",
+    "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_|ptrGroup",
     "dense GEMMs": r"nvjet|cutlass|sm90_xmma|gemm",
     "dispatch and combine": r"deep_ep",
     "FSDP's communication": r"nccl",

@@ -38,6 +38,8 @@ def test_kinds_add_up_and_what_overlaps_is_not_idle():
         ("_grouped_gemm_kernel", "expert GEMMs"),
         ("void deep_gemm::sm90_fp8_gemm_1d2d_impl<128>", "expert GEMMs"),
         ("nvjet_sm90_tst_256x128_64x4", "dense GEMMs"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bx_coopB_ptrGroup_TNN", "expert GEMMs"),
+        ("nvjet_sm90_tss_192x192_64x3_1x2_h_bx_coopB_ptrGroup_NTN", "expert weight gradients"),
         ("_swiglu_backward_kernel", "SwiGLU"),
         ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer, gradient norm"),
         ("_adamw_quantize_kernel", "optimizer, gradient norm"),
