@@ -15,7 +15,10 @@ shard and FSDP stays out of the way: it would copy and cast every weight and gra
 import datetime
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -79,9 +82,7 @@ def meet(timeout_s: int) -> Peers:
         with waiting(f"rank {rank} waits for {whom} at {where}", timeout_s):
             if theirs:
                 _wait_for_answer(address, port, timeout_s)
-            store = _store_of_a_restart()
-            if store is None:
-                store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+            store = _in_time(partial(_common_store, rank, world_size, timeout), timeout_s)
     except (dist.DistError, ValueError, TimeoutError) as error:
         raise TrainingFailed(
             f"rank {rank} cannot meet the others at {where}: {str(error).strip().splitlines()[0]}"
@@ -105,6 +106,34 @@ def _wait_for_answer(address: str, port: int, timeout_s: float) -> None:
         f"nobody has answered there for {timeout_s:g} s ({reason}); start rank 0 there, or correct "
         "the address; a firewall must let the port through"
     )
+
+
+def _in_time(connect: Callable[[], dist.Store], timeout_s: float) -> dist.Store:
+    """What `connect` returns. Raises TimeoutError where it does not: PyTorch waits for ever for one
+    that listens and does not speak."""
+    result: Future[dist.Store] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(connect())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="connect", daemon=True).start()
+    try:
+        return result.result(timeout_s + ATTEMPT_S)
+    except TimeoutError as error:
+        raise TimeoutError(
+            str(error) or "one that listens there does not speak as torchrun or a rank would; give "
+            "the job another port (torchrun --rdzv-endpoint HOST:PORT, or --master-port PORT)"
+        ) from None
+
+
+def _common_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    store = _store_of_a_restart()
+    if store is None:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
 
 
 def start(

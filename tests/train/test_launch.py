@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.ranks import Training
 from tests.support.tiny import TINY, argv, checkpoints
-from train import failure, launch, loop, preflight
+from train import failure, launch, loop, parallel, preflight
 from train.__main__ import main
 from train.checkpoint import progress
 from train.config import ConfigError, load
@@ -123,6 +123,23 @@ def test_a_meeting_point_where_nobody_comes(tmp_path, silent_port, environment, 
     where = "MASTER_ADDR:MASTER_PORT=127.0.0.1:"
     assert error.startswith(f"error: rank {rank} cannot meet the others at {where}")
     assert says in error
+
+
+def test_a_meeting_point_where_somebody_else_listens(tmp_path):
+    """PyTorch, which waits for an answer for ever, is not waited for."""
+
+    def plant(rank: int) -> None:
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        loop.MARGIN_S = 0  # beside timeout_s
+        parallel.ATTEMPT_S = 1
+
+    keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=1")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        with Training(1, keys, tmp_path / "log", plant) as training:
+            assert training.exit_codes(30) == [1]
+    (error,) = training.log.read_text().splitlines()
+    assert "one that listens there does not speak as torchrun or a rank would" in error
 
 
 def test_a_rank_that_starts_later_is_named(tmp_path):
