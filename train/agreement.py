@@ -96,8 +96,7 @@ def _agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
 
 def _hear(peers: Peers, key: str, other: int) -> str:
     """What another rank says, or rank 0 to itself; while it has not, a line on stderr names it."""
-    at_most_s = peers.store.timeout.total_seconds()
-    with waiting(f"rank {peers.rank} waits for rank {other} to start", at_most_s):
+    with waiting(f"rank {peers.rank} waits for rank {other} to start"):
         return peers.store.get(key).decode()
 
 

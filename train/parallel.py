@@ -124,7 +124,8 @@ def _in_time(connect: Callable[[], dist.Store], timeout_s: float) -> dist.Store:
         return result.result(timeout_s + ATTEMPT_S)
     except TimeoutError as error:
         raise TimeoutError(
-            str(error) or "one that listens there does not speak as torchrun or a rank would; give "
+            str(error)
+            or "one that listens there does not speak as torchrun or a rank would; give "
             "the job another port (torchrun --rdzv-endpoint HOST:PORT, or --master-port PORT)"
         ) from None
 

@@ -232,6 +232,7 @@ def test_the_usual_tool_reads_the_checksums(saved):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, saved):
     run_dir = shutil.copytree(saved, tmp_path / "a")
     alter(folder_of(run_dir, 4) / "__1_0.distcp")
+    folder_of(run_dir, 4).with_name("step_00000004.damaged").symlink_to(tmp_path / "long gone")
     keys = argv(tmp_path, "a", "train.steps=6", "checkpoint.every=2")
     with Training(2, keys, tmp_path / "log") as training:
         assert training.exit_codes() == [0, 0]

@@ -117,7 +117,8 @@ def test_a_meeting_point_where_nobody_comes(tmp_path, silent_port, environment, 
     assert time.monotonic() - begin < 15
     waiting, error = training.log.read_text().splitlines()
     assert re.fullmatch(
-        waits_for + r" at MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:\d+: 1 s so far of at most 3 s", waiting
+        waits_for + r" at MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:\d+: 1 s so far of at most 3 s",
+        waiting,
     )
     rank = environment.get("RANK", "0")
     where = "MASTER_ADDR:MASTER_PORT=127.0.0.1:"
@@ -152,7 +153,9 @@ def test_a_rank_that_starts_later_is_named(tmp_path):
     with Training(2, keys, tmp_path / "log", plant) as training:
         assert training.exit_codes() == [0, 0]
     said = training.log.read_text()
-    assert re.search(r"^rank 0 waits for rank 1 to start: \d s so far of at most 660 s$", said, re.M)
+    assert re.search(
+        r"^rank 0 waits for rank 1 to start: \d s so far of at most 660 s$", said, re.M
+    )
 
 
 def test_shared_memory_that_is_too_small(monkeypatch):

@@ -138,7 +138,9 @@ def damage(
         return next(filter(None, problems), None)
 
 
-def damage_of(folder: Path, *names: str) -> str | None:
+def damage_of(
+    folder: Path, *names: str, read_bytes: Callable[[int], None] | None = None
+) -> str | None:
     """What is wrong with these files of the folder alone, in a few words, or None."""
     try:
         wanted = read(folder)
@@ -147,7 +149,7 @@ def damage_of(folder: Path, *names: str) -> str | None:
     for name in names:
         if name not in wanted:
             return f"{name} is not in {NAME}"
-        if (problem := _damage_of(folder, name, wanted[name])) is not None:
+        if (problem := _damage_of(folder, name, wanted[name], read_bytes)) is not None:
             return problem
     return None
 
