@@ -153,9 +153,7 @@ def test_a_rank_that_starts_later_is_named(tmp_path):
     with Training(2, keys, tmp_path / "log", plant) as training:
         assert training.exit_codes() == [0, 0]
     said = training.log.read_text()
-    assert re.search(
-        r"^rank 0 waits for rank 1 to start: \d s so far of at most 660 s$", said, re.M
-    )
+    assert re.search(r"^rank 0 waits for rank 1 to start: \d s so far$", said, re.M)
 
 
 def test_shared_memory_that_is_too_small(monkeypatch):
