@@ -133,6 +133,7 @@ def test_a_limit_on_cpu_time(tmp_path):
     with Training(1, keys, tmp_path / "log", busy_save) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
         pid = training.processes[0].pid
+        assert pid
         resource.prlimit(pid, resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY))
         assert training.exit_codes() == [75]
     (saved,) = checkpoints(tmp_path / "a")
