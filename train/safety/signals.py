@@ -6,8 +6,8 @@
             if stop.agreed(): ...    # save and leave
 
 SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2, SIGXCPU (a limit on CPU time) and Ctrl-C
-ask so, on any rank. A second signal exits at once. The file that TRAIN_STOP_FILE names asks too; see
-train/failure.py.
+ask so, on any rank. A second signal exits at once. The file that TRAIN_STOP_FILE names asks too;
+see train/failure.py.
 """
 
 import logging
