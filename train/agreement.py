@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch.distributed as dist
 
+from train.checkpoint.progress import waiting
 from train.checkpoint.same_run import already_trained
 from train.config import Config, ConfigError
 from train.data.batches import Corpus
@@ -75,22 +76,28 @@ def _agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
         if not reason:
             told["finished"] = already_trained(config)
         store.set("told", json.dumps(told))
-        said = [store.get(f"said by {other}").decode() for other in others]
+        said = [_hear(peers, f"said by {other}", other) for other in others]
         mark.unlink(missing_ok=True)
         store.set("came of it", reason or next(filter(None, said), ""))
     else:
-        first: Told = json.loads(store.get("told"))
+        first: Told = json.loads(_hear(peers, "told", 0))
         store.set(
             f"said by {rank}", difference(first, told, rank) or not_shared(first, config, rank)
         )
         told["finished"] = first["finished"]
-    reason = store.get("came of it").decode()
+    reason = _hear(peers, "came of it", 0)
     store.set(f"heard by {rank}", "")
     if rank == 0:  # which may hold the store, and must not end before the others have heard
         store.wait([f"heard by {other}" for other in others] or ["came of it"])
     if reason:
         raise ConfigError(reason)
     return told["finished"]
+
+
+def _hear(peers: Peers, key: str, other: int) -> str:
+    """What another rank says, or rank 0 to itself; while it has not, a line on stderr names it."""
+    with waiting(f"rank {peers.rank} waits for rank {other} to start"):
+        return peers.store.get(key).decode()
 
 
 def difference(first: Told, here: Told, rank: int) -> str:

@@ -250,9 +250,13 @@ class Config(Section):
         return self.global_batch(world_size) // (self.train.micro_batch * world_size)
 
     def save(self, path: Path) -> None:
-        """Write the resolved config as YAML that `load` reads back; whole, or not at all."""
+        """Write the resolved config as YAML that `load` reads back; whole, or not at all, after a
+        power cut too."""
         new = path.with_name(f"{path.name}.tmp")
-        new.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        with new.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(self.model_dump(mode="json"), file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
         new.replace(path)
 
 

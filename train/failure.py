@@ -18,7 +18,10 @@ from train.safety.parent import end_with_torchrun
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 """Those that ask a training to stop."""
 
 STOP_FILE = "TRAIN_STOP_FILE"

@@ -1,7 +1,9 @@
 """How this process was started: torchrun's variables are all there, or none of them."""
 
 import os
+import socket
 
+from train.checkpoint.progress import waiting
 from train.config import ConfigError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,6 +45,22 @@ def check() -> None:
             f"RANK={rank} is none of the WORLD_SIZE={ranks} ranks, which count from 0; start with "
             "torchrun, which sets both"
         )
+    _check_address(environment["MASTER_ADDR"])
+
+
+def _check_address(host: str) -> None:
+    """Raise ConfigError where the ranks are to meet on a host that this machine does not know:
+    PyTorch would look for it until its time-out."""
+    try:
+        with waiting(f"MASTER_ADDR={host} is looked up"):
+            socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no host is called so"
+        raise ConfigError(
+            f"MASTER_ADDR={host} cannot be found from {socket.gethostname()} ({reason}); give the "
+            "name or address by which all nodes know the machine of rank 0 (torchrun "
+            "--rdzv-endpoint HOST:PORT, or --master-addr HOST)"
+        ) from None
 
 
 def _check_numbers() -> None:

@@ -65,6 +65,8 @@ class Training:
     """What the model says of its steps, until it is logged."""
     guard: LossGuard = field(init=False)
     """Notes losses and gradients that are not finite."""
+    valid_bytes: int | None = None
+    """Of text, in this rank's share of the validation sequences; counted once."""
 
     def __post_init__(self) -> None:
         accumulation = self.config.accumulation(self.ranks.world_size)
@@ -255,12 +257,13 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
     MoEAuxLossAutoScaler.set_loss_scale(
         torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
-    taken = Taken(batches, accumulation, ranks.device)
+    room = model.runtime.room
+    taken = Taken(batches, accumulation, ranks.device, keep=room is not None)
     attempt = partial(add_gradients, training, taken)
-    if model.runtime.room is None:
+    if room is None:
         total = attempt()
     else:
-        total = dropless.at_most_twice(attempt, model.runtime.room, metrics, guard, optimizer)
+        total = dropless.at_most_twice(attempt, room, metrics, guard, optimizer)
     with part("optimizer"):
         norm = clip_gradients(list(model.parameters()), config.optim.clip_grad, optimizer)
         guard.note(accumulation, norm)
@@ -280,23 +283,29 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
 
 
 class Taken:
-    """A step's micro-batches on the device: taken off the data when they are first needed, and the
-    same ones to whoever asks again."""
+    """A step's micro-batches on the device: taken off the data when they are first needed, and
+    where they are kept, the same ones to whoever asks again."""
 
-    def __init__(self, batches: Iterator[Batch], count: int, device: torch.device) -> None:
+    def __init__(
+        self, batches: Iterator[Batch], count: int, device: torch.device, keep: bool
+    ) -> None:
         self.seconds = 0.0
         """Waited for data."""
-        self._batches, self._count, self._device = batches, count, device
+        self._batches, self._count, self._device, self._keep = batches, count, device, keep
         self._taken: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self._count):
-            if number == len(self._taken):
-                begin = time.perf_counter()
-                batch = next(self._batches)
-                self.seconds += time.perf_counter() - begin
-                self._taken.append(batch.to(self._device))
-            yield self._taken[number]
+            if number < len(self._taken):
+                yield self._taken[number]
+                continue
+            begin = time.perf_counter()
+            batch = next(self._batches)
+            self.seconds += time.perf_counter() - begin
+            batch = batch.to(self._device)
+            if self._keep:
+                self._taken.append(batch)
+            yield batch
 
 
 def add_gradients(training: Training, batches: Iterable[Batch]) -> torch.Tensor:
@@ -330,14 +339,20 @@ def validate(training: Training, corpus: Corpus) -> dict[str, float]:
     """Over the validation batches, the same sequences every time: the mean loss of a token, and
     bits per byte of text, which tokenizers can be compared by."""
     model, ranks = training.model, training.ranks
+    if training.valid_bytes is None:
+        training.valid_bytes = sum(
+            corpus.tokenizer.count_bytes(row)
+            for batch in corpus.valid_batches(ranks.rank, ranks.world_size)
+            for row in batch.labels.numpy()
+        )
     model.eval()
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, tokens, bytes
+    total[2] = training.valid_bytes
     with model.runtime.uncounted():  # what is logged is training's
         for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
-            size = sum(corpus.tokenizer.count_bytes(row) for row in batch.labels.numpy())
             found = losses(model, batch.to(ranks.device), training.config)
-            counts = total.new_tensor([found.numel(), size])
-            total += torch.cat([found.sum().double().view(1), counts])
+            total[0] += found.sum()
+            total[1] += found.numel()
     hidden = overflow.note_on(ranks.device)
     total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
     hidden.zero_()

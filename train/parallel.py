@@ -14,6 +14,11 @@ shard and FSDP stays out of the way: it would copy and cast every weight and gra
 
 import datetime
 import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,7 +33,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from models.gpt import GPT
+from train.checkpoint.progress import waiting
 from train.failure import TrainingFailed
+
+ATTEMPT_S = 5.0
+"""How long one attempt to reach rank 0 may take, where a firewall drops it in silence."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +74,67 @@ def meet(timeout_s: int) -> Peers:
         return Peers(dist.HashStore(), 0, 1)
     timeout = datetime.timedelta(seconds=timeout_s)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    where = f"MASTER_ADDR:MASTER_PORT={address}:{port}"
+    theirs = rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    whom = ("torchrun" if rank == 0 else "rank 0") if theirs else "the other ranks"
     try:
-        store = _store_of_a_restart()
-        if store is None:
-            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    except (dist.DistError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with waiting(f"rank {rank} waits for {whom} at {where}", timeout_s):
+            if theirs:
+                _wait_for_answer(address, port, timeout_s)
+            store = _in_time(partial(_common_store, rank, world_size, timeout), timeout_s)
+    except (dist.DistError, ValueError, TimeoutError) as error:
         raise TrainingFailed(
-            f"rank {rank} cannot meet the others at MASTER_ADDR:MASTER_PORT={where}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"rank {rank} cannot meet the others at {where}: {str(error).strip().splitlines()[0]}"
         ) from None
     store.set_timeout(timeout)
     return Peers(store, rank, world_size)
+
+
+def _wait_for_answer(address: str, port: int, timeout_s: float) -> None:
+    """Return when somebody listens there. PyTorch waits too, in twice the time and with stacks of
+    C++ for every attempt. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=min(left, ATTEMPT_S)).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(min(left, 0.2))
+    raise TimeoutError(
+        f"nobody has answered there for {timeout_s:g} s ({reason}); start rank 0 there, or correct "
+        "the address; a firewall must let the port through"
+    )
+
+
+def _in_time(connect: Callable[[], dist.Store], timeout_s: float) -> dist.Store:
+    """What `connect` returns. Raises TimeoutError where it does not: PyTorch waits for ever for one
+    that listens and does not speak."""
+    result: Future[dist.Store] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(connect())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, name="connect", daemon=True).start()
+    try:
+        return result.result(timeout_s + ATTEMPT_S)
+    except TimeoutError as error:
+        raise TimeoutError(
+            str(error)
+            or "one that listens there does not speak as torchrun or a rank would; give "
+            "the job another port (torchrun --rdzv-endpoint HOST:PORT, or --master-port PORT)"
+        ) from None
+
+
+def _common_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    store = _store_of_a_restart()
+    if store is None:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
 
 
 def start(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from models.moe.runtime import why_not
+from train import run_folder
 from train.checkpoint import hf_reader
 from train.checkpoint.files import folder_of, newest
 from train.checkpoint.same_run import check_same_run
@@ -37,13 +38,11 @@ def check(config: Config) -> None:
     if reason:
         raise ConfigError(reason)
     run_dir = config.run_dir
+    run_folder.check(run_dir)
     check_same_run(run_dir, config)
     if config.model.init_from is not None and newest(folder_of(run_dir)) is None:
         hf_reader.source(config)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: {error.strerror}") from None
+    run_folder.make(run_dir)
 
 
 def make_deterministic() -> None:

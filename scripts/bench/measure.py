@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,11 +139,17 @@ def _joules(ranks: Ranks) -> float | None:
     with suppress(Exception):
         import pynvml
 
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(_nvml_handle(ranks.device)) / 1e3
     return None
+
+
+@cache
+def _nvml_handle(device: torch.device) -> Any:
+    """What NVML knows a GPU by; the library is loaded once a process."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 @dataclass(frozen=True)

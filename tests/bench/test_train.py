@@ -425,3 +425,22 @@ def test_one_gpu_trains_ours_and_the_peer(tmp_path):
         assert "error" not in row, done.stderr
         assert row["peak_allocated_gib"]["min"] > 0
         assert 5 < row["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
+
+
+def test_nvml_is_loaded_once_a_process(monkeypatch):
+    calls: list[str] = []
+    fake = SimpleNamespace(
+        nvmlInit=lambda: calls.append("init"),
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: {"GPU-abc": 2500}[handle],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    about = SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    measure._nvml_handle.cache_clear()
+    ranks: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    assert [measure._joules(ranks) for _ in range(3)] == [2.5] * 3
+    assert calls == ["init"]
+    measure._nvml_handle.cache_clear()
+    on_a_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert measure._joules(on_a_cpu) is None

@@ -72,6 +72,17 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def empty(path: Path) -> None:
+    """As a power cut leaves a file that was not synced."""
+    path.write_bytes(b"")
+
+
+OF_A_CHECKPOINT = (
+    *(".metadata", "__0_0.distcp", "__1_0.distcp", "rank_00000.pt", "rank_00001.pt"),
+    *("config.yaml", "training.json", "checksums.sha256"),
+)
+
+
 def alter(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -97,7 +108,7 @@ def drop_line(name: str) -> Callable[[Path], None]:
         (Path.unlink, "__1_0.distcp", "__1_0.distcp is missing"),
         (Path.unlink, "checksums.sha256", "checksums.sha256 cannot be read"),
         (truncate, "checksums.sha256", None),  # the last line's end alone
-        (lambda path: path.write_text(""), "checksums.sha256", ".metadata is not in"),
+        *((empty, name, f"{name} is empty") for name in OF_A_CHECKPOINT),
         (lambda path: path.write_text(path.read_text()[:-30]), "checksums.sha256", "is not a list"),
         (drop_line("rank_00001.pt"), "checksums.sha256", "rank_00001.pt is not in"),
         (drop_line("__0_0.distcp"), "checksums.sha256", "__0_0.distcp is not in"),
@@ -221,6 +232,7 @@ def test_the_usual_tool_reads_the_checksums(saved):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, saved):
     run_dir = shutil.copytree(saved, tmp_path / "a")
     alter(folder_of(run_dir, 4) / "__1_0.distcp")
+    folder_of(run_dir, 4).with_name("step_00000004.damaged").symlink_to(tmp_path / "long gone")
     keys = argv(tmp_path, "a", "train.steps=6", "checkpoint.every=2")
     with Training(2, keys, tmp_path / "log") as training:
         assert training.exit_codes() == [0, 0]
@@ -235,6 +247,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, sav
     assert {step: got[step] for step in want} != want, "the schedule is another"
     assert got[2] == want[2]
     assert sorted(got) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in OF_A_CHECKPOINT), OF_A_CHECKPOINT])
+def test_a_checkpoint_after_a_power_cut(tmp_path, saved, names):
+    """Whichever files are empty, it is told which, and the one before it is taken."""
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    for name in names:
+        empty(folder_of(run_dir, 4) / name)
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\xff\xfe")
+    with Training(2, argv(tmp_path, "a", "train.steps=3"), tmp_path / "log") as training:
+        assert training.exit_codes() == [0, 0]
+    log = training.log.read_text()
+    said = f"damaged checkpoint {folder_of(run_dir, 4)}: {names[-1]} is empty; it is renamed"
+    assert log.count(said) == 1
+    assert "start     step 2 of 3" in log
+    assert "Traceback" not in log
+    assert sorted(repeated(run_dir)) == [1, 2, 3]
+
+
+def test_a_file_that_its_checksum_fits_and_nobody_can_read(tmp_path, saved):
+    run_dir = shutil.copytree(saved, tmp_path / "a")
+    folder = folder_of(run_dir, 4)
+    alter(folder / "rank_00001.pt")
+    truncate(folder / "rank_00001.pt")
+    sums = checksums.read(folder)
+    checksums.write(folder, sums | {"rank_00001.pt": checksums.hash_file(folder / "rank_00001.pt")})
+    with Training(2, argv(tmp_path, "a", "train.steps=6"), tmp_path / "log") as training:
+        assert training.exit_codes() == [1, 1]
+    log = training.log.read_text()
+    assert f"error: {folder} cannot be loaded: " in log
+    assert "Traceback" not in log
 
 
 def test_a_damaged_last_checkpoint_of_a_finished_run_is_made_again(tmp_path, saved):

@@ -2,9 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,64 @@ def test_what_is_to_be_unpacked_first_says_so(tmp_path, name, content, words):
     line = error_of(tmp_path / name)
     assert words in line
     assert str(tmp_path / name) in line
+
+
+def tar_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        about = tarfile.TarInfo(name)
+        about.size = len(LINES.encode())
+        archive.addfile(about, io.BytesIO(LINES.encode()))
+    return file.getvalue()
+
+
+def zip_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, LINES)
+    return file.getvalue()
+
+
+TWICE = "is compressed twice; decompress it once"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        *((name, tar_of("a.jsonl"), "is a tar archive") for name in ("a.tar", "a.txt", "a.jsonl")),
+        *(
+            (name, gzip.compress(tar_of("a.jsonl")), "is compressed and holds a tar archive")
+            for name in ("a.tar.gz", "a.tgz", "a.jsonl.gz", "a.txt.gz", "a.jsonl.tar.gz")
+        ),
+        ("a.tar.xz", lzma.compress(tar_of("a.jsonl")), "is compressed and holds a tar archive"),
+        *((name, zip_of("a.jsonl"), "is a zip archive") for name in ("a.zip", "a.jsonl", "a.txt")),
+        ("a.jsonl.gz", gzip.compress(zip_of("a.jsonl")), "is compressed and holds a zip archive"),
+        ("a.zip", b"PK\5\6" + bytes(18), "is an empty zip archive"),
+        *(
+            (f"a.{kind}.gz", gzip.compress(again(LINES.encode())), TWICE)
+            for kind in ("jsonl", "txt", "parquet")
+            for again in (gzip.compress, bz2.compress, lzma.compress)
+        ),
+        ("a.jsonl.bz2", bz2.compress(gzip.compress(LINES.encode())), TWICE),
+    ],
+)
+def test_archives_and_what_was_compressed_twice(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    line = error_of(path)
+    assert f"{path} {says}" in line
+    assert "unpack it first" in line or "gunzip" in line
+
+
+def test_a_folder_of_archives(tmp_path):
+    for name in ("00000.tar", "00001.TAR.GZ"):
+        (tmp_path / name).write_bytes(tar_of("a.jsonl"))
+    (tmp_path / "README").write_text("about it")
+    line = error_of(tmp_path)
+    assert f"data.path={tmp_path}: 0000" in line
+    assert "is an archive, which is not supported, and nothing in this folder is read" in line
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert "00000.tar" in start(configure(f"data.path={tmp_path}")).describe()
 
 
 def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):

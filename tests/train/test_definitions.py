@@ -1,5 +1,7 @@
 """What is trained on and what is logged, against its definition."""
 
+import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,61 @@ def test_validation_is_no_training(tmp_path):
 
     rows = run(tmp_path, "a", plant, "train.steps=3", "train.valid_every=2")
     assert ["loss/valid" in row for row in rows] == [False, True, True]
+
+
+def test_bytes_of_validation_are_counted_once(tmp_path):
+    """They are those of the same sequences every time."""
+
+    def plant(rank: int) -> None:
+        from train import loop
+        from train.data.tokenizer import ByteTokenizer
+
+        count, validate = ByteTokenizer.count_bytes, loop.validate
+        counted: list[int] = []
+        calls: list[int] = []
+
+        def counting(self, ids):
+            counted.append(count(self, ids))
+            return counted[-1]
+
+        def validated(training, corpus):
+            row = validate(training, corpus)
+            calls.append(len(counted))
+            assert calls[0] > 0
+            assert calls[-1] == calls[0], "counted again"
+            assert row["loss/valid_bpb"] >= row["loss/valid"] / math.log(2)
+            assert training.valid_bytes == sum(counted)
+            return row
+
+        ByteTokenizer.count_bytes = counting  # type: ignore[method-assign]
+        loop.validate = validated
+
+    rows = run(tmp_path, "a", plant, "train.steps=3", "train.valid_every=1")
+    assert all("loss/valid_bpb" in row for row in rows)
+
+
+@pytest.mark.parametrize(("capacity", "most"), [("null", 1), ("auto", 4)])
+def test_micro_batches_are_kept_only_where_a_step_may_be_done_again(tmp_path, capacity, most):
+    def plant(rank: int) -> None:
+        from train import loop
+
+        add_gradients, seen = loop.add_gradients, []
+
+        def watched(training, batches):
+            def noted():
+                for batch in batches:
+                    seen.append(weakref.ref(batch))
+                    yield batch
+                    del batch
+                    with (tmp_path / f"alive on {rank}").open("a") as file:
+                        file.write(f"{sum(ref() is not None for ref in seen)}\n")
+
+            return add_gradients(training, noted())
+
+        loop.add_gradients = watched
+
+    keys = ("train.steps=2", "train.micro_batch=1", f"moe.capacity={capacity}")
+    run(tmp_path, "a", plant, *keys)
+    for rank in range(2):
+        alive = [int(line) for line in (tmp_path / f"alive on {rank}").read_text().split()]
+        assert max(alive) == most

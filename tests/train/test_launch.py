@@ -1,19 +1,25 @@
 """What a launcher has set, or has not, is one line before anything starts."""
 
+import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import pytest
 
 from tests.support.ranks import Training
 from tests.support.tiny import TINY, argv, checkpoints
-from train import launch, loop, preflight
+from train import failure, launch, loop, parallel, preflight
+from train.__main__ import main
+from train.checkpoint import progress
 from train.config import ConfigError, load
 
 VARIABLES = {*launch.TORCHRUN, *launch.NUMBERS, *launch.OTHERS}
-GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+GOOD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,20 +73,87 @@ def test_srun_without_torchrun_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_meeting_point_that_is_nowhere(tmp_path):
-    def plant(rank: int) -> None:
-        import os
+@pytest.mark.parametrize("host", ["nowhere.invalid", "node..1", "n" * 64, "two words"])
+def test_a_meeting_point_that_is_nowhere(tmp_path, monkeypatch, capsys, host):
+    """At once, also where a launcher has a store of its own."""
+    for variable, value in (GOOD | {"MASTER_ADDR": host}).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(failure, "PATIENCE_S", 0.1)
+    assert main(argv(tmp_path, "a", "train.steps=1")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: MASTER_ADDR={host} cannot be found from ")
+    assert "by which all nodes know the machine of rank 0" in said
+    assert said.count("\n") == 1
 
-        os.environ |= {"MASTER_ADDR": "nowhere.invalid", "WORLD_SIZE": "2", "RANK": "1"}
+
+@pytest.fixture
+def silent_port():
+    """Of an address where nobody listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "waits_for", "says"),
+    [
+        ({"RANK": "1"}, "rank 1 waits for rank 0", "nobody has answered there for 3 s (Connection"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "rank 0 waits for torchrun", "nobody has ans"),
+        ({}, "rank 0 waits for the other ranks", "1/2 clients joined"),
+    ],
+)
+def test_a_meeting_point_where_nobody_comes(tmp_path, silent_port, environment, waits_for, says):
+    def plant(rank: int) -> None:
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+        port = silent_port if environment else 0
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)} | environment
+        progress.AFTER_S = 1.0
         loop.MARGIN_S = 0  # beside timeout_s
 
-    keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=1")
+    keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=3")
+    begin = time.monotonic()
     with Training(1, keys, tmp_path / "log", plant) as training:
         assert training.exit_codes(120) == [1]
-    log = training.log.read_text()
-    assert "error: rank 1 cannot meet the others at MASTER_ADDR:MASTER_PORT=nowhere.invalid:" in log
-    assert "Traceback" not in log
+    assert time.monotonic() - begin < 15
+    waiting, error = training.log.read_text().splitlines()
+    assert re.fullmatch(
+        waits_for + r" at MASTER_ADDR:MASTER_PORT=127\.0\.0\.1:\d+: 1 s so far of at most 3 s",
+        waiting,
+    )
+    rank = environment.get("RANK", "0")
+    where = "MASTER_ADDR:MASTER_PORT=127.0.0.1:"
+    assert error.startswith(f"error: rank {rank} cannot meet the others at {where}")
+    assert says in error
+
+
+def test_a_meeting_point_where_somebody_else_listens(tmp_path):
+    """PyTorch, which waits for an answer for ever, is not waited for."""
+
+    def plant(rank: int) -> None:
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        loop.MARGIN_S = 0  # beside timeout_s
+        parallel.ATTEMPT_S = 1
+
+    keys = argv(tmp_path, "a", "train.steps=1", "parallel.timeout_s=1")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        with Training(1, keys, tmp_path / "log", plant) as training:
+            assert training.exit_codes(30) == [1]
+    (error,) = training.log.read_text().splitlines()
+    assert "one that listens there does not speak as torchrun or a rank would" in error
+
+
+def test_a_rank_that_starts_later_is_named(tmp_path):
+    def plant(rank: int) -> None:
+        progress.AFTER_S = 0.5
+        if rank == 1:
+            time.sleep(4)
+
+    keys = argv(tmp_path, "a", "train.steps=1")
+    with Training(2, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes() == [0, 0]
+    said = training.log.read_text()
+    assert re.search(r"^rank 0 waits for rank 1 to start: \d s so far$", said, re.M)
 
 
 def test_shared_memory_that_is_too_small(monkeypatch):

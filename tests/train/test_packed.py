@@ -10,9 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from scripts.train_tokenizer import train_bpe
 from tests.train.test_data import configure, one_line, own_cache, write_jsonl  # noqa: F401
+from train.checkpoint import progress
 from train.config import Config, ConfigError
 from train.data import batches as data
 from train.data import packed, sources
@@ -92,18 +94,133 @@ def test_other_data_is_packed_again(tmp_path, what):
     assert first.train["tokens"][:].tolist() != second.train["tokens"][:].tolist()
 
 
-def test_a_damaged_cache_is_one_line(tmp_path):
+def cut(path: Path) -> None:
+    """At the end of what was written first: Arrow takes it for a shorter file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter(path: Path) -> None:
+    """Tokens are tokens still."""
+    found = bytearray(path.read_bytes())
+    found[len(found) // 2] ^= 1
+    path.write_bytes(found)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [cut, alter, empty, Path.unlink])
+@pytest.mark.parametrize("name", ["train.arrow", "valid.arrow", "facts.json", "checksums.sha256"])
+def test_a_damaged_cache_is_named_and_packed_again(tmp_path, caplog, harm, name):
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+
+    def load():
+        corpus = data.load(config)  # which is mapped: nobody may hold it while files change
+        sides = (corpus.train, corpus.valid)
+        return [side["tokens"][:].tolist() for side in sides], corpus.fingerprint()
+
+    want = load()
+    (folder,) = whole()
+    harm(folder / name)
+    got = load()
+    (warning,) = caplog.messages
+    assert f"packed data in {folder} is damaged ({name}" in warning or (
+        # The list itself, altered or cut, does not tell which.
+        name == "checksums.sha256" and f"packed data in {folder} is damaged (" in warning
+    )
+    assert warning.endswith("; it is packed again")
+    assert got == want
+    load()
+    assert len(caplog.messages) == 1
+
+
+def test_of_processes_that_find_damage_one_packs(tmp_path, monkeypatch):
+    config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
+    want = data.load(config).fingerprint()
+    (folder,) = whole()
+    alter(folder / "train.arrow")
+    make = packed._make
+
+    def counted(*args) -> None:
+        with (tmp_path / "made_by").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        make(*args)
+
+    def load(queue) -> None:
+        queue.put(data.load(config).fingerprint())
+
+    monkeypatch.setattr(packed, "_make", counted)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=load, args=(queue,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [queue.get() for _ in processes] == [want] * 4
+    for process in processes:
+        process.join()
+    assert len((tmp_path / "made_by").read_text().split()) == 1
+
+
+def test_a_damaged_cache_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
     data.load(config)
     (folder,) = whole()
-    for name in ("train.arrow", "facts.json"):
-        kept = (folder / name).read_bytes()
-        (folder / name).write_bytes(b"")
-        with pytest.raises(ConfigError, match="is damaged") as error:
-            data.load(config)
-        assert f"{folder}" in one_line(error)
-        assert "remove that folder" in one_line(error)
-        (folder / name).write_bytes(kept)
+    cut(folder / "train.arrow")
+
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(packed.shutil, "rmtree", refused)
+    with pytest.raises(ConfigError, match="is damaged and cannot be removed") as error:
+        data.load(config)
+    assert f"packed data in {folder} " in one_line(error)
+    assert "remove that folder, and it is packed again" in one_line(error)
+
+
+def test_every_byte_of_the_cache_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    fsync, rename, synced, there = os.fsync, Path.rename, {}, {}
+
+    def note(number: int) -> None:
+        fsync(number)
+        path = Path(f"/proc/self/fd/{number}").readlink()
+        synced[path.name] = path.stat().st_size
+
+    def renamed(self: Path, target: Path) -> Path:
+        there.update({path.name: path.stat().st_size for path in self.iterdir()})
+        assert self.name in synced
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", renamed)
+    data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
+    assert set(there) == {"train.arrow", "valid.arrow", "facts.json", "checksums.sha256"}
+    assert {name: synced.get(name) for name in there} == there
+
+
+def test_a_process_that_waits_for_the_one_that_packs_says_so(tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.setattr(progress, "AFTER_S", 0.2)
+    found = sources.local_files(configure(f"data.path={path}"))
+    folder = packed._cache() / packed._key(found, "text", 0.02, ByteTokenizer(), 17)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+
+    def hold() -> None:
+        with FileLock(f"{folder}.lock"):
+            holds.set()
+            time.sleep(1)
+
+    process = context.Process(target=hold)
+    process.start()
+    holds.wait()
+    with packed._only_one(folder):
+        pass
+    process.join()
+    said = f"waiting for another process, which packs the data and holds {folder}.lock: 0 s so far"
+    assert capsys.readouterr().err.splitlines() == [said]
 
 
 def test_a_cache_that_cannot_be_written_names_hf_home(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """How a checkpoint gets on disk: what is copied, by which threads, and what is said meanwhile."""
 
+import json
+import os
 import re
 import time
 from pathlib import Path
@@ -226,3 +228,40 @@ def test_a_hash_is_of_what_was_written(tmp_path):
         stream.close()
     assert (tmp_path / "f").stat().st_size == stream.size
     assert stream.hexdigest() == checksums.hash_file(tmp_path / "f")
+
+
+def test_every_byte_is_on_disk_before_a_checkpoint_gets_its_name(tmp_path):
+    """Or a power cut leaves files of no bytes under it."""
+
+    def plant(rank: int) -> None:
+        fsync, rename = os.fsync, Path.rename
+
+        def note(what: str, path: Path) -> None:
+            with (tmp_path / "noted").open("a") as file:
+                file.write(json.dumps([what, path.name, path.stat().st_size]) + "\n")
+
+        def synced(number: int) -> None:
+            fsync(number)
+            note("synced", Path(f"/proc/self/fd/{number}").readlink())
+
+        def renamed(self: Path, target: Path) -> Path:
+            if self.name.endswith(".unfinished"):
+                for path in self.iterdir():
+                    note("there", path)
+                note("renamed", self)
+            return rename(self, target)
+
+        os.fsync, Path.rename = synced, renamed  # type: ignore[assignment]
+
+    keys = argv(tmp_path, "a", ALONE, "train.steps=2")
+    with Training(1, keys, tmp_path / "log", plant) as training:
+        assert training.exit_codes() == [0]
+    noted = [json.loads(line) for line in (tmp_path / "noted").read_text().splitlines()]
+    (at,) = [n for n, (what, *_) in enumerate(noted) if what == "renamed"]
+    before, after = noted[:at], [name for _, name, _ in noted[at + 1 :]]
+    there = {name: size for what, name, size in before if what == "there"}
+    synced = {name.removesuffix(".tmp"): size for what, name, size in before if what == "synced"}
+    assert set(there) == {"__0_0.distcp", "rank_00000.pt", *checksums.REQUIRED, checksums.NAME}
+    assert {name: synced.get(name) for name in there} == there
+    assert "step_00000002.unfinished" in synced
+    assert "checkpoints" in after

@@ -1,6 +1,7 @@
 """Signals: the step is ended, saved, and the exit code says that the same command goes on."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.support.ranks import Training, read_metrics, run_train
 from tests.support.tiny import argv, checkpoints, repeated, slow_saves
+from train.checkpoint.writer import Writer
 from train.safety.signals import StopRequest
 
 STEPS = "train.steps=400"
@@ -39,7 +41,7 @@ def heard(rank: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "SIGXCPU"])
 def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     keys = argv(tmp_path, "a", STEPS, "data.workers=1")
     with Training(2, keys, tmp_path / "log", heard) as training:
@@ -110,6 +112,32 @@ def test_a_second_signal_exits_at_once(tmp_path):
 
 def slow_save(rank: int) -> None:
     slow_saves(30)
+
+
+def test_a_limit_on_cpu_time(tmp_path):
+    """`ulimit -S -t`: the system says so again after every second of it, and that is no second
+    request."""
+
+    def busy_save(rank: int) -> None:
+        write = Writer.write_data
+
+        def slow(self, plan, planner):
+            end = time.process_time() + 2.5
+            while time.process_time() < end:
+                pass
+            return write(self, plan, planner)
+
+        Writer.write_data = slow  # type: ignore[method-assign]
+
+    keys = argv(tmp_path, "a", STEPS, "parallel.expert_parallel=1")
+    with Training(1, keys, tmp_path / "log", busy_save) as training:
+        training.wait_until(lambda: logged(tmp_path / "a") >= 2)
+        pid = training.processes[0].pid
+        assert pid
+        resource.prlimit(pid, resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY))
+        assert training.exit_codes() == [75]
+    (saved,) = checkpoints(tmp_path / "a")
+    assert f"stopped by SIGXCPU after step {saved} of 400" in training.log.read_text()
 
 
 def test_two_signals_close_together_are_one(tmp_path):

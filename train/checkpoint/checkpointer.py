@@ -96,9 +96,12 @@ class Checkpointer:
         try:
             with progress.said(f"loading {path.name}", size, speaks=self.ranks.is_first):
                 dcp.load({"training": self.state}, checkpoint_id=path, process_group=self.group)
+            about = json.loads((path / checksums.ABOUT).read_text(encoding="utf-8"))
+            own: OfOneRank | None = None
+            if about["world_size"] == self.ranks.world_size:
+                own = torch.load(path / files.rank_file(self.ranks.rank), weights_only=True)
         except FAILURES as error:
             raise TrainingFailed(f"{path} cannot be loaded: {_cause(error)}") from error
-        about = json.loads((path / checksums.ABOUT).read_text())
         self.saved = about["step"]
         if self.fingerprint is not None and not about.get("data") and self.ranks.is_first:
             log.warning(
@@ -106,9 +109,8 @@ class Checkpointer:
                 "told, and documents that are held out now may have been trained on",
                 path,
             )
-        if about["world_size"] != self.ranks.world_size:
+        if own is None:
             return about["step"], None
-        own: OfOneRank = torch.load(path / files.rank_file(self.ranks.rank), weights_only=True)
         rng.restore(own["rng"], self.ranks.device)
         return about["step"], own["metrics"]
 
@@ -247,6 +249,8 @@ def _set_aside(damaged: list[str]) -> None:
         log.warning("damaged checkpoint %s; it is renamed, and the one before it taken", line)
         path = Path(line.partition(": ")[0])
         aside = path.with_name(f"{path.name}.damaged")
+        if aside.is_symlink():
+            aside.unlink()
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 

@@ -20,6 +20,9 @@ METADATA, CONFIG, ABOUT = ".metadata", "config.yaml", "training.json"
 REQUIRED = (METADATA, CONFIG, ABOUT)
 """Every checkpoint has these, beside the files of its ranks."""
 
+EMPTY = hashlib.sha256().hexdigest()
+"""Of a file without a byte, as a power cut leaves one that was not synced."""
+
 _OURS = re.compile(r"\.metadata|config\.yaml|training\.json|__\d+_\d+\.distcp|rank_\d+\.pt")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 MOST_THREADS = 8
@@ -32,7 +35,8 @@ _WORTH_A_THREAD = 1 << 20
 
 
 class HashingStream:
-    """A file that is written from its beginning to its end, and hashed meanwhile."""
+    """A file that is written from its beginning to its end, hashed meanwhile, and on disk when it
+    is closed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -68,7 +72,10 @@ class HashingStream:
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._file.close()
+        if not self._file.closed:
+            self._file.flush()  # DCP syncs what may wait in memory still
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def hexdigest(self) -> str:
         """Of all that was written."""
@@ -87,10 +94,14 @@ def write(folder: Path, sums: Mapping[str, str]) -> None:
 
 def read(folder: Path) -> dict[str, str]:
     """Checksums by file name. Raises ValueError, in a few words, where there are none."""
+    if not folder.exists():
+        raise ValueError("a link to nothing" if folder.is_symlink() else "no such folder")
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise ValueError(f"{NAME} cannot be read") from None
+    if not lines:
+        raise ValueError(f"{NAME} is empty")
     wanted: dict[str, str] = {}
     for line in lines:
         match = _LINE.fullmatch(line)
@@ -127,7 +138,9 @@ def damage(
         return next(filter(None, problems), None)
 
 
-def damage_of(folder: Path, *names: str) -> str | None:
+def damage_of(
+    folder: Path, *names: str, read_bytes: Callable[[int], None] | None = None
+) -> str | None:
     """What is wrong with these files of the folder alone, in a few words, or None."""
     try:
         wanted = read(folder)
@@ -136,7 +149,7 @@ def damage_of(folder: Path, *names: str) -> str | None:
     for name in names:
         if name not in wanted:
             return f"{name} is not in {NAME}"
-        if (problem := _damage_of(folder, name, wanted[name])) is not None:
+        if (problem := _damage_of(folder, name, wanted[name], read_bytes)) is not None:
             return problem
     return None
 
@@ -175,4 +188,6 @@ def _damage_of(
         found = hash_file(folder / name, read_bytes)
     except OSError as error:
         return f"{name}: {error.strerror}"
-    return None if found == want else f"{name} is not what was written"
+    if found == want:
+        return None
+    return f"{name} is {'empty' if found == EMPTY else 'not what was written'}"

@@ -39,10 +39,12 @@ def newest(folder: Path) -> tuple[int, Path] | None:
 
 
 def finished(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or damaged."""
+    """The checkpoints of a run, oldest first, whole or damaged. One that was moved to another disk
+    and is a link to it is one too, also where that disk is not there."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in named if path.is_dir() or (path.is_symlink() and not path.exists())]
     return sorted(found, key=step_of)
 
 
@@ -77,7 +79,8 @@ def size_of(folder: Path) -> int:
 def drop_left_overs(folder: Path) -> None:
     """Delete what saves left that never became whole."""
     for path in folder.glob(f"step_*{_UNFINISHED}"):
-        if _NAME.fullmatch(path.name.removesuffix(_UNFINISHED)) and path.is_dir():
+        is_one = path.is_dir() or path.is_symlink()
+        if _NAME.fullmatch(path.name.removesuffix(_UNFINISHED)) and is_one:
             delete(path)
 
 
@@ -96,9 +99,13 @@ def drop_old(folder: Path, config: CheckpointConfig) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint, whole or half. What somebody else put into its folder stays there, under
-    a name of its own; but for hidden files, such as a desktop's or a file system's."""
+    """Delete a checkpoint, whole or half; of one that is a link to another place, the link alone.
+    What somebody else put into its folder stays there, under a name of its own; but for hidden
+    files, such as a desktop's or a file system's."""
     try:
+        if path.is_symlink():
+            path.unlink()
+            return
         for file in list(path.iterdir()):
             name = file.name
             ours = checksums.is_ours(name) or _TEMPORARY.fullmatch(name) or name.startswith(".")

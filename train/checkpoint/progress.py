@@ -1,14 +1,18 @@
 """Says what is waited for, where that takes long: nobody should wonder at a silent terminal."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 AFTER_S = 3.0
 """What takes less is not worth a line."""
 EVERY_S = 10.0
 """Between two lines."""
+WAITING_EVERY_S = 30.0
+"""Between two lines of one that waits for others: there may be many ranks."""
 GB = 1e9
 
 
@@ -37,15 +41,47 @@ def said(
         yield
         return
     begin = time.monotonic()
+
+    def line(seconds: float) -> str:
+        part = "" if done is None else f"{min(done(), total) / GB:.2f} of "
+        return f"{what}: {part}{total / GB:.2f} GB, {seconds:.0f} s so far"
+
+    with _repeated(line, AFTER_S, EVERY_S, sys.stdout):
+        yield
+    seconds = time.monotonic() - begin
+    if seconds > AFTER_S:
+        _print(f"{what}: {total / GB:.2f} GB in {seconds:.0f} s", sys.stdout)
+
+
+@contextmanager
+def waiting(what: str, at_most_s: float | None = None, speaks: bool = True) -> Iterator[None]:
+    """While this waits long, lines on stderr: `what`, such as "rank 1 waits for rank 0", for how
+    long already, and the limit if there is one."""
+    if not speaks:
+        yield
+        return
+    limit = "" if at_most_s is None else f" of at most {at_most_s:g} s"
+
+    def line(seconds: float) -> str:
+        return f"{what}: {seconds:.0f} s so far{limit}"
+
+    with _repeated(line, AFTER_S, WAITING_EVERY_S, sys.stderr):
+        yield
+
+
+@contextmanager
+def _repeated(
+    line: Callable[[float], str], after_s: float, every_s: float, file: TextIO
+) -> Iterator[None]:
+    """Prints what `line` makes of the seconds so far, first `after_s`, then `every_s`."""
+    begin = time.monotonic()
     ended = threading.Event()
 
     def speak() -> None:
-        wait = AFTER_S
+        wait = after_s
         while not ended.wait(wait):
-            seconds = time.monotonic() - begin
-            part = "" if done is None else f"{min(done(), total) / GB:.2f} of "
-            _print(f"{what}: {part}{total / GB:.2f} GB, {seconds:.0f} s so far")
-            wait = EVERY_S
+            _print(line(time.monotonic() - begin), file)
+            wait = every_s
 
     thread = threading.Thread(target=speak, name="progress", daemon=True)
     thread.start()
@@ -54,11 +90,8 @@ def said(
     finally:
         ended.set()
         thread.join()
-    seconds = time.monotonic() - begin
-    if seconds > AFTER_S:
-        _print(f"{what}: {total / GB:.2f} GB in {seconds:.0f} s")
 
 
-def _print(line: str) -> None:
+def _print(line: str, file: TextIO) -> None:
     with suppress(OSError, ValueError):  # a terminal that is gone ends no training
-        print(line, flush=True)
+        print(line, file=file, flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from train.config import ConfigError
 from train.data.faults import Unreadable
-from train.data.opening import READ_ERRORS, SUFFIXES, open_file
+from train.data.opening import READ_ERRORS, SUFFIXES, is_archive, open_file
 from train.data.readers import CONVERT
 
 KINDS = {
@@ -196,6 +196,11 @@ def _in_folder(path: str, folder: Path, split: str) -> LocalFiles:
             raise ConfigError(
                 f"data.path={path}: {name} is an unfinished download; finish it, or remove it"
             )
+    if not kinds and (archives := list(filter(is_archive, unread))):
+        raise ConfigError(
+            f"data.path={path}: {archives[0]} is an archive, which is not supported, and nothing "
+            "in this folder is read; unpack it first"
+        )
     if not kinds:
         raise ConfigError(
             f"data.path={path}: no {', '.join(KINDS)} file in this folder; name a file or a glob"

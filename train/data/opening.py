@@ -28,12 +28,19 @@ GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
 NOT_SUPPORTED = {
     b"PK\x03\x04": "a zip archive",
-    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x04\x22\x4d\x18": "data compressed with lz4",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
-    b"\x1f\x9d": "compressed with compress",
+    b"\x1f\x9d": "data compressed with compress",
 }
 """How files begin that are to be unpacked first."""
+
+ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
+"""Suffixes of archives, a tar's with that of a compression behind it or not."""
+
+TAR, TAR_AT = b"ustar", 257
+"""What a tar archive holds at this byte."""
 
 
 READ_ERRORS: tuple[type[Exception], ...] = (
@@ -51,17 +58,46 @@ def open_file(path: str) -> BinaryIO:
         file = xopen(path, "rb")
     else:
         file = open(path, "rb")  # noqa: SIM115  # the caller closes it
-    begin = file.read(len(GIT_LFS))
-    file.seek(0)
-    if begin == GIT_LFS:
+    begin = _begin(file)
+    if begin.startswith(GIT_LFS):
         raise Unreadable(f"{path} is a pointer of Git LFS, not the data; run git lfs pull")
-    for magic, what in NOT_SUPPORTED.items():
-        if begin.startswith(magic):
-            raise Unreadable(f"{path} is {what}, which is not supported; unpack it first")
-    for magic, opener in _OPENERS.items():
-        if begin.startswith(magic):
-            return opener(file)
-    return file
+    _refuse(path, begin, "is")
+    opener = _opener(begin)
+    if opener is None:
+        return file
+    inner = opener(file)
+    begin = _begin(inner)
+    _refuse(path, begin, "is compressed and holds")
+    if _opener(begin) is not None:
+        raise Unreadable(
+            f"{path} is compressed twice; decompress it once, for example with gunzip, bunzip2, "
+            "unxz or unzstd"
+        )
+    return inner
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file's name says that it is an archive of files."""
+    name = name.lower()
+    return name.endswith((*ARCHIVES, *(f".tar{suffix}" for suffix in SUFFIXES)))
+
+
+def _begin(file: BinaryIO) -> bytes:
+    begin = file.read(TAR_AT + len(TAR))
+    file.seek(0)
+    return begin
+
+
+def _refuse(path: str, begin: bytes, verb: str) -> None:
+    what = next((what for magic, what in NOT_SUPPORTED.items() if begin.startswith(magic)), None)
+    if begin[TAR_AT:] == TAR:
+        what = "a tar archive"
+    if what is not None:
+        raise Unreadable(f"{path} {verb} {what}, which is not supported; unpack it first")
+
+
+def _opener(begin: bytes) -> Callable[[Any], Any] | None:
+    return next((opener for magic, opener in _OPENERS.items() if begin.startswith(magic)), None)
 
 
 def _open_zstd(file: BinaryIO) -> Any:

@@ -5,10 +5,13 @@
 
 Of several processes that ask at once, the first packs and the others wait and read what it wrote.
 The cache is found by the files' names, sizes and times, the tokenizer, and what is asked of them.
+Every process compares it with its checksums first, and what is damaged is packed again.
 """
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +26,9 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from train.checkpoint import checksums
+from train.checkpoint.files import size_of, sync_folder
+from train.checkpoint.progress import Count, said, waiting
 from train.config import ConfigError
 from train.data.faults import Unreadable
 from train.data.files import LocalFiles
@@ -30,8 +36,15 @@ from train.data.readers import Document
 from train.data.survey import Survey, documents_of, survey
 from train.data.tokenizer import TOGETHER, Tokenizer
 
-PACKING = 2
+log = logging.getLogger(__name__)
+
+PACKING = 3
 """Raise it when what is packed changes: the cache would go on serving what the old code made."""
+
+ARROW = ("train.arrow", "valid.arrow")
+FACTS = "facts.json"
+CONTENTS = (*ARROW, FACTS)
+"""Files of the cache, beside their checksums."""
 
 SEQUENCES = 1024
 """Sequences that are written at once."""
@@ -69,22 +82,42 @@ def load_packed(
     Raises Unreadable for a broken file, and ConfigError where the cache cannot be written or read.
     """
     folder = _cache() / _key(found, column, valid_fraction, tokenizer, length)
-    if not folder.exists():
+    if not folder.exists() or _damage(folder):
         with _only_one(folder):
-            if not folder.exists():  # another process may have made it while this one waited
+            # Another process may have made it while this one waited.
+            if folder.exists() and (damage := _damage(folder)):
+                log.warning("packed data in %s is damaged (%s); it is packed again", folder, damage)
+                _remove(folder)
+            if not folder.exists():
                 _make(folder, found, column, valid_fraction, tokenizer, length)
     try:
         train, valid = (
-            datasets.Dataset.from_file(str(folder / f"{part}.arrow")).with_format("numpy")
-            for part in ("train", "valid")
+            datasets.Dataset.from_file(str(folder / name)).with_format("numpy") for name in ARROW
         )
-        facts = Facts(**json.loads((folder / "facts.json").read_text()))
+        facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise ConfigError(
-            f"packed data in {folder} is damaged ({' '.join(str(error).split())}); remove that "
-            "folder, and it is packed again"
+            f"packed data in {folder} cannot be read ({' '.join(str(error).split())}); remove "
+            "that folder, and it is packed again"
         ) from None
     return Packed(train, valid, facts)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is not as it was written, in a few words, or None. Reads everything."""
+    count = Count()
+    with said("checking the packed data", size_of(folder), count.get, _speaks()):
+        return checksums.damage_of(folder, *CONTENTS, read_bytes=count.add)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"packed data in {folder} is damaged and cannot be removed ({error.strerror}); remove "
+            "that folder, and it is packed again"
+        ) from None
 
 
 def token_type(tokenizer: Tokenizer) -> str:
@@ -110,13 +143,24 @@ def _key(
     return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
 
 
+def _speaks() -> bool:
+    """One process of a machine speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """One process at a time; what the disk refuses is a ConfigError that names HF_HOME."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        lock = FileLock(f"{folder}.lock")
+        what = f"waiting for another process, which packs the data and holds {lock.lock_file}"
+        with waiting(what, speaks=_speaks()):
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
     except (OSError, NotImplementedError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ConfigError(
@@ -141,12 +185,14 @@ def _make(
     try:
         with ExitStack() as stack:
             train, valid = (
-                stack.enter_context(_Writer(new / f"{part}.arrow", length, token_type(tokenizer)))
-                for part in ("train", "valid")
+                stack.enter_context(_Writer(new / name, length, token_type(tokenizer)))
+                for name in ARROW
             )
             _write(train, valid, documents_of(found, column), about, tokenizer)
         facts = Facts(len(about.is_valid), int(about.is_valid.sum()), about.replaced, about.digest)
-        (new / "facts.json").write_text(json.dumps(asdict(facts)))
+        checksums.write_durably(new / FACTS, json.dumps(asdict(facts)))
+        checksums.write(new, {name: checksums.hash_file(new / name) for name in CONTENTS})
+        sync_folder(new)
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -203,7 +249,7 @@ class _Writer:
         self.size = 0
         kind = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), length)
         self.schema = pa.schema([("tokens", kind)])
-        self.file = pa.OSFile(str(path), "wb")
+        self.file = path.open("wb")
         self.stream = pa.ipc.new_stream(self.file, self.schema)
 
     def __enter__(self) -> "_Writer":
@@ -213,6 +259,8 @@ class _Writer:
         if error[0] is None:
             self._flush()
             self.stream.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self.file.close()
 
     def add(self, ids: np.ndarray) -> None:

@@ -70,7 +70,7 @@ class MetricsFile:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`, so that a crash in between leaves the old file or the new."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["progress/step"] <= step:
                 kept.append(line + "\n")

@@ -5,8 +5,9 @@
             ...                      # a step
             if stop.agreed(): ...    # save and leave
 
-SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2 and Ctrl-C ask so, on any rank. A second
-signal exits at once. The file that TRAIN_STOP_FILE names asks too; see train/failure.py.
+SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2, SIGXCPU (a limit on CPU time) and Ctrl-C
+ask so, on any rank. A second signal exits at once. The file that TRAIN_STOP_FILE names asks too;
+see train/failure.py.
 """
 
 import logging
@@ -93,6 +94,8 @@ class StopRequest:
             name = signal.Signals(received[0]).name
             if first is None:
                 first, self._asked = time.monotonic(), received[0]
+            elif received[0] == signal.SIGXCPU:
+                pass  # the system repeats it every second
             elif time.monotonic() - first > ONE_REQUEST_S:
                 output.last_words(f"a second signal, {name}: leaving at once")
                 os._exit(128 + received[0])
