@@ -23,6 +23,7 @@ LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")
 """Files that take minutes, begun first: the first computes while the others wait."""
 
 SLOW = (
+    "test_evaluate.py",
     "test_export.py",
     "test_export_hf.py",
     "test_start.py",

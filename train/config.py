@@ -291,6 +291,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+def with_keys(config: Config, overrides: list[str]) -> Config:
+    """The config with `section.key=value` overrides. Raises ConfigError, as `load` does."""
+    tree = config.model_dump(mode="json")
+    try:
+        for override in overrides:
+            config_file.override(tree, override, Config)
+        return Config.model_validate(config_file.typed(tree, Config))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def check_world(config: Config, world_size: int) -> None:
     """Check what depends on the number of ranks. Raises ConfigError."""
     ep = config.parallel.expert_parallel
