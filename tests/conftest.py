@@ -30,6 +30,7 @@ SLOW = (
     "test_sync.py",
     "compare/test_page.py",
     "models/test_interfaces.py",
+    "train/test_artifacts.py",
     "train/test_checkpoint.py",
     "train/test_dropless.py",
     "train/test_faults.py",

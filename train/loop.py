@@ -200,6 +200,8 @@ def train_steps(
         if saving:
             with meter.pause():
                 checkpointer.save(number, metrics.state())
+            if recorder:
+                recorder.look_for_checkpoints()  # the one before this is whole
         if stopping and not due.is_last:
             checkpointer.finish(number, metrics.state())
             safety.stop.answer()

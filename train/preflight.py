@@ -12,6 +12,7 @@ from train.checkpoint.files import folder_of, newest
 from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError
 from train.data.batches import PREFETCH
+from train.metrics import tensorboard
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where data workers leave their batches; a container has 64 MB of it unless asked for more."""
@@ -28,6 +29,8 @@ def check(config: Config) -> None:
     check_shared_memory(config)
     if config.train.deterministic:
         make_deterministic()
+    if config.tracking.backend == "tensorboard" and (reason := tensorboard.why_not()) is not None:
+        raise ConfigError(f"tracking.backend=tensorboard: {reason}, or set tracking.backend=wandb")
     if device == "cuda" and resolve_dtype(config, device) is not torch.bfloat16:
         raise ConfigError(
             f"train.dtype={config.train.dtype} cannot run on a GPU: the experts' GEMMs there take "
