@@ -36,7 +36,8 @@ def count(text: str) -> int:
 
 def errors() -> str:
     """How far plans were from measured steps, in one line."""
-    rows = json.loads(FIT.read_text(encoding="utf-8"))["rows"]
+    fit = json.loads(FIT.read_text(encoding="utf-8"))
+    rows = fit["rows"]
     worst = {
         unit: max(
             (abs(r[f"error_{unit}"]) for r in rows if r.get(f"role_{unit}") == "checked"), default=0
@@ -44,8 +45,8 @@ def errors() -> str:
         for unit in ("gib", "ms")
     }
     return (
-        f"on measured steps that nothing was fitted on, on 1 and 2 GPUs, memory was off by "
-        f"{worst['gib']:.1%} at most and time by {worst['ms']:.1%}; what is planned over a network "
+        f"on measured steps that nothing was fitted on ({fit['machine']}), memory was off by "
+        f"{worst['gib']:.1%} at most and time by {worst['ms']:.1%}; what goes over a network "
         "was not measured"
     )
 

@@ -66,9 +66,10 @@ def result(results: Path = RESULTS) -> dict[str, Any]:
     rows, rates = measured(results), measured_rates(results)
     overhead = fit_overhead(rows)
     found = fit_time(rows, rates)
+    gpus = sorted({row.shape.ranks for row in rows})
     names = sorted({row.machine.name for row in rows})
     return {
-        "machine": f"1 and 2 x {' and '.join(names)}",
+        "machine": f"{' and '.join(map(str, gpus))} x {' and '.join(names)}",
         "commit": commit(),
         "bounds": {"memory": MEMORY_BOUND, "time": TIME_BOUND},
         "memory": {"overhead_gib": overhead},

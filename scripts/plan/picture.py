@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -26,6 +27,14 @@ def draw(
 
     Raises OSError where it cannot be written.
     """
+    # The same plan gives the same file, and its text stays text.
+    with mpl.rc_context({"svg.hashsalt": "plan", "svg.fonttype": "none"}):
+        _draw(path, title, machine, found, chosen)
+
+
+def _draw(
+    path: Path, title: str, machine: Machine, found: Mapping[int, Sequence[Plan]], chosen: str
+) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     mine = {count: next(p for p in plans if p.path == chosen) for count, plans in found.items()}
