@@ -13,7 +13,7 @@ from scripts.plan.__main__ import main
 from scripts.plan.machines import MACHINES
 from scripts.plan.plan import Plan, plans, scaled, sizes
 from scripts.plan.rates import RESULTS, measured
-from scripts.plan.time import Fit, bounds, fitted, parts_ms
+from scripts.plan.time import Fit, bounds, fitted, parts_ms, waited
 from scripts.plan.traffic import traffic
 from train.config import load
 from train.metrics import flops
@@ -109,6 +109,19 @@ def test_the_network_is_waited_for_when_it_is_slow():
     assert waited > 20 * times(one)["gather and reduce, waited for"]
     assert next(iter(bounds(times(one, slow)))) == "network"
     assert sum(bounds(times(one)).values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_what_nothing_runs_beside_is_waited_for(reshard):
+    """Every byte of a step's gathering and reducing, at the speed of its link."""
+    keys = ["train.global_batch=48", f"parallel.reshard_after_forward={reshard}"]
+    for ranks, of_all, of_replicas in ((4, 450, 450), (12, 8 * 50, 2 * 50)):
+        one = shape(*keys, ranks=ranks, node=4 if ranks == 4 else 8)
+        gathered, reduced = work.gathered_bytes(one), work.reduced_bytes(one)
+        total = {who: one.micro_batches * gathered[who] + reduced[who] for who in gathered}
+        seconds = total["all"] / (of_all * 0.75e9) + total["replicas"] / (of_replicas * 0.75e9)
+        assert waited(one, H200, 0.0) == pytest.approx(seconds)
+        assert waited(one, H200, 1e3) == 0
 
 
 def test_waiting_for_counts():
