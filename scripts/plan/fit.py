@@ -21,7 +21,7 @@ from scripts.bench.results import write_json
 from scripts.plan.rates import RESULTS, Rates
 from scripts.plan.rates import measured as measured_rates
 from scripts.plan.rows import Measured, measured
-from scripts.plan.time import Fit, parts_ms
+from scripts.plan.time import Fit, layer_ms, parts_ms
 from train.metrics.environment import commit
 from train.planning.memory import FIT, GIB, peak
 
@@ -41,7 +41,11 @@ def fit_overhead(rows: Sequence[Measured]) -> float:
 
 def fit_time(rows: Sequence[Measured], rates: Rates) -> Fit:
     """Passes from rows of `bf16`, by least squares; then the share from rows of the stock GEMMs."""
-    fitted = [(row, row.step_ms) for row in rows if row.fits_time and row.step_ms is not None]
+    fitted = [
+        (row, row.step_ms)
+        for row in rows
+        if row.fits_time and row.step_ms is not None and not row.is_layer
+    ]
     points = []
     for row, ms in fitted:
         if row.shape.linear == "bf16":
@@ -58,6 +62,8 @@ def fit_time(rows: Sequence[Measured], rates: Rates) -> Fit:
 
 
 def _total(row: Measured, rates: Rates, fit: Fit) -> float:
+    if row.is_layer:
+        return layer_ms(row.shape, row.machine, rates, fit)
     return sum(parts_ms(row.shape, row.machine, rates, fit).values())
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from models.config import PATH_NAMES
 from scripts.bench.results import Row, rows_to_show
 from scripts.plan.machines import MACHINES, Machine
+from scripts.plan.rates import WAITED
 from train.config import Config
 from train.planning.shapes import Shape, shape_of
 
@@ -19,6 +20,9 @@ FITTED_TIME = (("bf16", ("prepare",), 4), ("bf16", ("prepare",), 8), ("fp8_compa
 FITTED_FILE = "train_qwen3_30b_a3b_8l.json"
 """Rows of this file by path, flags and micro-batch, balanced and on two GPUs: what is fitted is
 fitted on them. All others are checked."""
+
+ONE_GPU = "train_qwen3_30b_a3b_8l_1gpu.json"
+"""Whose config files without one of their own are of, but for what their rows say."""
 
 KNOWN_FLAGS = {"prepare", "recompute", "waits", "environment"}
 """Rows with others, such as other operations, are no plan's."""
@@ -40,6 +44,8 @@ class Measured:
     fits_time: bool
     peak_gib: float | None
     step_ms: float | None
+    is_layer: bool = False
+    """Whether it is of one layer's experts, and no step."""
 
 
 def measured(results: Path) -> list[Measured]:
@@ -48,7 +54,8 @@ def measured(results: Path) -> list[Measured]:
     for path in sorted(results.glob("train_*.json")):
         found += _training(path)
     found += _losses(results / "moe_small.json")
-    found += _pairs(results / "pairs.json", results / "train_qwen3_30b_a3b_8l_1gpu.json")
+    found += _layers(results / "moe_layer.json", results / ONE_GPU)
+    found += _pairs(results / "pairs.json", results / ONE_GPU)
     return found
 
 
@@ -128,6 +135,34 @@ def _losses(path: Path) -> Iterator[Measured]:
             fits_time=False,
             peak_gib=float(row["peak GPU memory GiB"]),
             step_ms=float(row["ms/step"]) if alone else None,
+        )
+
+
+def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
+    """Of moe_layer.json, in time: one layer's experts, with even routing. Those of the stock GEMMs
+    were launched one by one there, which is no plan's."""
+    result, tree = _read(path), _read(config_from)["config"]
+    for row in result["rows"]:
+        if "error" in row or row["gpus"] != 1:
+            continue
+        tree["model"] |= {"num_layers": 1, "hidden_size": row["hidden"]}
+        tree["model"]["seq_len"] = row["tokens_per_gpu"]
+        tree["moe"] |= {"num_experts": row["experts"], "top_k": row["top_k"]}
+        tree["moe"] |= {"ffn_hidden_size": row["ffn"], "capacity": None}
+        one = {"path": row["path"], "micro_batch": 1, "gpus": 1}
+        shape = _shape(tree, one, "balanced", ())
+        if shape is None or shape.linear == "stock":
+            continue
+        yield Measured(
+            name=f"one layer of {row['shape']} `{row['path']}`, 1 GPU",
+            source=path.name,
+            shape=replace(shape, full=True),
+            machine=_machine(result["machine"]),
+            fits_memory=False,
+            fits_time=row["shape"] == WAITED,
+            peak_gib=None,
+            step_ms=row["forward_ms"]["median"] + row["backward_ms"]["median"],
+            is_layer=True,
         )
 
 

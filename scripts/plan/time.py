@@ -68,6 +68,15 @@ def parts_ms(shape: Shape, machine: Machine, rates: Rates, fit: Fit) -> dict[str
     return {name: value * 1e3 for name, value in seconds.items()}
 
 
+def layer_ms(shape: Shape, machine: Machine, rates: Rates, fit: Fit) -> float:
+    """Of the experts of one layer alone, forward and backward, as `scripts.bench.layer` times them:
+    weights, in BF16 there, are prepared for each pass."""
+    parts = parts_ms(shape, machine, rates, fit)
+    names = ("expert GEMMs", "expert weight gradients", "experts' rows", "waiting for counts")
+    prepared = 0 if shape.linear == "bf16" else shape.experts * 2 * work.HALF
+    return sum(parts[name] for name in names) + prepared / rates.moving * 1e3
+
+
 def gemm_rates(shape: Shape, rates: Rates, fit: Fit) -> tuple[float, float]:
     """Of the experts' GEMMs, and of those of their weight gradients."""
     if shape.linear == "bf16":

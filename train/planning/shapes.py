@@ -34,6 +34,9 @@ class Shape:
     """`parallel.reshard_after_forward`."""
     prepare: bool
     """`optim.prepare_weights`."""
+    full: bool = False
+    """Whether every expert gets the same number of rows, without padding or room, as in a benchmark
+    of one layer."""
 
     @property
     def linear(self) -> Literal["bf16", "stock", "direct"]:
@@ -112,6 +115,8 @@ class Shape:
     @property
     def rows(self) -> int:
         """Rows of the experts' buffers, P: padding and room included."""
+        if self.full:
+            return self.even
         step = PATHS[self.moe.path].ROW_ALIGNMENT
         capacity, local = self.moe.capacity, self.local_experts
         if isinstance(capacity, int | float) and not isinstance(capacity, bool):
