@@ -88,19 +88,23 @@ def _row(row: Measured, rates: Rates, overhead: float, fit: Fit) -> dict[str, An
     said: dict[str, Any] = {"planned": row.name, "source": row.source}
     if row.peak_gib is not None:
         planned = peak(row.shape, overhead * GIB).total / GIB
-        said |= _errors("gib", row.peak_gib, planned, row.fits_memory)
+        said |= _errors("gib", row.peak_gib, planned, _role(row, row.fits_memory))
     if row.step_ms is not None:
         ms = _total(row, rates, fit)
-        said |= _errors("ms", row.step_ms, ms, row.fits_time)
+        said |= _errors("ms", row.step_ms, ms, _role(row, row.fits_time))
     return said
 
 
-def _errors(unit: str, found: float, planned: float, fitted: bool) -> dict[str, Any]:
+def _role(row: Measured, is_fitted: bool) -> str:
+    return "fitted" if is_fitted else "assumed" if row.is_assumed else "checked"
+
+
+def _errors(unit: str, found: float, planned: float, role: str) -> dict[str, Any]:
     return {
         f"measured_{unit}": round(found, 3),
         f"planned_{unit}": round(planned, 3),
         f"error_{unit}": round(planned / found - 1, 4),
-        f"role_{unit}": "fitted" if fitted else "checked",
+        f"role_{unit}": role,
     }
 
 
@@ -112,7 +116,7 @@ def beyond(result: dict[str, Any]) -> list[str]:
         f"{row[f'planned_{unit}']} ({row[f'error_{unit}']:+.1%}, bound {bound:.0%})"
         for row in result["rows"]
         for unit, bound in bounds.items()
-        if abs(row.get(f"error_{unit}", 0)) > bound
+        if row.get(f"role_{unit}") == "checked" and abs(row[f"error_{unit}"]) > bound
     ]
 
 

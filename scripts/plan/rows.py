@@ -44,6 +44,8 @@ class Measured:
     fits_time: bool
     peak_gib: float | None
     step_ms: float | None
+    is_assumed: bool = False
+    """Whether how uneven the routing was is assumed: a plan cannot know it, and is not bound there."""
     is_layer: bool = False
     """Whether it is of one layer's experts, and no step."""
 
@@ -61,6 +63,7 @@ def measured(results: Path) -> list[Measured]:
 
 def _training(path: Path) -> Iterator[Measured]:
     result: Any = _read(path)
+    several = len(result.get("sittings", ())) > 1
     for row in rows_to_show(result):
         flags = tuple(row.get("flags", ()))
         known = row["path"] in PATH_NAMES and set(flags) <= KNOWN_FLAGS
@@ -75,7 +78,7 @@ def _training(path: Path) -> Iterator[Measured]:
         is_first = path.name == FITTED_FILE and routing == "balanced" and row["gpus"] == 2
         peak = row.get("peak_allocated_gib")
         yield Measured(
-            name=_name(path, row, routing, flags),
+            name=_name(path, row, routing, flags) + several * f", {row.get('sitting')}",
             source=path.name,
             shape=shape,
             machine=_machine(sitting["machine"]),
@@ -83,6 +86,7 @@ def _training(path: Path) -> Iterator[Measured]:
             fits_time=is_first and which in FITTED_TIME,
             peak_gib=None if peak is None else peak["max"],
             step_ms=row["step_ms"]["median"],
+            is_assumed=routing == "natural" and shape.expert_ranks > 1,
         )
 
 

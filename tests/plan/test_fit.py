@@ -130,6 +130,8 @@ def test_rows_that_are_no_plans_are_left_out(results):
     assert not new.shape.moe.force_balance
     assert not new.fits_time
     assert not new.fits_memory
+    found = {row["planned"]: row for row in fit.result(results)["rows"]}[new.name]
+    assert (found["role_gib"], found["role_ms"]) == ("assumed", "assumed")
 
 
 def test_rates_are_those_of_the_files(results):
