@@ -45,7 +45,7 @@ class Measured:
     peak_gib: float | None
     step_ms: float | None
     is_assumed: bool = False
-    """Whether how uneven the routing was is assumed: a plan cannot know it, and is not bound there."""
+    """Whether how uneven the routing was is assumed, as no plan knows it: no bound is demanded."""
     is_layer: bool = False
     """Whether it is of one layer's experts, and no step."""
 
