@@ -27,7 +27,7 @@ from models.hf import config as hf_config
 from scripts import terminal
 from train.checkpoint import checksums, hf_writer, progress
 from train.checkpoint.files import finished, folder_of, is_of_model, size_of, step_of
-from train.config import Config, ConfigError, load
+from train.config import Config, ConfigError, load, with_keys
 from train.data import hf_tokenizer
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
@@ -74,9 +74,12 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
     """Weights, config and step of a whole checkpoint, whatever number of ranks wrote it.
 
-    Raises ConfigError where it is of a version that this one cannot read.
+    The config says the global batch, which may have followed from the number of ranks. Raises
+    ConfigError where it is of a version that this one cannot read.
     """
     config, about = load(folder / checksums.CONFIG), _about(folder)
+    if batch := about.get("global_batch"):  # not there in older ones
+        config = with_keys(config, [f"train.global_batch={batch}"])
     reader = dcp.FileSystemReader(folder)
     try:
         state = {

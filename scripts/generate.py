@@ -14,14 +14,11 @@ from typing import TypeVar
 
 import torch
 
-from models.config import PATH_NAMES
-from models.gpt import GPT, build_gpt
-from models.moe.runtime import why_not
-from scripts import terminal
-from scripts.export import read
+from models.gpt import GPT
+from scripts import terminal, trained
 from train import parallel
 from train.config import Config, ConfigError
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer
 
 Number = TypeVar("Number", int, float)
 
@@ -34,44 +31,10 @@ def load_model(
     Experts compute by `moe_path`, by default the one the model was trained on. Starts a process
     group of this process alone. Raises ConfigError.
     """
-    weights, config, _, tokenizer = read(path)
-    if tokenizer is None:  # an older file, or one whose tokenizer was gone
-        tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{config.model.vocab_size}; data.tokenizer={config.data.tokenizer} is not what it "
-            "was trained with"
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no GPU here; leave --device out")
-    if moe_path is not None and moe_path not in PATH_NAMES:
-        raise ConfigError(f"--path {moe_path}: no such path; known: {', '.join(PATH_NAMES)}")
-    # Every token is to be served, each by the experts that its router chooses.
-    moe = config.moe.model_copy(
-        update={
-            "path": moe_path or config.moe.path,
-            "capacity": None,
-            "force_balance": False,
-            "dispatch": "all_to_all",
-        }
-    )
-    reason = why_not(config.model, moe, device, 1)
-    if reason:
-        raise ConfigError(reason)
-    ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
-    model = build_gpt(config.model, moe, ranks.device, config.train.seed)
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} does not fit its own config: {reason}") from None
-    missing = {name for name, _ in model.named_parameters()} - weights.keys()
-    if missing:
-        raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
-    if device == "cuda":
-        model.to(torch.bfloat16)
-    return model.eval(), tokenizer, config
+    found = trained.of_file(path)
+    config = found.config
+    tokenizer = found.fitting_tokenizer()
+    return trained.build(found, device, moe_path), tokenizer, config
 
 
 @torch.no_grad()

@@ -23,12 +23,14 @@ LONG = ("train/test_train.py", "test_slurm.py", "train/test_faults.py")
 """Files that take minutes, begun first: the first computes while the others wait."""
 
 SLOW = (
+    "test_evaluate.py",
     "test_export.py",
     "test_export_hf.py",
     "test_start.py",
     "test_sync.py",
     "compare/test_page.py",
     "models/test_interfaces.py",
+    "train/test_artifacts.py",
     "train/test_checkpoint.py",
     "train/test_dropless.py",
     "train/test_faults.py",

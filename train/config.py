@@ -200,14 +200,29 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Weights & Biases."""
+    """Where metrics go beside `metrics.jsonl`, under the same names."""
 
+    backend: Literal["wandb", "tensorboard", "none"] = "wandb"
+    """Weights & Biases; or TensorBoard's event files in the run's folder, for which the package
+    tensorboard has to be installed; or neither, as `wandb` with `mode=disabled`."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """`auto` is online with an API key and offline without one."""
+    """Of W&B: `auto` is online with an API key and offline without one."""
     project: str = "moe-compact-fp8"
     """W&B project."""
+    artifacts: Literal["none", "last", "all"] = "none"
+    """Checkpoints that W&B gets as model artifacts: that of a finished run's last step, or each one
+    once it is whole. The end of the run waits ten minutes for the upload."""
     pictures_every: NonNegativeInt = 100
     """Steps between two heat maps of the expert load, each at the next logged step; 0 for none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrackingConfig":
+        if self.artifacts != "none" and self.backend != "wandb":
+            raise ValueError(
+                f"artifacts={self.artifacts} with backend={self.backend}: only W&B takes "
+                "checkpoints; set artifacts=none or backend=wandb"
+            )
+        return self
 
 
 class Config(Section):
@@ -293,6 +308,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     # A name that nobody gave is a default, before which W&B's own variables come.
     config.run.model_fields_set.intersection_update(given)
     return config
+
+
+def with_keys(config: Config, overrides: list[str]) -> Config:
+    """The config with `section.key=value` overrides. Raises ConfigError, as `load` does."""
+    tree = config.model_dump(mode="json")
+    try:
+        for override in overrides:
+            config_file.override(tree, override, Config)
+        return Config.model_validate(config_file.typed(tree, Config))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_world(config: Config, world_size: int) -> None:

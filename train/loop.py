@@ -27,6 +27,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.files import folder_of, newest
 from train.config import Config
 from train.data.batches import Batch, Corpus
+from train.data.tokenizer import Tokenizer
 from train.failure import NotFinite, Preempted, TrainingFailed
 from train.metrics import flops
 from train.metrics.environment import device_name
@@ -204,6 +205,8 @@ def train_steps(
         if saving:
             with meter.pause():
                 checkpointer.save(number, metrics.state())
+            if recorder:
+                recorder.look_for_checkpoints()  # the one before this is whole
         if stopping and not due.is_last:
             checkpointer.finish(number, metrics.state())
             safety.stop.answer()
@@ -336,8 +339,7 @@ def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(training: Training, corpus: Corpus) -> dict[str, float]:
-    """Over the validation batches, the same sequences every time: the mean loss of a token, and
-    bits per byte of text, which tokenizers can be compared by."""
+    """Over the validation batches, the same sequences every time: `means` of all ranks' sums."""
     model, ranks = training.model, training.ranks
     if training.valid_bytes is None:
         training.valid_bytes = sum(
@@ -346,27 +348,50 @@ def validate(training: Training, corpus: Corpus) -> dict[str, float]:
             for row in batch.labels.numpy()
         )
     model.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, tokens, bytes
+    batches = corpus.valid_batches(ranks.rank, ranks.world_size)
+    total = sum_losses(model, batches, None, training.config, ranks.device)
     total[2] = training.valid_bytes
-    with model.runtime.uncounted():  # what is logged is training's
-        for batch in corpus.valid_batches(ranks.rank, ranks.world_size):
-            found = losses(model, batch.to(ranks.device), training.config)
-            total[0] += found.sum()
-            total[1] += found.numel()
-    hidden = overflow.note_on(ranks.device)
-    total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
-    hidden.zero_()
     dist.all_reduce(total)
     model.train()
     # Nothing else would free gathered weights, since no backward pass follows.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    return means(total)
+
+
+def sum_losses(
+    model: GPT,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer | None,
+    config: Config,
+    device: torch.device,
+) -> torch.Tensor:
+    """Of batches on the host: the sum of the tokens' losses, how many tokens they were, and, with a
+    tokenizer, how many bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid
+    an infinity."""
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    with model.runtime.uncounted():  # what is logged is training's
+        for batch in batches:
+            if tokenizer is not None:
+                total[2] += sum(tokenizer.count_bytes(row) for row in batch.labels.numpy())
+            found = losses(model, batch.to(device), config)
+            total[0] += found.sum()
+            total[1] += found.numel()
+    hidden = overflow.note_on(device)
+    total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
+    hidden.zero_()
+    return total
+
+
+def means(total: torch.Tensor) -> dict[str, float]:
+    """Of what `sum_losses` returned: the mean loss of a token, and bits per byte of text, which
+    tokenizers can be compared by."""
     loss, tokens, text_bytes = total.tolist()
-    means = {"loss/valid": loss / tokens}
+    found = {"loss/valid": loss / tokens}
     if text_bytes:
-        means["loss/valid_bpb"] = loss / text_bytes / math.log(2)
-    return means
+        found["loss/valid_bpb"] = loss / text_bytes / math.log(2)
+    return found
 
 
 def give_up(error: BaseException, recorder: Recorder | None, safety: Safety) -> None:

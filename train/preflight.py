@@ -1,5 +1,6 @@
 """Whether a run can start on this machine: what cannot is one line before anything starts."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +12,12 @@ from train import run_folder
 from train.checkpoint import hf_reader
 from train.checkpoint.files import folder_of, newest
 from train.checkpoint.same_run import check_same_run
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, world_size_from_env
 from train.data.batches import PREFETCH
+from train.metrics import tensorboard
+from train.planning import warning as planning
+
+log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where data workers leave their batches; a container has 64 MB of it unless asked for more."""
@@ -29,6 +34,8 @@ def check(config: Config) -> None:
     check_shared_memory(config)
     if config.train.deterministic:
         make_deterministic()
+    if config.tracking.backend == "tensorboard" and (reason := tensorboard.why_not()) is not None:
+        raise ConfigError(f"tracking.backend=tensorboard: {reason}, or set tracking.backend=wandb")
     if device == "cuda" and resolve_dtype(config, device) is not torch.bfloat16:
         raise ConfigError(
             f"train.dtype={config.train.dtype} cannot run on a GPU: the experts' GEMMs there take "
@@ -42,6 +49,8 @@ def check(config: Config) -> None:
     check_same_run(run_dir, config)
     if config.model.init_from is not None and newest(folder_of(run_dir)) is None:
         hf_reader.source(config)
+    if device == "cuda":
+        warn_of_memory(config)
     run_folder.make(run_dir)
 
 
@@ -102,6 +111,18 @@ def check_gpus() -> None:
             f"{processes} processes were started on this machine, and PyTorch sees {gpus} GPU(s) "
             f"here; start torchrun --nproc-per-node {gpus}"
         )
+
+
+def warn_of_memory(config: Config) -> None:
+    """Say, on the first rank, where the run is not planned to fit into its GPUs."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    gpu = torch.cuda.get_device_properties(0)
+    ranks = world_size_from_env()
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    reason = planning.why_not(config, ranks, node, gpu.total_memory, gpu.name)
+    if reason is not None:
+        log.warning("%s", reason)
 
 
 def resolve_dtype(config: Config, device: str) -> torch.dtype:

@@ -15,6 +15,7 @@ What a table looks like follows from the file, by the script that wrote it:
     moe_layer.json   scripts.bench.layer      a row per shape and path of one MoE layer
     compare.json     scripts.compare          a column per run; what holds on any machine
     step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
+    plan_fit.json    scripts.plan.fit         a row per measured step that a plan was held against
 
 Rows can be chosen by their keys. A key given twice takes either value:
 

@@ -218,7 +218,27 @@ def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return _table(["", *(f"`{name}`" for name in names)], body)
 
 
+# Plans against what was measured: scripts/plan/fit.py
+
+
+def _planned(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    of_one = ["planned", "off by", "role"]
+    head = ["measured step", "peak GiB", *of_one, "ms a step", *of_one]
+    body = []
+    for row in shown:
+        cells = [row["planned"]]
+        for unit, form in (("gib", "{:.2f}"), ("ms", "{:.1f}")):
+            if f"measured_{unit}" not in row:
+                cells += [ABSENT] * 4
+                continue
+            cells += [form.format(row[f"{of}_{unit}"]) for of in ("measured", "planned")]
+            cells += [f"{row[f'error_{unit}']:+.1%}", row[f"role_{unit}"]]
+        body.append(cells)
+    return _table(head, body)
+
+
 KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
+    "planned": _planned,
     "pair": _pairs,
     "stack": _training,
     "kernel": _kernels,
@@ -265,7 +285,7 @@ def _origin(path: Path, result: Result) -> str:
             parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
         parts.append("mean ± 95% interval")
-    elif not {"run", "traced"} & set(result["rows"][0]):
+    elif not {"run", "traced", "planned"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
 

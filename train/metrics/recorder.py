@@ -1,4 +1,4 @@
-"""Where metrics go: the terminal, the run's files and W&B. Rank 0 has one."""
+"""Where metrics go: the terminal, the run's files, and W&B or TensorBoard. Rank 0 has one."""
 
 import json
 import logging
@@ -6,9 +6,11 @@ from pathlib import Path
 
 from train.checkpoint.changed import changed_keys
 from train.config import Config
+from train.metrics.artifacts import Artifacts
 from train.metrics.environment import Environment, describe_environment
 from train.metrics.metrics_file import LoadRow, MetricsFile
 from train.metrics.routing_picture import save_heat_map
+from train.metrics.tensorboard import TensorBoard
 from train.metrics.terminal import Progress, facts
 from train.metrics.tracking import Tracker
 from train.parallel import Ranks
@@ -27,7 +29,12 @@ class Recorder:
         self.routing_file = MetricsFile(run_dir / "routing.jsonl", first_step)
         self.pictures_every = config.tracking.pictures_every
         self.last_picture = first_step
-        self.tracker = Tracker(config, run_dir, environment, resumed=first_step > 0)
+        self.tracker: Tracker | TensorBoard
+        if config.tracking.backend == "tensorboard":
+            self.tracker = TensorBoard(config, run_dir, environment, first_step)
+        else:
+            self.tracker = Tracker(config, run_dir, environment, resumed=first_step > 0)
+        self.artifacts = Artifacts(config, run_dir, self.tracker, first_step)
         self.progress = Progress(config.train.steps, first_step)
         self.last: dict[str, float] = {}
 
@@ -35,9 +42,14 @@ class Recorder:
         row = {"progress/step": step, "progress/tokens": tokens, **metrics}
         self.file.write(row)
         self.tracker.log(row, step)
+        self.artifacts.look()
         self.progress.line(step, row)
         self.last.pop("loss/train", None)  # an older one is not how the run ended
         self.last |= row
+
+    def look_for_checkpoints(self) -> None:
+        """Whether W&B is to get one that has become whole; before the next can take its place."""
+        self.artifacts.look()
 
     def wants_picture(self, step: int) -> bool:
         """Whether a picture of the routing is due at this logged step."""
@@ -45,7 +57,7 @@ class Recorder:
         return bool(every) and step // every > self.last_picture // every
 
     def picture(self, row: LoadRow) -> None:
-        """The expert load of one logged step, as data, as a PNG and in W&B."""
+        """The expert load of one logged step, as data, as a PNG and in W&B or TensorBoard."""
         step = self.last_picture = row["progress/step"]
         self.routing_file.write(row)
         path = self.run_dir / "pictures" / f"expert_load_{step:08d}.png"
@@ -65,6 +77,7 @@ class Recorder:
     def finish(self, summary: dict[str, float]) -> None:
         final = {f"{name}_final": v for name, v in self.last.items() if name.startswith("loss/")}
         self.tracker.summary(summary | final)
+        self.artifacts.finish()
         self.tracker.finish()
         self.file.close()
         self.routing_file.close()

@@ -31,6 +31,9 @@ INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 60
 """W&B's own defaults are 90 s and forever, during which the GPUs of a job would idle."""
 
+ARTIFACT_TIMEOUT_S = 600
+"""In the place of the latter where checkpoints are uploaded, whose GPUs idle for them knowingly."""
+
 
 class Tracker:
     """One W&B run. Only rank 0 makes one.
@@ -54,6 +57,8 @@ class Tracker:
         self._run: Run | None = None
         self._run_dir = run_dir
         self.mode = resolve_mode(config.tracking.mode)
+        if config.tracking.backend == "none":
+            self.mode = "disabled"
         if self.mode == "disabled":
             return
         if self.mode == "online":
@@ -96,6 +101,23 @@ class Tracker:
     def summary(self, values: Mapping[str, float]) -> None:
         """Set figures of the whole run, such as medians."""
         self._try(lambda run: run.summary.update(dict(values)))
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        """Log the files of a folder as a model artifact, a version of the run's one; online it
+        returns when they are uploaded, so call it in a thread of its own. Alone here raises
+        whatever W&B does."""
+        if self._run is None:
+            return
+        import wandb
+
+        run = self._run
+        artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
+        for path in sorted(folder.iterdir()):
+            # As it lies there: a copy of it in W&B's cache would take as much room again.
+            artifact.add_file(str(path), skip_cache=True, policy="immutable")
+        logged = run.log_artifact(artifact, aliases=["latest", f"step_{step}"])
+        if self.mode == "online":
+            logged.wait()
 
     def finish(self, exit_code: int = 0) -> None:
         """Upload what is left and end the run; not 0 marks it failed. A second call does nothing.
@@ -183,7 +205,9 @@ def _start(
             silent=True,
             console="off",  # the terminal is the training's own
             init_timeout=INIT_TIMEOUT_S,
-            finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S
+            if config.tracking.artifacts == "none"
+            else ARTIFACT_TIMEOUT_S,
         ),
     )
     # Losses are compared at equal data, everything else at equal steps.

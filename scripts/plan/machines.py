@@ -1,0 +1,46 @@
+"""GPUs and links that a plan is for: what their makers say, and what is assumed of it."""
+
+from dataclasses import dataclass
+
+from train.planning.memory import GIB
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU of a node, and its links. Bytes a second are of one direction and one GPU."""
+
+    name: str
+    memory: float
+    """Bytes, as CUDA reports them."""
+    bandwidth: float
+    """Of its memory, the maker's."""
+    nvlink: float
+    """To the other GPUs of its node, the maker's."""
+    network: float
+    """To other nodes: one adapter of 400 Gbit/s a GPU, an assumption of the cluster."""
+
+
+MACHINES = {
+    "h100": Machine("NVIDIA H100 SXM", 79.2 * GIB, 3352 * GB, 450 * GB, 50 * GB),
+    "h200": Machine("NVIDIA H200", 139.8 * GIB, 4800 * GB, 450 * GB, 50 * GB),
+}
+
+MEASURED_ON = MACHINES["h200"]
+"""The kernels of docs/results. On another GPU what moves bytes scales with the bandwidth of its
+memory, and GEMMs and attention do not scale, as both have the same tensor cores."""
+
+COLLECTIVE_SHARE = 0.75
+"""Of a link, what NCCL's gather and reduce reach. An assumption."""
+
+ASSUMPTIONS = (
+    "NVLink 450 GB/s and the network 50 GB/s a GPU and direction (the makers', one adapter of 400 "
+    "Gbit/s a GPU), of which NCCL reaches 75%",
+    "dispatch over NVLink at the speed that was traced, over the network at 75% of it",
+    "gathering runs beside the forward pass and reducing beside the backward pass; what is longer "
+    "is waited for",
+    "tensors may take 92% of a GPU's memory: the rest is for CUDA, NCCL, DeepEP and fragmentation",
+    "where the router chooses, the fullest rank of a group gets 1.2 times its share of the rows",
+)
+"""For whoever reads a plan."""

@@ -1,0 +1,210 @@
+"""Measured steps of docs/results, each with the shape that a plan is made for."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.config import PATH_NAMES
+from scripts.bench.results import Row, rows_to_show
+from scripts.plan.machines import MACHINES, Machine
+from scripts.plan.rates import WAITED
+from train.config import Config
+from train.planning.shapes import Shape, shape_of
+
+FITTED_MEMORY = (("bf16", ("prepare",), 4), ("fp8_direct", ("prepare",), 4))
+FITTED_TIME = (("bf16", ("prepare",), 4), ("bf16", ("prepare",), 8), ("fp8_compact", (), 4))
+FITTED_FILE = "train_qwen3_30b_a3b_8l.json"
+"""Rows of this file by path, flags and micro-batch, balanced and on two GPUs: what is fitted is
+fitted on them. All others are checked."""
+
+ONE_GPU = "train_qwen3_30b_a3b_8l_1gpu.json"
+"""Whose config files without one of their own are of, but for what their rows say."""
+
+KNOWN_FLAGS = {"prepare", "recompute", "waits", "environment"}
+"""Rows with others, such as other operations, are no plan's."""
+
+ALONE = ("bf16_again",)
+"""Runs of moe_small.json that had the GPU for themselves: the others' speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured step."""
+
+    name: str
+    source: str
+    shape: Shape
+    machine: Machine
+    fits_memory: bool
+    """Whether the memory is fitted on it, or checked."""
+    fits_time: bool
+    peak_gib: float | None
+    step_ms: float | None
+    is_assumed: bool = False
+    """Whether how uneven the routing was is assumed, as no plan knows it: no bound is demanded."""
+    is_layer: bool = False
+    """Whether it is of one layer's experts, and no step."""
+
+
+def measured(results: Path) -> list[Measured]:
+    """All that can be planned. Raises OSError, KeyError, ValueError for a broken file."""
+    found: list[Measured] = []
+    for path in sorted(results.glob("train_*.json")):
+        found += _training(path)
+    found += _losses(results / "moe_small.json")
+    found += _layers(results / "moe_layer.json", results / ONE_GPU)
+    found += _pairs(results / "pairs.json", results / ONE_GPU)
+    return found
+
+
+def _training(path: Path) -> Iterator[Measured]:
+    result: Any = _read(path)
+    several = len(result.get("sittings", ())) > 1
+    for row in rows_to_show(result):
+        flags = tuple(row.get("flags", ()))
+        known = row["path"] in PATH_NAMES and set(flags) <= KNOWN_FLAGS
+        if row["stack"] != "ours" or "step_ms" not in row or not known or "operations" in row:
+            continue
+        sitting = result.get("sittings", {}).get(row.get("sitting"), result)
+        routing = row.get("routing", "balanced")
+        shape = _shape(result["config"], row, routing, flags)
+        if shape is None:
+            continue
+        which = (row["path"], flags, row["micro_batch"])
+        is_first = path.name == FITTED_FILE and routing == "balanced" and row["gpus"] == 2
+        peak = row.get("peak_allocated_gib")
+        yield Measured(
+            name=_name(path, row, routing, flags) + several * f", {row.get('sitting')}",
+            source=path.name,
+            shape=shape,
+            machine=_machine(sitting["machine"]),
+            fits_memory=is_first and which in FITTED_MEMORY,
+            fits_time=is_first and which in FITTED_TIME,
+            peak_gib=None if peak is None else peak["max"],
+            step_ms=row["step_ms"]["median"],
+            is_assumed=routing == "natural" and shape.expert_ranks > 1,
+        )
+
+
+def _shape(
+    tree: dict[str, Any], row: Row, routing: str, flags: tuple[str, ...], **model: int
+) -> Shape | None:
+    """As `scripts.bench.stacks.config_of` makes the config; None for keys of another version."""
+    tree = json.loads(json.dumps(tree))
+    tree["moe"]["path"] = row["path"]
+    if routing == "natural":
+        tree["moe"] |= {"force_balance": False, "capacity": "default"}
+    if "waits" in flags:
+        tree["moe"]["capacity"] = None
+    tree["moe"]["recompute"] = "recompute" in flags
+    tree["optim"]["prepare_weights"] = "prepare" in flags
+    tree["train"] |= {
+        "micro_batch": row["micro_batch"],
+        "global_batch": row.get("global_batch", row["micro_batch"] * row["gpus"]),
+    }
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError:
+        return None
+    return shape_of(config, row["gpus"])
+
+
+def _name(path: Path, row: Row, routing: str, flags: tuple[str, ...]) -> str:
+    config = path.stem.removeprefix("train_").removesuffix("_1gpu")
+    said = ", ".join([f"{config} `{row['path']}`", *flags])
+    gpus = "1 GPU" if row["gpus"] == 1 else f"{row['gpus']} GPUs"
+    return f"{said}, micro-batch {row['micro_batch']}, {gpus}" + (
+        "" if routing == "balanced" else f", {routing} routing"
+    )
+
+
+def _losses(path: Path) -> Iterator[Measured]:
+    """Of moe_small.json: training runs on one GPU."""
+    result = _read(path)
+    for row in result["rows"]:
+        tree = result["config"]
+        tree["moe"]["path"] = row["path"]
+        shape = shape_of(Config.model_validate(tree), 1)
+        alone = row["run"] in ALONE
+        yield Measured(
+            name=f"moe_small `{row['path']}`" + (", again" if alone else "") + ", 1 GPU",
+            source=path.name,
+            shape=shape,
+            machine=_machine(result["machine"]),
+            fits_memory=False,
+            fits_time=False,
+            peak_gib=float(row["peak GPU memory GiB"]),
+            step_ms=float(row["ms/step"]) if alone else None,
+        )
+
+
+def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
+    """Of moe_layer.json, in time: one layer's experts, with even routing. Those of the stock GEMMs
+    were launched one by one there, which is no plan's."""
+    result, tree = _read(path), _read(config_from)["config"]
+    for row in result["rows"]:
+        if "error" in row or row["gpus"] != 1:
+            continue
+        tree["model"] |= {"num_layers": 1, "hidden_size": row["hidden"]}
+        tree["model"]["seq_len"] = row["tokens_per_gpu"]
+        tree["moe"] |= {"num_experts": row["experts"], "top_k": row["top_k"]}
+        tree["moe"] |= {"ffn_hidden_size": row["ffn"], "capacity": None}
+        one = {"path": row["path"], "micro_batch": 1, "gpus": 1}
+        shape = _shape(tree, one, "balanced", ())
+        if shape is None or shape.linear == "stock":
+            continue
+        yield Measured(
+            name=f"one layer of {row['shape']} `{row['path']}`, 1 GPU",
+            source=path.name,
+            shape=replace(shape, full=True),
+            machine=_machine(result["machine"]),
+            fits_memory=False,
+            fits_time=row["shape"] == WAITED,
+            peak_gib=None,
+            step_ms=row["forward_ms"]["median"] + row["backward_ms"]["median"],
+            is_layer=True,
+        )
+
+
+def _pairs(path: Path, config_from: Path) -> Iterator[Measured]:
+    """Of pairs.json, whose rows say how they differ from the benchmark's config on one GPU."""
+    result, tree = _read(path), _read(config_from)["config"]
+    seen = set()
+    for row in result["rows"]:
+        for i, path_name in enumerate(row["pair"]):
+            if ":" in path_name or (row["hidden"], path_name) in seen:
+                continue
+            seen.add((row["hidden"], path_name))
+            tree["model"] |= {"num_layers": row["layers"], "hidden_size": row["hidden"]}
+            tree["moe"] |= {"num_experts": row["experts"], "top_k": row["top_k"]}
+            tree["moe"]["ffn_hidden_size"] = row["ffn"]
+            gpus = row["gpus"]
+            batch = row["tokens_per_gpu"] // tree["model"]["seq_len"]
+            one = {"path": path_name, "micro_batch": batch, "gpus": gpus}
+            shape = _shape(tree, one, "balanced", ())
+            assert shape is not None
+            name = f"pairs `{path_name}`, hidden {row['hidden']}, {row['layers']} layer(s), 1 GPU"
+            peaks = row.get("peak_allocated_gib")
+            yield Measured(
+                name=name,
+                source=path.name,
+                shape=shape,
+                machine=_machine(result["machine"]),
+                fits_memory=False,
+                fits_time=False,
+                peak_gib=None if peaks is None else peaks[i],
+                step_ms=row["step_ms"][i],
+            )
+
+
+def _machine(said: Any) -> Machine:
+    name = said["device_name"] if isinstance(said, dict) else str(said)
+    return MACHINES["h100" if "H100" in name else "h200"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,168 @@
+"""How much of the model a rank holds, and how many rows its experts get."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from models.config import ModelConfig, MoEConfig
+from models.fp8.linear import DirectLinear, HighPrecisionLinear
+from models.fp8.reference.plan_rows import most_rows
+from models.moe.paths import PATHS
+from models.moe.room import PARTS, SPARE
+from train.config import Config
+
+UNEVEN = 1.2
+"""Assumed where the router chooses: the fullest rank of a group gets so many times its share."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A rank of a run. Parameters are counted, not bytes."""
+
+    model: ModelConfig
+    moe: MoEConfig
+    ranks: int
+    """Of the run."""
+    expert_ranks: int
+    """That share one set of experts."""
+    node: int
+    """GPUs of a node."""
+    micro_batch: int
+    micro_batches: int
+    """Of an optimizer step."""
+    reshard: bool
+    """`parallel.reshard_after_forward`."""
+    prepare: bool
+    """`optim.prepare_weights`."""
+    full: bool = False
+    """Whether every expert gets the same number of rows, without padding or room, as in a benchmark
+    of one layer."""
+
+    @property
+    def linear(self) -> Literal["bf16", "stock", "direct"]:
+        """How the path computes the experts' GEMMs: in BF16; in FP8 as TransformerEngine; or in FP8
+        without quantizing anything twice."""
+        linear = PATHS[self.moe.path].LINEAR
+        if linear is HighPrecisionLinear:
+            return "bf16"
+        return "direct" if linear is DirectLinear else "stock"
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on a rank."""
+        return self.micro_batch * self.model.seq_len
+
+    @property
+    def replicas(self) -> int:
+        """Of each expert."""
+        return self.ranks // self.expert_ranks
+
+    @property
+    def local_experts(self) -> int:
+        return self.moe.num_experts // self.expert_ranks
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads."""
+        return self.model.num_heads * self.model.head_size
+
+    @property
+    def key(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.model.num_kv_heads * self.model.head_size
+
+    @property
+    def dense(self) -> int:
+        """Parameters of a layer that every rank computes with."""
+        model, moe = self.model, self.moe
+        hidden = model.hidden_size
+        attention = hidden * (2 * self.query + 2 * self.key)
+        norms = 2 * hidden + (2 * model.head_size if model.qk_norm else 0)
+        shared = 3 * hidden * (moe.shared_ffn_hidden_size or 0)
+        return attention + norms + shared + hidden * moe.num_experts
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers: embedding, output layer, final norm."""
+        matrices = 1 if self.model.tie_embeddings else 2
+        return self.model.hidden_size * (matrices * self.model.vocab_size + 1)
+
+    @property
+    def experts(self) -> int:
+        """Parameters of a layer's experts that a rank computes with; replicas share storage."""
+        return 3 * self.model.hidden_size * self.moe.ffn_hidden_size * self.local_experts
+
+    @property
+    def stored(self) -> float:
+        """Parameters that a rank stores, and updates."""
+        dense = self.model.num_layers * self.dense + self.root
+        return dense / self.ranks + self.model.num_layers * self.experts / self.replicas
+
+    @property
+    def even(self) -> int:
+        """Copies of tokens that a rank's experts get where routing is even."""
+        return self.tokens * self.moe.top_k
+
+    @property
+    def waits(self) -> bool:
+        """Whether layers wait for the count of their rows, as `models.moe.room.settle` decides on a
+        GPU with one GEMM for all experts."""
+        if self.moe.capacity is None:
+            return True
+        one_node = self.expert_ranks <= min(self.node, 8) and self.moe.dispatch != "all_to_all"
+        return self.moe.capacity == "default" and self.expert_ranks > 1 and not one_node
+
+    @property
+    def rows(self) -> int:
+        """Rows of the experts' buffers, P: padding and room included."""
+        if self.full:
+            return self.even
+        step = PATHS[self.moe.path].ROW_ALIGNMENT
+        capacity, local = self.moe.capacity, self.local_experts
+        if isinstance(capacity, int | float) and not isinstance(capacity, bool):
+            return (math.ceil(self.even * capacity / step) + local) * step
+        uneven = 1.0 if self.moe.force_balance or self.expert_ranks == 1 else UNEVEN
+        needed = math.ceil(self.even * uneven + local * step / 2)  # half a step an expert
+        if self.waits:
+            return needed
+        part = math.ceil(math.ceil(self.even / PARTS) / step) * step
+        wanted = math.ceil((needed + math.ceil(self.even / SPARE)) / part) * part
+        slots = self.tokens * self.expert_ranks * min(self.moe.top_k, local)
+        return min(wanted, most_rows(slots, local, step) // step * step)
+
+    @property
+    def sent_share(self) -> float:
+        """Of tokens, how many have an expert on a given rank of their group."""
+        experts, elsewhere = self.moe.num_experts, self.moe.num_experts - self.local_experts
+        none = 1.0
+        for chosen in range(self.moe.top_k):
+            none *= max(0, elsewhere - chosen) / (experts - chosen)
+        return 1 - none
+
+    @property
+    def received(self) -> int:
+        """Rows that a rank receives, R; where nothing waits, room for all there can be."""
+        if self.expert_ranks == 1:
+            return self.tokens
+        most = self.tokens * self.expert_ranks
+        return math.ceil(most * self.sent_share) if self.waits else most
+
+
+def shape_of(config: Config, ranks: int, node: int = 8, micro_batch: int | None = None) -> Shape:
+    """The rank of a run of `ranks` GPUs, `node` of them in a node.
+
+    With another `micro_batch` than the config's there are as many micro-batches as fill the global
+    batch, and at least one.
+    """
+    size = micro_batch or config.train.micro_batch
+    return Shape(
+        model=config.model,
+        moe=config.moe,
+        ranks=ranks,
+        expert_ranks=config.parallel.expert_parallel,
+        node=min(node, ranks),
+        micro_batch=size,
+        micro_batches=max(1, config.global_batch(ranks) // (size * ranks)),
+        reshard=config.parallel.reshard_after_forward,
+        prepare=config.optim.prepare_weights,
+    )
