@@ -21,6 +21,7 @@ from torch import Tensor
 from models.config import PATH_NAMES, PathName
 from models.fp8 import reference
 from models.fp8.reference.adamw import AdamWStep
+from models.fp8.reference.plan_arrivals import Arrivals
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
 
@@ -50,6 +51,9 @@ class Operations(Protocol):
     ) -> tuple[BlockScaledWeights, BlockScaledWeights]: ...
 
     def dequantize(self, x: BlockScaledTensor, dtype: torch.dtype) -> Tensor: ...
+
+    # plan_arrivals
+    def plan_arrivals(self, expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals: ...
 
     # plan_rows
     def plan_rows(
