@@ -31,6 +31,8 @@ from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, build_linear
 from tests.support import elastic
 from tests.support.ranks import run_ranks
+from train.profiling.moe import timed_runtime
+from train.profiling.timer import Timer
 
 TOP_K, LOCAL, HIDDEN, FFN = 3, 4, 256, 128
 TOKENS = 300
@@ -290,7 +292,14 @@ def layers_compute_the_same(ranks: Ranks, seed: int) -> None:
     v2.close()
 
 
-def layer(ranks: Ranks, dispatcher: Dispatcher, path: Any, settings: Any, seed: int):
+def layer(
+    ranks: Ranks,
+    dispatcher: Dispatcher,
+    path: Any,
+    settings: Any,
+    seed: int,
+    timer: Timer | None = None,
+) -> dict[str, Any]:
     ops = operations.choose(path, ranks.device).operations
     linear = build_linear(PATHS[path], ops, ranks.device)
     runtime = replace(Runtime(PATHS[path], ops, linear, dispatcher), **settings)
@@ -301,6 +310,8 @@ def layer(ranks: Ranks, dispatcher: Dispatcher, path: Any, settings: Any, seed: 
     grad = torch.randn(64, HIDDEN, generator=gen).bfloat16().to(ranks.device)
     leaves = [batch.x, batch.weights, up.bfloat16(), down.bfloat16()]
     leaves = [t.to(ranks.device).requires_grad_() for t in leaves]
+    if timer is not None:
+        runtime = timed_runtime(runtime, timer)
     prepared = prepare_weights(leaves[2], leaves[3], torch.bfloat16, runtime)
     out = ExpertMLP.apply(*leaves, batch.ids, runtime, prepared)
     out.backward(grad)
@@ -310,6 +321,22 @@ def layer(ranks: Ranks, dispatcher: Dispatcher, path: Any, settings: Any, seed: 
     assert counts.relayouts["forward"] == 0 or path in ("fp8_baseline", "fp8_compact")
     dropped = torch.as_tensor(counts.dropped_rows).cpu()
     return found | {"out": out.detach(), "dropped": dropped}
+
+
+def a_layer_is_timed(ranks: Ranks, seed: int) -> None:
+    """What is one call is one part: there is no permute."""
+    v2, timer = ranks.v2(), Timer(torch.device(ranks.device))
+    want = layer(ranks, v2, "fp8_fused", {}, seed)
+    timer.start()
+    got = layer(ranks, v2, "fp8_fused", {}, seed, timer)
+    parts = [name for name, _, _ in timer.stop().spans]
+    for name, value in want.items():
+        same(got[name], value, name)
+    first = ["quantize", "dispatch", "up_projection", "swiglu", "down_projection", "combine"]
+    assert parts[2 : 2 + len(first)] == first
+    assert parts.count("dispatch") == parts.count("combine") == 2
+    assert "permute" not in parts
+    v2.close()
 
 
 def between_nodes_it_plans_for_itself(ranks: Ranks, seed: int) -> None:
@@ -363,7 +390,7 @@ def on_cpu(rank: int, check: Check, seed: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("check", [*CHECKS, between_nodes_it_plans_for_itself])
+@pytest.mark.parametrize("check", [*CHECKS, a_layer_is_timed, between_nodes_it_plans_for_itself])
 def test_with_a_stand_in(check, ranks):
     seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
     run_ranks(ranks, on_cpu, check, seed)

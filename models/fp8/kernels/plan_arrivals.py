@@ -54,11 +54,11 @@ def plan_arrivals(expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals
     # Of each sending rank's chunks, those that come here; of this rank's, those for each rank.
     coming, going = ints(ranks, chunks), ints(ranks, chunks)
     width = triton.next_power_of_2(top_k)
-    _count_kernel[(ranks * chunks,)](
+    _count_arrivals_kernel[(ranks * chunks,)](
         ids, coming, going, rank, local_experts, ranks, tokens, chunks, top_k,
         CHUNK=CHUNK, WIDTH=width,
     )  # fmt: skip
-    _place_kernel[(ranks * chunks,)](
+    _place_arrivals_kernel[(ranks * chunks,)](
         ids, coming, going, plan.ids, plan.sources, plan.ends, plan.slots, plan.sent,
         rank, local_experts, ranks, tokens, chunks, top_k, CHUNK=CHUNK, WIDTH=width, SPAN=SPAN,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _chunk(
 
 
 @triton.jit
-def _count_kernel(
+def _count_arrivals_kernel(
     ids_ptr, coming_ptr, going_ptr, rank, local_experts, ranks, tokens, chunks, top_k,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _sum_of_first(ptr, count, size, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _place_kernel(
+def _place_arrivals_kernel(
     ids_ptr, coming_ptr, going_ptr, out_ids_ptr, sources_ptr, ends_ptr, slots_ptr, sent_ptr,
     rank, local_experts, ranks, tokens, chunks, top_k,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
