@@ -57,7 +57,7 @@ BROKEN = [
     (
         "models/moe/dispatch/deep_ep_v2.py",
         "    def expand_again(self, x: Rows, layout: Layout, handle: Handle) -> Rows:",
-        "    def expand_again(self, x: Rows, handle: Handle) -> Rows:\n        layout = Layout.COMPACT",
+        "    def expand_again(self, x: Rows, handle: Handle) -> Rows:\n        layout = ...",
         ("models/moe/dispatch/__init__.py", "DeepEPv2"),
     ),
     (

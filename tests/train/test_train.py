@@ -274,7 +274,7 @@ def test_the_optimizer_follows_its_keys(tmp_path):
         (["data.tokenizer=none.json"], "none.json"),
         (["moe.dispatch=deep_ep"], "moe.dispatch=deep_ep"),
         (["moe.dispatch=deep_ep_v2"], "moe.dispatch=deep_ep_v2 needs GPUs"),
-        (["moe.dispatch=deep_ep_v3"], "moe.dispatch=deep_ep_v3"),
+        (["moe.dispatch=deep_ep_v3"], "moe.dispatch='deep_ep_v3': input should be 'auto'"),
         (["train.device=cuda"], "train.device=cuda"),
         (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere"),
         (["train.seed=99999999999999999999999"], "config key train.seed="),
