@@ -105,6 +105,14 @@ def check_bf16(x: Tensor) -> None:
         raise TypeError(f"DeepEP combines bfloat16 only, got {x.dtype}")
 
 
+def as_argument(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    """Their way to say data, or data and scales, whose strides they read."""
+    if len(tensors) > 2:
+        raise ValueError(f"DeepEP sends data and scales, got {len(tensors)} tensors")
+    data = tensors[0].contiguous()
+    return data if len(tensors) == 1 else (data, tensors[1])
+
+
 def as_tuple(received: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """What a dispatch of theirs gives, with or without scales."""
     return received if isinstance(received, tuple) else (received,)

@@ -36,6 +36,7 @@ from torch import Tensor
 from models.moe.dispatch.deep_ep import (
     GUIDE,
     CountsBytes,
+    as_argument,
     as_tuple,
     check_bf16,
     half_of_the_multiprocessors,
@@ -249,13 +250,12 @@ class DeepEPv1(CountsBytes):
 
 
 def _as_argument(tensors: tuple[Tensor, ...], top_k: int = 1) -> Tensor | tuple[Tensor, Tensor]:
-    """DeepEP's way to say data, or data and scales; ValueError for what its kernels don't take."""
-    if len(tensors) > 2:
-        raise ValueError(f"DeepEP sends data and scales, got {len(tensors)} tensors")
-    data = tensors[0].contiguous()
+    """As `as_argument`; ValueError also for what v1's kernels don't take."""
+    argument = as_argument(tensors)
+    data = tensors[0]
     if (problem := _unfit(data.shape[1], data.element_size(), top_k)) is not None:
         raise ValueError(f"DeepEP can't send this: {problem}")
-    return data if len(tensors) == 1 else (data, tensors[1])
+    return argument
 
 
 def _unfit(hidden_size: int, bytes_per_value: int, top_k: int) -> str | None:

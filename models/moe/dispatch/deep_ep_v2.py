@@ -41,7 +41,7 @@ from models.fp8.reference.plan_arrivals import Arrivals
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BlockScaledTensor, Layout
 from models.moe.dispatch import Rows
-from models.moe.dispatch.deep_ep import CountsBytes, as_tuple, check_bf16
+from models.moe.dispatch.deep_ep import CountsBytes, as_argument, as_tuple, check_bf16
 from models.moe.dispatch.deep_ep_v2_handle import Handle, as_handle, as_row_map
 
 DISABLE_GIN = "EP_DISABLE_GIN"
@@ -121,7 +121,7 @@ class DeepEPv2(CountsBytes):
         -1 where the expert is elsewhere; their weights [R, top_k], those of other experts too,
         which nobody reads; and the handle.
         """
-        x = _rows(tensors)
+        x = as_argument(tensors)
         expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
         if self.nodes > 1:
             received, ids, received_weights, handle = self._plan_there(x, expert_ids, weights)
@@ -129,7 +129,7 @@ class DeepEPv2(CountsBytes):
             plan = self._plan(expert_ids)
             rows = int(plan.ends[-1]) if wait else len(plan.ids)
             ids = plan.ids[:rows]
-            handle = self._handle(plan, expert_ids, rows)
+            handle = self._handle(plan, expert_ids, rows, None, 1)
             received, _, received_weights, *_ = self._buffer.dispatch(
                 x, handle=handle.layout, topk_weights=weights, num_sms=self.num_sms
             )
@@ -142,7 +142,7 @@ class DeepEPv2(CountsBytes):
         tensors: as `dispatch` takes them, in FP8 or BF16 whatever the first ones were. The host
         does not wait.
         """
-        x = _rows(tensors)
+        x = as_argument(tensors)
         received, *_ = self._buffer.dispatch(x, handle=handle.layout, num_sms=self.num_sms)
         self._count(x, handle)
         return as_tuple(received)
@@ -186,7 +186,7 @@ class DeepEPv2(CountsBytes):
         give; and the handle.
         """
         expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
-        argument = _rows((x.data, x.row_scales) if isinstance(x, BlockScaledTensor) else (x,))
+        argument = _argument(x)
         how = _how(layout)
         if self.nodes > 1:
             received, _, probs, handle = self._plan_there(
@@ -211,7 +211,7 @@ class DeepEPv2(CountsBytes):
         As `expand` takes and gives them, in FP8 or BF16 whatever the first ones were. The host does
         not wait.
         """
-        argument = _rows((x.data, x.row_scales) if isinstance(x, BlockScaledTensor) else (x,))
+        argument = _argument(x)
         received, *_ = self._buffer.dispatch(
             argument, handle=handle.layout, num_sms=self.num_sms, **_how(layout)
         )
@@ -257,17 +257,10 @@ class DeepEPv2(CountsBytes):
         return self.ops.plan_arrivals(everyones, self.group.rank(), self.local_experts)
 
     def _handle(
-        self,
-        plan: Arrivals,
-        expert_ids: Tensor,
-        received: int,
-        rows: RowMap | None = None,
-        alignment: int = 1,
+        self, plan: Arrivals, ids: Tensor, received: int, rows: RowMap | None, alignment: int
     ) -> Handle:
-        layout = as_handle(
-            plan, expert_ids, received, rows, alignment, self.num_experts, self.tokens, self.num_sms
-        )
-        return Handle(layout, plan.sent)
+        where = (self.num_experts, self.tokens, self.num_sms)
+        return Handle(as_handle(plan, ids, received, rows, alignment, *where), plan.sent)
 
     def _plan_there(
         self, x: Tensor | tuple[Tensor, Tensor], expert_ids: Tensor, weights: Tensor, **how: Any
@@ -297,12 +290,8 @@ class DeepEPv2(CountsBytes):
         self.count(row_bytes, handle.rows_per_rank)
 
 
-def _rows(tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
-    """DeepEP's way to say data, or data and scales, whose strides it reads."""
-    if len(tensors) > 2:
-        raise ValueError(f"DeepEP sends data and scales, got {len(tensors)} tensors")
-    data = tensors[0].contiguous()
-    return data if len(tensors) == 1 else (data, tensors[1])
+def _argument(x: Tensor | BlockScaledTensor) -> Tensor | tuple[Tensor, Tensor]:
+    return as_argument((x.data, x.row_scales) if isinstance(x, BlockScaledTensor) else (x,))
 
 
 def _how(layout: Layout) -> dict[str, bool]:
