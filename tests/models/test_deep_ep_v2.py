@@ -6,6 +6,7 @@ ranks are added in another order, so there the sums alone may differ, by a round
 
 import functools
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -222,6 +223,7 @@ def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
                 same_sum(ranks, home, want[2], "home")
                 same_sum(ranks, homes[0], want[3][0], "home with weights")
                 same(homes[1], want[3][1], "weights at home")
+        assert v2.bytes_sent == other.bytes_sent
     v2.close()
 
 
@@ -323,6 +325,25 @@ def layer(
     return found | {"out": out.detach(), "dropped": dropped}
 
 
+def the_gemm_gets_scales_as_it_reads_them(ranks: Ranks, seed: int) -> None:
+    """Whoever dispatches, and whichever layout that is."""
+    v2, batch = ranks.v2(), ranks.batch(40, seed)
+    seen: list[Layout] = []
+
+    def forward(x: BlockScaledTensor, *_: Any) -> Any:
+        seen.append(x.layout)
+
+    linear: Any = types.SimpleNamespace(forward=forward)
+    for dispatcher in (v2, ranks.all_to_all()):
+        for path in ("fp8_direct", "fp8_fused"):
+            for layout in Layout:
+                ops: Any = types.SimpleNamespace(**{**vars(ranks.ops), "GEMM_LAYOUT": layout})
+                trip = trip_of(ranks, dispatcher, batch, 128, None)
+                PATHS[path].to_experts(batch.x, None, trip, ops, linear)  # type: ignore[index]
+    assert seen == [*Layout] * 4
+    v2.close()
+
+
 def a_layer_is_timed(ranks: Ranks, seed: int) -> None:
     """What is one call is one part: there is no permute."""
     v2, timer = ranks.v2(), Timer(torch.device(ranks.device))
@@ -380,6 +401,7 @@ CHECKS: list[Check] = [
     another_alignment_and_high_precision_first,
     a_larger_batch_gets_a_larger_buffer,
     layers_compute_the_same,
+    the_gemm_gets_scales_as_it_reads_them,
     what_is_wrong_is_said,
 ]
 """For the stand-in and for the package."""
