@@ -87,7 +87,7 @@ def choose(
     if device == "cuda" and moe.dispatch != "all_to_all":
         chosen, reasons = _first_that_can(model, moe, group.size())
         if reasons:
-            why = f" (not {_said(reasons)})"
+            why = f" (not {_said(reasons, named=True)})"
     dispatcher: Dispatcher
     if chosen == "deep_ep_v1":
         from models.moe.dispatch.deep_ep_v1 import DeepEPv1
@@ -122,7 +122,7 @@ def why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None
     None if one can. `ranks` share one set of experts.
     """
     chosen, reasons = _first_that_can(model, moe, ranks)
-    return None if chosen else _said(reasons)
+    return None if chosen else _said(reasons, named=False)
 
 
 def _first_that_can(
@@ -160,12 +160,12 @@ def _why_not(version: DeepEPName, model: ModelConfig, moe: MoEConfig, ranks: int
     )
 
 
-def _said(reasons: dict[DeepEPName, str]) -> str:
-    """One reason where all versions have the same."""
-    if len(set(reasons.values())) == 1:
-        (reason,) = set(reasons.values())
-        return f"{next(iter(reasons)) if len(reasons) == 1 else 'deep_ep'}: {reason}"
-    return "; ".join(f"{version}: {reason}" for version, reason in reasons.items())
+def _said(reasons: dict[DeepEPName, str], named: bool) -> str:
+    """Once what is the same for all versions, which need not be `named` then."""
+    if len(set(reasons.values())) > 1:
+        return "; ".join(f"{version}: {reason}" for version, reason in reasons.items())
+    reason = next(iter(reasons.values()))
+    return f"{' or '.join(reasons)}: {reason}" if named else reason
 
 
 def _ranks_here() -> int:
