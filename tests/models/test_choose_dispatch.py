@@ -3,6 +3,7 @@
 No GPU is needed: what the driver, NCCL and the package answer is made up.
 """
 
+import os
 import sys
 import types
 from typing import Any
@@ -124,6 +125,19 @@ def test_an_nccl_that_is_too_old(machine):
 def test_a_cpu_has_no_nccl_to_ask():
     if not torch.cuda.is_available():
         assert loaded_nccl() is None
+
+
+def test_the_nccl_that_is_loaded_is_asked(monkeypatch):
+    class Library:
+        def __init__(self, name: str, mode: int) -> None:
+            assert name == "libnccl.so.2"
+            assert mode == os.RTLD_NOLOAD, "one that PyTorch has not loaded says nothing"
+
+        def ncclGetVersion(self, version: Any) -> None:
+            version._obj.value = 23007
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    assert loaded_nccl() == (2, 30, 7)
 
 
 def test_a_handle_of_another_version(machine):

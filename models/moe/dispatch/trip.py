@@ -68,7 +68,7 @@ class Trip:
 
         Rows in FP8 have COMPACT scales here and arrive with scales in `layout`. Zeros in rows that
         round up an expert's. In one call where the dispatcher can; by `dispatch` and an operation,
-        to the same rows, where it can't. A trip that begins with `expand` goes on with it.
+        to the same rows, where it can't. A trip keeps to the one that it begins with.
         """
         dispatcher = self.dispatcher
         if not can_expand(dispatcher):
