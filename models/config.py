@@ -12,10 +12,13 @@ from pydantic import (
     model_validator,
 )
 
-PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct"]
+PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct", "fp8_fused"]
 
 PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
 """All there are, in the order in which they are compared. `models/moe/paths` has their code."""
+
+DeepEPName = Literal["deep_ep_v1", "deep_ep_v2"]
+DispatchName = Literal["auto", "all_to_all", "deep_ep", DeepEPName]
 
 FP8_BLOCK = 128
 """Tokens are quantized in blocks of 1 x 128 and weights in blocks of 128 x 128."""
@@ -124,10 +127,12 @@ class MoEConfig(Section):
 
     path: FreeOnResume[PathName] = "bf16"
     """How tokens travel from the router to the experts' first GEMM. This is the one key that an
-    experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct."""
-    dispatch: FreeOnResume[Literal["auto", "all_to_all", "deep_ep"]] = "auto"
+    experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct, fp8_fused."""
+    dispatch: FreeOnResume[DispatchName] = "auto"
     """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
-    all_to_all (gloo, NCCL) elsewhere; it says at the start what it took, and why."""
+    all_to_all (gloo, NCCL) elsewhere; `deep_ep` takes DeepEP or refuses to start. Where both of its
+    versions can run, that is v2 for fp8_fused, since v2 does the permute too, and v1 otherwise;
+    `deep_ep_v1` and `deep_ep_v2` name one. The start says which it is, and why."""
     capacity: Annotated[Capacity, SameTraining(DROPLESS)] = "default"
     """Rows that a rank's experts have room for. null: for what arrives, which the host has to wait
     for, once a layer. auto: for what was needed lately, so that no layer waits; a step in which

@@ -2,9 +2,9 @@
 
     CPU     reference/, plain PyTorch
     GPU     kernels/: Triton, and PyTorch's grouped GEMM of bfloat16; but
-            bf16, fp8_direct    cuBLAS's grouped GEMM of bfloat16 where it is new enough
-            fp8_baseline        TransformerEngine's quantize and permute
-            fp8_direct          DeepGEMM's grouped GEMM of FP8 where it is installed
+            fp8_baseline             TransformerEngine's quantize and permute
+            bf16, fp8_direct, fused  cuBLAS's grouped GEMM of bfloat16 where it is new enough
+            fp8_direct, fused        DeepGEMM's grouped GEMM of FP8 where it is installed
 
 `Operations` has the signatures; `reference/`, `kernels/` and the modules of `gpu/` fit it, which
 mypy checks. The meaning is that of `reference/`. What `fp8_baseline` and `fp8_compact` share is the
@@ -21,6 +21,7 @@ from torch import Tensor
 from models.config import PATH_NAMES, PathName
 from models.fp8 import reference
 from models.fp8.reference.adamw import AdamWStep
+from models.fp8.reference.plan_arrivals import Arrivals
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
 
@@ -50,6 +51,9 @@ class Operations(Protocol):
     ) -> tuple[BlockScaledWeights, BlockScaledWeights]: ...
 
     def dequantize(self, x: BlockScaledTensor, dtype: torch.dtype) -> Tensor: ...
+
+    # plan_arrivals
+    def plan_arrivals(self, expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals: ...
 
     # plan_rows
     def plan_rows(
@@ -186,7 +190,7 @@ def choose(path: PathName, device: str, variant: Variant | None = None) -> Chose
 
 
 def _choose_gemms(path: PathName, kernels: Operations, said: str) -> Chosen:
-    """For bf16 and fp8_direct: the fastest GEMM that this machine has, of each kind."""
+    """For bf16, fp8_direct and fp8_fused: the fastest GEMM that this machine has, of each kind."""
     from models.fp8 import te, te_grouped
 
     cublas = te_grouped.is_supported()

@@ -89,7 +89,7 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
     ops, who = operations.choose(moe.path, device)
     linear = build_linear(path, ops, device)
     dispatcher, how = dispatch.choose(
-        model, moe, device, parallel_state.get_expert_model_parallel_group()
+        model, moe, device, parallel_state.get_expert_model_parallel_group(), ops
     )
     why = f"{moe.path} launches one GEMM an expert" if linear.NEEDS_SEGMENTS_ON_HOST else None
     capacity, room, rows = settle(moe, model.num_layers, device, why, dispatcher.why_it_waits)
@@ -121,14 +121,14 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
 
     `ranks` share one set of experts.
     """
-    if moe.dispatch == "deep_ep" and device == "cpu":
-        return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
+    names_deep_ep = moe.dispatch not in ("auto", "all_to_all")
+    if names_deep_ep and device == "cpu":
+        other = "set moe.dispatch=all_to_all, which runs anywhere"
+        return f"moe.dispatch={moe.dispatch} needs GPUs; {other}"
     if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
         return f"model.dense_fp8=true cannot run here: {reason}"
     if (reason := operations.why_not(moe.path, device)) is not None:
         return f"moe.path={moe.path} cannot run here: {reason}"
-    if moe.dispatch != "deep_ep":
-        return None
-    if (reason := dispatch.why_no_deep_ep(model, moe, ranks)) is not None:
-        return f"moe.dispatch=deep_ep cannot run here: {reason}"
+    if names_deep_ep and (reason := dispatch.why_no_deep_ep(model, moe, ranks)) is not None:
+        return f"moe.dispatch={moe.dispatch} cannot run here: {reason}"
     return None

@@ -7,7 +7,8 @@
 
 Flags of ours: `triton`, `te_dequantize` (other operations, `models/fp8/operations.py`), `recompute`
 (`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`),
-`per_expert` (FP8 GEMMs of TransformerEngine one by one, as before cuBLAS 13.6).
+`v1`, `v2` (`moe.dispatch=deep_ep_v1`, `deep_ep_v2`), `per_expert` (FP8 GEMMs of TransformerEngine
+one by one, as before cuBLAS 13.6).
 Flags of both: `environment`, what megatron-core's makers set for their own measurements.
 """
 
@@ -38,6 +39,8 @@ FLAG_KEYS = {
     "recompute": "moe.recompute=true",
     "prepare": "optim.prepare_weights=true",
     "waits": "moe.capacity=null",
+    "v1": "moe.dispatch=deep_ep_v1",
+    "v2": "moe.dispatch=deep_ep_v2",
 }
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
@@ -106,6 +109,8 @@ def parse(text: str) -> Spec:
             not peer and path not in having.get(flag, (path,))
         ):
             raise ConfigError(f"stack {text}: {path} takes no {flag!r}")
+    if {"v1", "v2"} <= set(flags):
+        raise ConfigError(f"stack {text}: either DeepEP v1 or v2 dispatches, not both")
     return Spec("megatron-core" if peer else "ours", path, tuple(flags))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from scripts.bench import measure, pairs, results, stacks, train, train_rows
 from scripts.bench.measure import Window
-from scripts.bench.stacks import Spec, parse, parse_all
+from scripts.bench.stacks import Spec, config_of, parse, parse_all
 from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
@@ -286,6 +286,19 @@ def test_names_of_stacks():
     assert specs[1].columns() == {
         "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
     }  # fmt: skip
+
+
+def test_which_deep_ep_dispatches():
+    overrides = ["moe.dispatch=all_to_all"]
+    for flag in ("v1", "v2"):
+        spec = parse(f"fp8_direct:{flag}")
+        config = config_of(spec, TINY[0], overrides, "balanced", 1)
+        assert config.moe.dispatch == f"deep_ep_{flag}", "whatever the config says"
+        assert spec.columns()["flags"] == [flag]
+    with pytest.raises(ConfigError, match="either DeepEP v1 or v2 dispatches, not both"):
+        parse("fp8_fused:v1:prepare:v2")
+    with pytest.raises(ConfigError, match="fp8 takes no 'v2'"):
+        parse("stock:fp8:v2")
 
 
 def test_the_order_favours_nobody():

@@ -135,6 +135,19 @@ def test_baseline_and_compact_are_bitwise_equal(tokens):
         assert torch.equal(value, compact[name]), f"{name}, seed {seed}"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "route"),
+    [([130], anywhere), ([150, 37], all_to_one), ([40, 50, 1, 30], anywhere), ([1, 0], anywhere)],
+)
+def test_direct_and_fused_are_bitwise_equal(tokens, route):
+    """Where the dispatcher does not expand; `test_deep_ep_v2.py` has one that does."""
+    seed = int(torch.randint(10_000, ()))
+    direct = gather("fp8_direct", tokens, route, seed)
+    fused = gather("fp8_fused", tokens, route, seed)
+    for name, value in direct.items():
+        assert torch.equal(value, fused[name]), f"{name}, seed {seed}"
+
+
 def test_direct_is_closer_than_baseline():
     """Closer in every tensor that the two compute differently: the weights' gradients.
 

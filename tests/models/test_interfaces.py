@@ -54,6 +54,18 @@ BROKEN = [
         "self, x: Tensor, handle: Handle | None\n    )",
         ("models/moe/dispatch/__init__.py", "AllToAll"),
     ),
+    (
+        "models/moe/dispatch/deep_ep_v2.py",
+        "    def expand_again(self, x: Rows, layout: Layout, handle: Handle) -> Rows:",
+        "    def expand_again(self, x: Rows, handle: Handle) -> Rows:\n        layout = ...",
+        ("models/moe/dispatch/__init__.py", "DeepEPv2"),
+    ),
+    (
+        "models/fp8/kernels/plan_arrivals.py",
+        "def plan_arrivals(expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals:",
+        "def plan_arrivals(expert_ids: Tensor, local_experts: int, rank: int) -> Arrivals:",
+        ("models/fp8/operations.py", "plan_arrivals"),
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,27 @@ def test_validation_drops_nothing_where_training_does():
     assert lost > 0
     assert not same
     assert run_ranks(1, dropped, False) == [(0, True)]
+
+
+def test_the_table_of_what_deep_ep_v2_would_take():
+    """docs/how-it-works.md: computed, so what it says is computed here."""
+    tokens, top_k, experts, hidden = 16384, 8, 128, 2048
+    text = (Path(__file__).parents[2] / "docs/how-it-works.md").read_text(encoding="utf-8")
+    table = text.partition("| ranks | experts on each |")[2].partition("\n\n")[0]
+    lines = [line.replace(",", "").strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    for ranks, line in zip((2, 4, 8, 16, 32, 64), lines, strict=True):
+        local = experts // ranks
+        even = tokens * top_k
+        room = Room()
+        room._needs.append(even + local * 64)
+        with room.open(wait=False):
+            rows = room.max_rows(even, 10**9, 128)
+        assert rows is not None
+        most = ranks * tokens * min(top_k, local) + local * 127
+        most = -(-most // 128) * 128
+        fp8 = hidden * 33 // 32
+        # A row in BF16, and what travels with it: experts, weights, numbers, to a multiple of 32.
+        row = hidden * 2 + -(-(top_k * 8 + (1 + top_k) * 4) // 32) * 32
+        sizes = [rows * fp8, most * fp8, ranks * tokens * row]
+        want = [ranks, local, rows, most, *(round(size / 2**20) for size in sizes)]
+        assert [int(cell) for cell in line] == want

@@ -39,4 +39,6 @@ EXPECTED: Mapping[str, Expected] = {
         ],
     ),
     "fp8_direct": Expected(0, 0.16, ["quantize", *SENT, "permute", "up_projection"]),
+    # Of a dispatcher that does not expand.
+    "fp8_fused": Expected(0, 0.16, ["quantize", *SENT, "permute", "up_projection"]),
 }

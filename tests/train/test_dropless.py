@@ -38,6 +38,7 @@ def redone(rows: Rows) -> float:
         (2, [*EP2, "train.log_every=3", "train.valid_every=2", "train.valid_batches=1"]),
         pytest.param(2, [*EP2, "moe.path=fp8_compact"], marks=pytest.mark.slow),
         pytest.param(4, [*EP4, "moe.path=fp8_direct"], marks=pytest.mark.slow),
+        pytest.param(2, [*EP2, "moe.path=fp8_fused"], marks=pytest.mark.slow),
         # Replicas, whose gradients FSDP gathers up over micro-batches.
         pytest.param(4, ["parallel.expert_parallel=2", EP4[1]], marks=pytest.mark.slow),
         pytest.param(

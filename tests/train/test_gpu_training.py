@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+@pytest.mark.parametrize("path", ["bf16", "fp8_direct", "fp8_fused"])
 @pytest.mark.parametrize(("fault", "redone"), [("cramp", 3), ("crowd", 1)])
 @pytest.mark.parametrize("balance", ["true", "false"])
 def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, path, fault, redone, balance):
@@ -135,6 +135,20 @@ def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, path, fault, redone
     got = Ranks(2, tmp_path, "auto", *keys, "moe.capacity=auto", fault=fault).finished()
     assert computed(read_metrics(got)) == computed(read_metrics(want))
     assert sum(row["moe/redone_steps"] for row in read_metrics(got)) == redone
+
+
+@pytest.mark.parametrize("balance", ["true", "false"])
+def test_direct_and_fused_train_to_the_same_bits(tmp_path, balance):
+    """Two ranks: by NCCL and the permute, and by DeepEP v2, where it is installed, in one call."""
+    keys = ["model.hidden_size=256", "model.seq_len=128", f"moe.force_balance={balance}"]
+    direct = Ranks(
+        2, tmp_path, "direct", *keys, "moe.path=fp8_direct", "moe.dispatch=all_to_all"
+    ).finished()
+    fused = Ranks(2, tmp_path, "fused", *keys, "moe.path=fp8_fused")
+    assert computed(read_metrics(fused.finished())) == computed(read_metrics(direct))
+    assert "by deep_ep_v2, which does the permute too" in (log := fused.log.read_text()) or (
+        "not deep_ep_v2: " in log
+    )
 
 
 def test_a_hung_collective_names_the_ranks(tmp_path):

@@ -156,6 +156,31 @@ def test_baseline_and_compact_train_bitwise_equal(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [
+        (2, ["train.steps=4"]),
+        pytest.param(
+            4,
+            ["train.steps=2", "parallel.expert_parallel=4", "train.global_batch=16"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(1, ["train.steps=2", "parallel.expert_parallel=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_direct_and_fused_train_to_the_same_bits(tmp_path, ranks, keys):
+    """Where two operations do what DeepEP v2 does in one call."""
+    keys = [*keys, "moe.recompute=false"]
+    direct = run(tmp_path, "direct", ranks, "moe.path=fp8_direct", *keys)
+    fused = run(tmp_path, "fused", ranks, "moe.path=fp8_fused", *keys)
+    again = run(tmp_path, "again", ranks, "moe.path=fp8_fused", *keys[:-1], "moe.recompute=true")
+    for name in ("loss/train", "optim/grad_norm", "moe/max_expert_load"):
+        assert [row[name] for row in fused] == [row[name] for row in direct], name
+        assert [row[name] for row in again] == [row[name] for row in direct], name
+    assert fused[0]["moe/dispatched_mib"] == direct[0]["moe/dispatched_mib"]
+    assert fused[0]["moe/kept_mib"] == direct[0]["moe/kept_mib"]
+
+
+@pytest.mark.parametrize(
     ("path", "relayouts"), [(path, EXPECTED[path].relayouts) for path in PATH_NAMES]
 )
 def test_relayouts_are_counted(tmp_path, path, relayouts):
@@ -169,7 +194,7 @@ def test_fp8_halves_what_travels_and_what_is_kept(tmp_path):
     # Sequences long enough that padding, to 128 rows or to 16, is a small share.
     overrides = ["train.dtype=bf16", "train.steps=1", "model.seq_len=256"]
     bf16 = run(tmp_path, "bf16", 2, *overrides)[0]
-    for path in ("fp8_baseline", "fp8_compact", "fp8_direct"):
+    for path in ("fp8_baseline", "fp8_compact", "fp8_direct", "fp8_fused"):
         fp8 = run(tmp_path, path, 2, f"moe.path={path}", *overrides)[0]
         # One byte instead of two, and 4 bytes of scale for every 128.
         ratio = fp8["moe/dispatched_mib"] / bf16["moe/dispatched_mib"]
@@ -248,6 +273,8 @@ def test_the_optimizer_follows_its_keys(tmp_path):
         (["parallel.expert_parallel=2"], "parallel.expert_parallel=2 does not divide the 1 rank"),
         (["data.tokenizer=none.json"], "none.json"),
         (["moe.dispatch=deep_ep"], "moe.dispatch=deep_ep"),
+        (["moe.dispatch=deep_ep_v2"], "moe.dispatch=deep_ep_v2 needs GPUs"),
+        (["moe.dispatch=deep_ep_v3"], "moe.dispatch='deep_ep_v3': input should be 'auto'"),
         (["train.device=cuda"], "train.device=cuda"),
         (["run.dir=/proc/nowhere"], "run.dir=/proc/nowhere"),
         (["train.seed=99999999999999999999999"], "config key train.seed="),

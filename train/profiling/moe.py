@@ -57,7 +57,14 @@ GEMMS = ("dequantize", "grouped_gemm", "grouped_mm")
 LINEAR = {"prepare_weights": "quantize_weights", "wgrad": "wgrad"}
 """Functions of the linear layer that are a part of their own."""
 
-DISPATCHER = {"dispatch": "dispatch", "dispatch_again": "dispatch", "combine": "combine"}
+DISPATCHER = {
+    "dispatch": "dispatch",
+    "dispatch_again": "dispatch",
+    "expand": "dispatch",
+    "expand_again": "dispatch",
+    "combine": "combine",
+}
+"""What a dispatcher does that is timed; the permute inside of an `expand` with it."""
 
 FIRST_GEMM = {"forward": "up_projection", "backward": "dgrad"}
 """What step 5 of a path computes in either pass."""

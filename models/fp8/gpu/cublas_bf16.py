@@ -1,4 +1,4 @@
-"""Triton's, but cuBLAS multiplies bfloat16: for bf16 and fp8_direct where it is new enough."""
+"""Triton's, but cuBLAS multiplies bfloat16: where it is new enough."""
 
 from models.fp8 import te_grouped
 from models.fp8.kernels import *

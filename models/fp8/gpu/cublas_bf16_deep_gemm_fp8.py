@@ -1,4 +1,4 @@
-"""Both: for fp8_direct."""
+"""Both: for fp8_direct and fp8_fused."""
 
 from models.fp8 import deep_gemm
 from models.fp8.gpu.cublas_bf16 import *

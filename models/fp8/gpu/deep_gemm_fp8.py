@@ -1,4 +1,4 @@
-"""Triton's, but DeepGEMM multiplies FP8: for fp8_direct where it is installed."""
+"""Triton's, but DeepGEMM multiplies FP8: where it is installed."""
 
 from models.fp8 import deep_gemm
 from models.fp8.kernels import *

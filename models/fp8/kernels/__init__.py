@@ -25,6 +25,7 @@ from models.fp8.kernels.permute import (
     unpermute,
     unpermute_probs,
 )
+from models.fp8.kernels.plan_arrivals import plan_arrivals
 from models.fp8.kernels.plan_rows import plan_rows
 from models.fp8.kernels.quantize import (
     dequantize,

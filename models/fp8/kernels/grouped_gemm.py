@@ -1,6 +1,6 @@
 """FP8 GEMM of all local experts in one launch, with scales read where they lie.
 
-`fp8_direct` multiplies with it, where DeepGEMM is not installed. `fp8_baseline` and `fp8_compact`
+`fp8_direct` and `fp8_fused` multiply with it where DeepGEMM is not installed. The other FP8 paths
 multiply with TransformerEngine's (`te_grouped.py`, `te.py`).
 
     y [P, N] = x [P, K] @ w[e].T     for the rows of expert e; w [E, N, K]

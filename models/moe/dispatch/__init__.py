@@ -1,16 +1,27 @@
-"""What moves tokens between ranks: one interface, two implementations, and who is taken where."""
+"""What moves tokens between ranks: one interface, three implementations, and who is taken where."""
 
 import os
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from models.config import ModelConfig, MoEConfig
+from models.config import DeepEPName, ModelConfig, MoEConfig, PathName
+from models.fp8.operations import Operations
+from models.fp8.reference.plan_rows import RowMap
+from models.fp8.tensor import BlockScaledTensor, Layout, ceil_div
 from models.moe.dispatch.all_to_all import AllToAll
 
 Handle = TypeVar("Handle")
 """The way of one dispatch, which the backward pass and combine take again."""
+
+Rows = TypeVar("Rows", Tensor, BlockScaledTensor)
+"""Rows of tokens as they travel: in high precision, or in FP8 with their scales."""
+
+V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
+"""Paths for which `auto` and `deep_ep` take DeepEP v2 where both versions can run; for the others
+v1. `fp8_fused` is there because v2 alone expands. Another one belongs here when v2 has been
+measured to be faster for it."""
 
 
 class Dispatcher(Protocol[Handle]):
@@ -19,6 +30,8 @@ class Dispatcher(Protocol[Handle]):
     name: str
     ranks: int
     bytes_sent: int
+    expands: bool
+    """Whether it is an `ExpandingDispatcher`; for one that is not, a Trip permutes what arrives."""
 
     @property
     def why_it_waits(self) -> str | None:
@@ -43,37 +56,117 @@ class Dispatcher(Protocol[Handle]):
     def close(self) -> None: ...
 
 
+class ExpandingDispatcher(Dispatcher[Handle], Protocol[Handle]):
+    """One whose dispatch also puts each copy among its expert's rows. Shapes: `deep_ep_v2.py`."""
+
+    def expand(
+        self,
+        x: Rows,
+        layout: Layout,
+        expert_ids: Tensor,
+        weights: Tensor,
+        alignment: int,
+        max_rows: int | None,
+    ) -> tuple[Rows, Tensor, RowMap, Handle]: ...
+
+    def expand_again(self, x: Rows, layout: Layout, handle: Handle) -> Rows: ...
+
+
+def can_expand(dispatcher: Dispatcher) -> TypeGuard[ExpandingDispatcher]:
+    return dispatcher.expands
+
+
 def choose(
-    model: ModelConfig, moe: MoEConfig, device: str, group: dist.ProcessGroup
+    model: ModelConfig, moe: MoEConfig, device: str, group: dist.ProcessGroup, ops: Operations
 ) -> tuple[Dispatcher, str]:
     """DeepEP where `moe.dispatch` and this machine allow it, else all_to_all; which, for the user.
 
     All ranks of the group together, as DeepEP allocates its buffer with all of them.
     """
-    why = ""
+    chosen, why = None, ""
     if device == "cuda" and moe.dispatch != "all_to_all":
-        reason = why_no_deep_ep(model, moe, group.size())
-        if reason is None:
-            from models.moe.dispatch.deep_ep import DeepEP
+        chosen, reasons = _first_that_can(model, moe, group.size())
+        if reasons:
+            why = f" (not {_said(reasons, named=True)})"
+    dispatcher: Dispatcher
+    if chosen == "deep_ep_v1":
+        from models.moe.dispatch.deep_ep_v1 import DeepEPv1
 
-            deep_ep = DeepEP(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
-            return deep_ep, "dispatch by deep_ep"
-        why = f" (not deep_ep: {reason})"
-    return AllToAll(group, moe.num_experts), f"dispatch by all_to_all{why}"
+        dispatcher = DeepEPv1(group, moe.num_experts, model.hidden_size, moe.dispatch_sms)
+    elif chosen == "deep_ep_v2":
+        from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
+        from models.moe.dispatch.deep_ep_v2 import DeepEPv2
+
+        expanding: ExpandingDispatcher = DeepEPv2(
+            group,
+            ops,
+            moe.num_experts,
+            model.hidden_size,
+            moe.top_k,
+            model.seq_len,
+            moe.dispatch_sms or half_of_the_multiprocessors(),
+            ceil_div(group.size(), _ranks_here()),
+        )
+        dispatcher = expanding
+    else:
+        dispatcher = AllToAll(group, moe.num_experts)
+    if moe.path == "fp8_fused":
+        fused = "does the permute too" if dispatcher.expands else "is followed by a permute"
+        why = f", which {fused}{why}"
+    return dispatcher, f"dispatch by {dispatcher.name}{why}"
 
 
 def why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
-    """Why DeepEP cannot run on this machine's GPUs, in one line; None if it can.
+    """Why no DeepEP that `moe.dispatch` allows can run on this machine's GPUs, in one line.
 
-    `ranks` share one set of experts.
+    None if one can. `ranks` share one set of experts.
     """
-    from models.moe.dispatch import deep_ep
+    chosen, reasons = _first_that_can(model, moe, ranks)
+    return None if chosen else _said(reasons, named=False)
 
-    return deep_ep.unavailable(
+
+def _first_that_can(
+    model: ModelConfig, moe: MoEConfig, ranks: int
+) -> tuple[DeepEPName | None, dict[DeepEPName, str]]:
+    """Of the versions that `moe.dispatch` allows, and why those before it can't run here."""
+    versions: tuple[DeepEPName, ...] = ("deep_ep_v1", "deep_ep_v2")
+    if moe.path in V2_FIRST:
+        versions = versions[::-1]
+    if moe.dispatch == "deep_ep_v1" or moe.dispatch == "deep_ep_v2":
+        versions = (moe.dispatch,)
+    reasons: dict[DeepEPName, str] = {}
+    for version in versions:
+        reason = _why_not(version, model, moe, ranks)
+        if reason is None:
+            return version, reasons
+        reasons[version] = reason
+    return None, reasons
+
+
+def _why_not(version: DeepEPName, model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None:
+    if version == "deep_ep_v2":
+        from models.moe.dispatch import deep_ep_v2_needs
+
+        return deep_ep_v2_needs.unavailable(ranks, _ranks_here(), model.hidden_size, moe.top_k)
+    from models.moe.dispatch import deep_ep_v1
+
+    return deep_ep_v1.unavailable(
         ranks,
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        _ranks_here(),
         model.hidden_size,
         2 if moe.path == "bf16" else 1,
         moe.top_k,
         moe.num_experts // ranks,
     )
+
+
+def _said(reasons: dict[DeepEPName, str], named: bool) -> str:
+    """Once what is the same for all versions, which need not be `named` then."""
+    if len(set(reasons.values())) > 1:
+        return "; ".join(f"{version}: {reason}" for version, reason in reasons.items())
+    reason = next(iter(reasons.values()))
+    return f"{' or '.join(reasons)}: {reason}" if named else reason
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

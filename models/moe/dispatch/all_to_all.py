@@ -29,6 +29,7 @@ class AllToAll:
     """Dispatch and combine over a process group whose ranks hold `num_experts` experts in order."""
 
     name = "all_to_all"
+    expands = False
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
         self.group = group

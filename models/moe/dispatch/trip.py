@@ -1,7 +1,7 @@
 """One trip of a batch of tokens to their experts and home again, and of gradients after them.
 
-The first `dispatch` asks the dispatcher who goes where and plans the experts' rows; whatever
-follows, in the backward pass too, takes the same way.
+The first `dispatch`, or `expand`, asks the dispatcher who goes where and plans the experts' rows;
+whatever follows, in the backward pass too, takes the same way.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from models.fp8.operations import Operations
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BlockScaledTensor, Layout, relayout
 from models.moe.counts import Counts, Phase
-from models.moe.dispatch import Dispatcher
+from models.moe.dispatch import Dispatcher, Rows, can_expand
 
 
 class Trip:
     """The way of T tokens, top_k experts each, for one layer and micro-batch.
 
-    After the first `dispatch`: `rows`, where each received row goes among the experts' P rows, and
-    `probs` float32 [P], the routing weight of each of them (0 in padding).
+    After the first `dispatch` or `expand`: `rows`, where each received row goes among the experts'
+    P rows, and `probs` float32 [P], the routing weight of each of them (0 in padding).
     """
 
     rows: RowMap
@@ -46,7 +46,7 @@ class Trip:
         self._local_experts = local_experts
         self._row_alignment = row_alignment
         self._max_rows = max_rows
-        self._planned = False
+        self._planned = self._expanded = False
         self._handle: Any = None  # the dispatcher's own
 
     def dispatch(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,6 +62,32 @@ class Trip:
         )
         self.probs = self.ops.permute_probs(weights, self.rows)
         return tensors
+
+    def expand(self, x: Rows, layout: Layout = Layout.COMPACT) -> Rows:
+        """Send [T, K] rows to their experts' rows, [P, K]: dispatch and permute.
+
+        Rows in FP8 have COMPACT scales here and arrive with scales in `layout`. Zeros in rows that
+        round up an expert's. In one call where the dispatcher can; by `dispatch` and an operation,
+        to the same rows, where it can't. A trip keeps to the one that it begins with.
+        """
+        dispatcher = self.dispatcher
+        if not can_expand(dispatcher):
+            return self._dispatch_and_permute(x, layout)
+        if self._planned:
+            return dispatcher.expand_again(x, layout, self._handle)
+        x, self.probs, self.rows, self._handle = dispatcher.expand(
+            x, layout, *self._request, self._row_alignment, self._max_rows
+        )
+        self._planned = self._expanded = True
+        return x
+
+    def _dispatch_and_permute(self, x: Rows, layout: Layout) -> Rows:
+        if not isinstance(x, BlockScaledTensor):
+            (received,) = self.dispatch(x)
+            return self.ops.permute(received, self.rows)
+        data, scale_inv = self.dispatch(x.data, x.scale_inv)
+        arrived = BlockScaledTensor(data, scale_inv, Layout.COMPACT)
+        return self.ops.permute_scaled(arrived, self.rows, layout)
 
     def relayout(self, x: BlockScaledTensor, layout: Layout) -> BlockScaledTensor:
         """The same tensor with its scales in the other layout, counted for the pass it is in.
@@ -79,12 +105,14 @@ class Trip:
 
     def combine(self, y: Tensor) -> Tensor:
         """Add up what the experts made of each token: their rows [P, n] to tokens [T, n]."""
-        return self.dispatcher.combine(self.ops.unpermute(y, self.rows), self._handle)[0]
+        received = y if self._expanded else self.ops.unpermute(y, self.rows)
+        return self.dispatcher.combine(received, self._handle)[0]
 
     def combine_with_probs(self, y: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """The same, together with one number a row: [P, n], [P] to [T, n], [T, top_k]."""
-        received = self.ops.unpermute(y, self.rows)
-        weights = self.ops.unpermute_probs(probs, self.rows)
-        home, home_weights = self.dispatcher.combine(received, self._handle, weights)
+        if not self._expanded:
+            y = self.ops.unpermute(y, self.rows)
+            probs = self.ops.unpermute_probs(probs, self.rows)
+        home, home_weights = self.dispatcher.combine(y, self._handle, probs)
         assert home_weights is not None
         return home, home_weights

@@ -16,7 +16,7 @@ from models.config import PathName
 from models.fp8.linear import AnyLinear, HasBytes
 from models.fp8.operations import Operations
 from models.moe.dispatch.trip import Trip
-from models.moe.paths import bf16, fp8_baseline, fp8_compact, fp8_direct
+from models.moe.paths import bf16, fp8_baseline, fp8_compact, fp8_direct, fp8_fused
 
 
 class Path(Protocol):
@@ -44,4 +44,5 @@ PATHS: dict[PathName, Path] = {
     "fp8_baseline": fp8_baseline,
     "fp8_compact": fp8_compact,
     "fp8_direct": fp8_direct,
+    "fp8_fused": fp8_fused,
 }

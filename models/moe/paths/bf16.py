@@ -19,10 +19,7 @@ def to_experts(
 ) -> tuple[Tensor, Kept]:
     """Tokens [T, K] to the first GEMM of their experts, [P, N], and what wgrad needs of them."""
     # 1 quantize
-    # 2 dispatch
-    (x,) = trip.dispatch(tokens)
-    # 3 wrap
-    # 4 permute
-    x = ops.permute(x, trip.rows)
+    # 2 dispatch, 3 wrap, 4 permute
+    x = trip.expand(tokens)
     # 5 up-projection
     return linear.forward(x, w, trip.rows.offsets, tokens.dtype)

@@ -1,4 +1,4 @@
-"""DeepEP against all-to-all over NCCL, on the same routing; and the reasons why it can't run.
+"""DeepEP v1 against all-to-all over NCCL, on the same routing; and the reasons why it can't run.
 
 The results must be equal bit for bit, the sums of `combine` included: both add float32 in the
 order of the ranks and round to BF16 once.
@@ -17,9 +17,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from models.moe.dispatch import Dispatcher
-from models.moe.dispatch import deep_ep as ours
+from models.moe.dispatch import deep_ep_v1 as ours
 from models.moe.dispatch.all_to_all import AllToAll
-from models.moe.dispatch.deep_ep import DeepEP, unavailable
+from models.moe.dispatch.deep_ep import GUIDE
+from models.moe.dispatch.deep_ep_v1 import DeepEPv1, unavailable
 
 TOP_K = 8
 LOCAL_EXPERTS = 8
@@ -100,7 +101,7 @@ def test_several_nodes_with_nvshmem(package, monkeypatch):
 def test_a_missing_package_and_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", None)  # an import of it now fails
     reason = unavailable(2, 2)
-    assert reason == f"the package deep_ep is missing; {ours.GUIDE}"
+    assert reason == f"the package deep_ep is missing; {GUIDE}"
 
 
 @pytest.mark.usefixtures("eight_gpus")
@@ -165,7 +166,7 @@ def on_rank(rank: int, ranks: int, meeting_point: str) -> None:
     group = dist.distributed_c10d._get_default_group()
     for hidden, repeats in ((256, 5), (2048, 20), (7168, 5)):
         both = (
-            DeepEP(group, ranks * LOCAL_EXPERTS, hidden),
+            DeepEPv1(group, ranks * LOCAL_EXPERTS, hidden),
             AllToAll(group, ranks * LOCAL_EXPERTS),
         )
         for tokens, only in cases(ranks):
