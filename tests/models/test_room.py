@@ -124,10 +124,10 @@ def test_the_table_of_what_deep_ep_v2_would_take():
     for ranks, line in zip((2, 4, 8, 16, 32, 64), lines, strict=True):
         local = experts // ranks
         even = tokens * top_k
-        room = Room()
-        room._needs.append(even + local * 64)
+        room = Room(1)
+        room._needs.append([even + local * 64])
         with room.open(wait=False):
-            rows = room.max_rows(even, 10**9, 128)
+            rows = room.max_rows(0, even, 10**9, 128)
         assert rows is not None
         most = ranks * tokens * min(top_k, local) + local * 127
         most = -(-most // 128) * 128
