@@ -1,5 +1,6 @@
 """Checkpoints as W&B's model artifacts: what an offline run records of them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def artifacts(run_dir: Path) -> list[Any]:
     """What the offline runs of a folder have recorded, in the order of their starts."""
-    paths = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
-    found = (record for path in paths for record in records(path))
-    return [record.request.log_artifact.artifact for record in found if _is_artifact(record)] + [
-        record.artifact for path in paths for record in records(path) if record.HasField("artifact")
-    ]
-
-
-def _is_artifact(record: Any) -> bool:
-    return record.HasField("request") and record.request.HasField("log_artifact")
+    found: list[Any] = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        deadline = time.monotonic() + 30
+        # W&B's own process may write the last of it after the training has ended.
+        while not any(record.HasField("exit") for record in records(path)):
+            assert time.monotonic() < deadline, f"{path} has no end"
+            time.sleep(0.1)
+        found += [record.artifact for record in records(path) if record.HasField("artifact")]
+    return found
 
 
 def steps(found: list[Any]) -> list[int]:
