@@ -15,7 +15,7 @@ from scripts.train_tokenizer import train_bpe
 from tests.train.test_data import configure, one_line, own_cache, write_jsonl  # noqa: F401
 from train.config import Config, ConfigError
 from train.data import batches as data
-from train.data import packed, sources
+from train.data import sources, tokens, units
 from train.data.tokenizer import ByteTokenizer
 
 TEXTS = [f"document {i}: " + f"word{i} é " * (5 + i % 7) for i in range(40)]
@@ -65,16 +65,15 @@ def test_a_process_that_was_killed_while_it_packed_leaves_nothing_in_the_way(tmp
     before = data.load(config).fingerprint()
     (folder,) = whole()
     folder.rename(folder.with_name(f"{folder.name}.unfinished"))
-    (folder.with_name(f"{folder.name}.unfinished") / "facts.json").unlink()
+    (folder.with_name(f"{folder.name}.unfinished") / "prepared.json").unlink()
     assert data.load(config).fingerprint() == before
     assert whole() == [folder]
 
 
-@pytest.mark.parametrize("what", ["text", "tokenizer", "seq_len", "valid_fraction", "text_column"])
+@pytest.mark.parametrize("what", ["text", "tokenizer", "valid_fraction", "text_column"])
 def test_other_data_is_packed_again(tmp_path, what):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     keys = {
-        "seq_len": "model.seq_len=18",
         "valid_fraction": "data.valid_fraction=0.3",
         "text_column": "data.text_column=other",
     }
@@ -89,14 +88,14 @@ def test_other_data_is_packed_again(tmp_path, what):
         train_bpe(iter(TEXTS), 300).save(str(tmp_path / "t.json"))
         keys["tokenizer"] = f"data.tokenizer={tmp_path / 't.json'}"
     second = data.load(configure(f"data.path={path}", *filter(None, [keys.get(what)])))
-    assert first.train["tokens"][:].tolist() != second.train["tokens"][:].tolist()
+    assert first.train[:]["tokens"].tolist() != second.train[:]["tokens"].tolist()
 
 
 def test_a_damaged_cache_is_one_line(tmp_path):
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
     data.load(config)
     (folder,) = whole()
-    for name in ("train.arrow", "facts.json"):
+    for name in ("train-00000-000.arrow", "prepared.json"):
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(b"")
         with pytest.raises(ConfigError, match="is damaged") as error:
@@ -122,7 +121,7 @@ def test_a_full_disk_names_hf_home_and_leaves_nothing(tmp_path, monkeypatch):
 
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(packed._Writer, "_flush", full)
+        patch.setattr(tokens.TokenFile, "_flush", full)
         with pytest.raises(ConfigError, match="No space left on device") as error:
             data.load(configure(f"data.path={path}"))
     assert "HF_HOME" in one_line(error)
@@ -148,7 +147,7 @@ def test_a_cache_of_somebody_else_is_read(tmp_path):
 
 def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    survey = packed.survey
+    survey = units.survey
 
     then = [TEXTS]
 
@@ -157,22 +156,22 @@ def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatc
         write_jsonl(path, then[0])
         return found
 
-    monkeypatch.setattr(packed, "survey", and_then)
+    monkeypatch.setattr(units, "survey", and_then)
     for then[0] in (TEXTS[:-1], [*TEXTS, "one more"]):
         write_jsonl(path, TEXTS)
         with pytest.raises(ConfigError, match="changed while they were read"):
             data.load(configure(f"data.path={path}"))
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 1000])
-def test_how_much_is_written_at_once_changes_nothing(tmp_path, monkeypatch, sequences):
-    monkeypatch.setattr(packed, "SEQUENCES", sequences)
+@pytest.mark.parametrize("together", [1, 30, 10_000])
+def test_how_much_is_written_at_once_changes_nothing(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(tokens, "TOGETHER", together)
     corpus = data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
-    tokens = corpus.train["tokens"][:].reshape(-1)
+    found = corpus.train[:]["tokens"].reshape(-1)
     expected = [*ByteTokenizer().encode(list(sources.training_texts(corpus.config)))]
     joined = np.concatenate([np.append(ids, ByteTokenizer.eod) for ids in expected])
-    assert len(joined) - 17 < len(tokens) <= len(joined)
-    assert tokens.tolist() == joined[: len(tokens)].tolist()
+    assert len(joined) - 17 < len(found) <= len(joined)
+    assert found.tolist() == joined[: len(found)].tolist()
 
 
 def peak_memory(config: Config) -> int:
