@@ -21,12 +21,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from scripts import terminal
 from train.config import Config, ConfigError, load
 from train.data import prepared
-from train.data.batches import check_vocabulary
 from train.data.pool import THREADS
 from train.data.prepare import Text, prepare
 from train.data.prepared import About
 from train.data.sources import (
     check_documents,
+    check_vocabulary,
     hub_text,
     local_files,
     local_text,

@@ -195,7 +195,7 @@ class DataConfig(Section):
             raise ValueError(f"{' and '.join(both)} are both set; keep one")
         total = sum(self.mixture.values())
         for path, weight in self.mixture.items():
-            if not weight > 0 or weight / total < SMALLEST_SHARE:
+            if weight <= 0 or weight < SMALLEST_SHARE * total:
                 raise ValueError(
                     f"mixture: {path} has the weight {weight:g} of {total:g}; give it a share of "
                     f"{SMALLEST_SHARE:.2%} or more, or leave it out"

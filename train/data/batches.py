@@ -45,6 +45,7 @@ from train.data.packed import load_packed
 from train.data.prepared import About
 from train.data.sources import (
     check_documents,
+    check_vocabulary,
     load_stream,
     local_files,
     local_text,
@@ -368,16 +369,6 @@ def _start_worker(worker: int) -> None:
 def _pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     length = config.model.seq_len + 1
     return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
-
-
-def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError where the model has fewer tokens than the tokenizer."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the "
-            f"{tokenizer.vocab_size} tokens of data.tokenizer={config.data.tokenizer}; set "
-            f"model.vocab_size={tokenizer.vocab_size} or more"
-        )
 
 
 def _check_not_empty(config: Config, packed: Sequences, what: str, advice: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import filelock
 
 from train.config import Config, ConfigError
-from train.data import prepared, split
+from train.data import prepared, split, units
 from train.data.pool import Said, spread
 from train.data.prepared import NAME, PLAN, SIDES, UNFINISHED, About
 from train.data.survey import Files, Survey, Unit, joined, limit_of
@@ -78,7 +78,7 @@ def _make(
     said: Said,
     plan: dict[str, Any],
 ) -> None:
-    work = Work(folder, text.units, tokenizer)
+    work = Work(folder, text.units, tokenizer, part=units.PART)
     if text.is_surveyed:
         missing = [n for n in work.numbers if not work.survey_of(n).exists()]
         spread(survey_unit, work, missing, workers, said, "reading the text")

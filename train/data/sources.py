@@ -25,6 +25,7 @@ from train.data.files import LocalFiles, find_files, kind_of
 from train.data.prepare import Text
 from train.data.readers import Document, read_documents
 from train.data.survey import Files, limit_of, survey
+from train.data.tokenizer import Tokenizer
 
 OWN_READERS = {"json": Json, "parquet": Parquet}
 """Kinds of hub data sets whose files are read like local ones; `datasets` reads the others."""
@@ -68,12 +69,13 @@ def local_text(config: Config, found: LocalFiles) -> Text:
             about = Path(file).stat()
         except OSError as error:
             raise Unreadable(f"{file}: {error.strerror}") from None
-        identity.append(f"{Path(file).absolute()} {about.st_size} {about.st_mtime_ns}")
         if files and size + about.st_size > UNIT:
             units.append(Files(found.kind, tuple(files), config.data.text_column))
             files, size = [], 0
         files.append(file)
         size += about.st_size
+        name = Path(file).absolute()
+        identity.append(f"{len(units)} {name} {about.st_size} {about.st_mtime_ns}")
     units.append(Files(found.kind, tuple(files), config.data.text_column))
     source = config.data.path or "the standard library of Python"
     about_it = f"{source}: {len(found.files):,} {found.kind} file(s)"
@@ -282,6 +284,16 @@ def check_documents(config: Config, count: int, held_out: int) -> None:
         raise ConfigError(
             f"data.valid_fraction={config.data.valid_fraction} of the {count} documents of "
             f"{source_of(config)} leaves none to train on; lower it, or add documents that differ"
+        )
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the model has fewer tokens than the tokenizer."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"{tokenizer.vocab_size} tokens of data.tokenizer={config.data.tokenizer}; set "
+            f"model.vocab_size={tokenizer.vocab_size} or more"
         )
 
 

@@ -23,7 +23,8 @@ from train.data.tokenizer import TOGETHER, Tokenizer
 from train.data.tokens import TokenFile, token_type
 
 PART = 1 << 27
-"""Characters of a part, about. Those since its begin are tokenized again after a kill."""
+"""Characters of a part, about. Those since its begin are tokenized again after a kill. Whoever
+changes it, TOGETHER or UNIT raises `prepared.VERSION`: what was begun has other parts."""
 
 Report = Callable[[int], None]
 """Told how many characters were read since it was told last."""
@@ -40,6 +41,7 @@ class Work:
     tokenizer: Tokenizer
     limit: int = 0
     """Of the split."""
+    part: int = PART
 
     @property
     def inner(self) -> Path:
@@ -87,7 +89,7 @@ def tokenize_unit(work: Work, number: int, report: Report) -> None:
     """
     known = work.read_survey(number) if work.survey_of(number).exists() else None
     counting = Counting()
-    batches = _batches(_sided(work, number, known, counting), known)
+    batches = _batches(_sided(work, number, known, counting), known, work.part)
     for part, of_part in groupby(batches, key=itemgetter(0)):
         paths = [work.part_of(side, number, part) for side in SIDES]
         is_there = all(path.exists() for path in paths)
@@ -125,7 +127,7 @@ def _sided(
 
 
 def _batches(
-    documents: Iterator[tuple[int, Document]], known: Survey | None
+    documents: Iterator[tuple[int, Document]], known: Survey | None, part: int
 ) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """Pieces with the side of their document, each one ended by an empty piece; about TOGETHER
     characters at a time, each time with the number of the part."""
@@ -136,13 +138,13 @@ def _batches(
             batch.append((side, piece))
             size += len(piece)
             if size >= TOGETHER:
-                yield done // PART, batch
+                yield done // part, batch
                 done += size
                 batch, size = [], 0
     if known is not None and known.characters != done + size:
         raise Unreadable(CHANGED)
     if batch:
-        yield done // PART, batch
+        yield done // part, batch
 
 
 def _add(batch: list[tuple[int, str]], files: list[TokenFile], tokenizer: Tokenizer) -> None:
