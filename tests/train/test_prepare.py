@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -267,7 +268,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer):
     kills = 0
     for number in range(20):
         out = tmp_path / f"out{number % 4}"
-        process = subprocess.Popen(command(out, 1 + number % 2), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(out, 1 + number % 2),
+            env={**os.environ, "OF_A_TEST": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # Python's own cleaner of a killed parent speaks there
+        )
         try:
             process.wait(chance.uniform(0.3, 1.2) * seconds)
         except subprocess.TimeoutExpired:
@@ -278,6 +284,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer):
         subprocess.run(command(tmp_path / f"out{number}", 2), check=True)
         assert bytes_of(tmp_path / f"out{number}") == bytes_of(tmp_path / "whole")
     assert kills > 5
+    assert not left_over(tmp_path), "processes outlive the command"
+
+
+def left_over(folder: Path) -> list[str]:
+    """Processes that a killed command left, known by a folder in their environment."""
+    mark = os.fsencode(f"OF_A_TEST={folder}")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text())
+    # That of Python's multiprocessing cleans up behind the others, and ends after them.
+    return [line for line in found if "resource_tracker" not in line]
 
 
 @pytest.mark.slow
@@ -523,6 +542,56 @@ def raise_keyboard_interrupt(*args):
     raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("unfinished/plan.json", b"{", "plan.json is not what prepare_data writes; remove that fo"),
+        ("unfinished/survey-00001.npz", b"junk", "survey-00001.npz: "),
+        ("unfinished/limit", b"\xff", None),
+        ("unfinished/done-00001", b"", None),
+        ("unfinished/done-00001", None, None),
+        ("train-00001-002.arrow", b"cut", None),
+        ("train-00001-002.arrow", None, None),
+        ("valid-00001-002.arrow.1.unfinished", b"of one that was killed", None),
+    ],
+)
+def test_what_was_begun_and_damaged_is_repaired_or_one_line(
+    tmp_path, monkeypatch, capsys, name, content, words
+):
+    text, out = write_text(tmp_path / "text", "text"), tmp_path / "out"
+    assert prepare(tmp_path / "whole", f"data.path={text}") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_about", raise_keyboard_interrupt)
+        assert prepare(out, f"data.path={text}") == 130
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
+    capsys.readouterr()
+    assert prepare(out, f"data.path={text}") == (0 if words is None else 2)
+    if words is None:
+        assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    else:
+        assert f"error: {out} is damaged: {words}" in capsys.readouterr().err
+
+
+def test_text_that_changes_meanwhile_is_one_line(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "a.jsonl"
+    right = prepare_module.tokenize_unit
+
+    def changed(*args):
+        write_jsonl(text, then)
+        right(*args)
+
+    monkeypatch.setattr(prepare_module, "tokenize_unit", changed)
+    for number, then in enumerate((TEXTS[1:], [*TEXTS, "more"], [*TEXTS[1:], "longer" * 999])):
+        write_jsonl(text, TEXTS)
+        assert prepare(tmp_path / f"out{number}", f"data.path={text}") == 2
+        assert "files changed while they were read; start again" in capsys.readouterr().err
+        assert not (tmp_path / f"out{number}" / prepared.NAME).exists()
+
+
 def test_tokens_are_no_text(tmp_path, capsys):
     text, out = write_text(tmp_path / "text", "json"), tmp_path / "out"
     assert prepare(out, f"data.path={text}") == 0
@@ -575,6 +644,7 @@ def test_the_column_it_was_prepared_with_may_be_named_or_left_out(tmp_path):
         ("prepared.json", b"[1]", "prepared.json is not what prepare_data writes"),
         ("prepared.json", b"\xff\xfe", "prepared.json is not what prepare_data writes"),
         ("prepared.json", b'{"version": 1}', "prepared.json is not what prepare_data writes"),
+        ("prepared.json", b"[" * 100_000, "prepared.json is not what prepare_data writes"),
         ("prepared.json", b'{"version": 99}', "another version of this code (99, this one reads"),
         ("prepared.json", None, "was not prepared to its end; give the same"),
     ],
@@ -601,9 +671,11 @@ def test_a_path_out_of_the_folder_is_refused(tmp_path):
     text, out = write_text(tmp_path / "text", "json"), tmp_path / "out"
     assert prepare(out, f"data.path={text}") == 0
     there = json.loads((out / prepared.NAME).read_text())
-    there["files"] = {"../train-secret.arrow": [1, 1]}
+    name = "train-00000-000.arrow"
+    (out / name).rename(tmp_path / name)
+    there["files"][f"../{name}"] = there["files"].pop(name)
     (out / prepared.NAME).write_text(json.dumps(there))
-    with pytest.raises(ConfigError, match="is no name"):
+    with pytest.raises(ConfigError, match=r"\.\./train-00000-000.arrow: No such file"):
         data.load(configure(f"data.path={out}"))
 
 

@@ -59,7 +59,9 @@ def spread(
     context = multiprocessing.get_context("spawn")
     counter = context.Value("Q")
     with _threads(workers // processes):
-        pool = ProcessPoolExecutor(processes, context, _begin, (function, shared, counter))
+        pool = ProcessPoolExecutor(
+            processes, context, _begin, (function, shared, counter, os.getpid())
+        )
         try:
             pending = {pool.submit(_run, job) for job in jobs}
             while pending:
@@ -96,10 +98,12 @@ def _threads(count: int) -> Iterator[None]:
 _shared: tuple[Function, Any, Any]
 
 
-def _begin(function: Function, shared: Any, counter: Any) -> None:
+def _begin(function: Function, shared: Any, counter: Any, parent: int) -> None:
     """In a process, before its first job."""
     global _shared
     end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed while this process imported what it needs
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     _shared = (function, shared, counter)
 

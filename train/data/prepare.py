@@ -25,7 +25,6 @@ from train.data.pool import Said, spread
 from train.data.prepared import NAME, PLAN, SIDES, UNFINISHED, About
 from train.data.survey import Files, Survey, Unit, joined, limit_of
 from train.data.tokenizer import FILE, SETTINGS, FileTokenizer, Tokenizer
-from train.data.tokens import read_tokens
 from train.data.units import Work, survey_unit, tokenize_unit
 
 LOCK = "lock"
@@ -88,7 +87,7 @@ def _make(
         fraction = config.data.valid_fraction
         limit = split.limit(fraction) if surveys is None else limit_of(fraction, surveys)
         _begin_with(limit, work)
-        missing = [n for n in work.numbers if not work.mark_of(n).exists()]
+        missing = [n for n in work.numbers if not work.is_done(n)]
         work = replace(work, limit=limit)
         if surveys is not None and not missing:
             break
@@ -120,12 +119,12 @@ def _compare(folder: Path, there: dict[str, Any], plan: dict[str, Any]) -> None:
         )
 
 
-def _read_plan(inner: Path) -> dict[str, Any]:
+def _read_plan(inner: Path) -> dict[str, Any] | None:
     try:
         there = json.loads((inner / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return there if isinstance(there, dict) else {}
+        return None
+    return there if isinstance(there, dict) else None
 
 
 @contextmanager
@@ -140,9 +139,12 @@ def _begun(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     inner.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(inner / LOCK, timeout=0):
-            if any(_parts(folder)):
-                _compare(folder, _read_plan(inner), plan)
-            elif _read_plan(inner) != plan:  # nothing is lost: begin as if nothing were there
+            there = _read_plan(inner)
+            if there is None and any(_parts(folder)):
+                raise prepared.damaged(folder, f"{PLAN} is not what prepare_data writes")
+            if there is not None and any(_parts(folder)):
+                _compare(folder, there, plan)
+            elif there != plan:  # nothing is lost: begin as if nothing were there
                 for old in {*inner.iterdir()} - {inner / LOCK}:
                     old.unlink()
                 new = inner / f"{PLAN}.unfinished"
@@ -161,7 +163,7 @@ def _begun(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _begin_with(limit: int, work: Work) -> None:
     """Remove parts that were made under another limit of the split."""
     known = work.inner / LIMIT
-    if known.is_file() and known.read_text() == str(limit):
+    if known.is_file() and known.read_bytes() == str(limit).encode():
         return
     for old in (*work.inner.glob("done-*"), *_parts(work.folder)):
         old.unlink()
@@ -195,12 +197,12 @@ def _about(
     tokenizer: Tokenizer,
     config: Config,
 ) -> About:
-    files = {}
-    for path in sorted(_parts(work.folder)):
-        files[path.name] = (path.stat().st_size, sum(map(len, read_tokens(path))))
+    files: dict[str, tuple[int, int]] = {}
+    for number in work.numbers:
+        files |= work.files_of(number) or {}
     return About(
         version=prepared.VERSION,
-        source=text.about,
+        source=text.about.encode("utf-8", "replace").decode(),
         text_column=config.data.text_column,
         split=config.data.split,
         valid_fraction=config.data.valid_fraction,
@@ -214,6 +216,6 @@ def _about(
         copies=surveys.copies(),
         characters=surveys.characters,
         text=surveys.text(),
-        files=files,
+        files=dict(sorted(files.items())),
         made_of=plan,
     )

@@ -11,12 +11,13 @@ sequences of any length.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import NonNegativeInt, ValidationError
 
+from models.config import Section
 from train.config import Config, ConfigError
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import Sequences
@@ -33,8 +34,7 @@ folders would be taken for what they are not."""
 SIDES = ("train", "valid")
 
 
-@dataclass(frozen=True)
-class About:
+class About(Section):
     """What prepared.json says."""
 
     version: int
@@ -46,19 +46,19 @@ class About:
     tokenizer: str
     """Its name, as it was given."""
     tokenizer_digest: str
-    vocab_size: int
+    vocab_size: NonNegativeInt
     seq_len: int
     """Of the config; sequences of any length can be cut."""
-    documents: int
-    valid_documents: int
-    replaced: int
+    documents: NonNegativeInt
+    valid_documents: NonNegativeInt
+    replaced: NonNegativeInt
     """Documents with U+FFFD, which stands for what is no UTF-8."""
-    copies: int
+    copies: NonNegativeInt
     """Documents whose text another one before them has; they are on its side."""
-    characters: int
+    characters: NonNegativeInt
     text: str
     """A hash of all documents in their order."""
-    files: dict[str, tuple[int, int]]
+    files: dict[str, tuple[NonNegativeInt, NonNegativeInt]]
     """Bytes and tokens of each file with tokens."""
     made_of: dict[str, Any]
     """What decides the bytes of the folder, a hash of its files' names, sizes and times in it."""
@@ -89,45 +89,35 @@ def read(folder: Path) -> About:
             "again, which goes on where it was"
         )
     try:
-        about = parse(json.loads((folder / NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise _damaged(folder, f"{NAME} is not what prepare_data writes ({reason})") from None
-    if about.version != VERSION:
+        text = (folder / NAME).read_text(encoding="utf-8")
+        version = json.loads(text)["version"]
+        if version == VERSION:
+            about = About.model_validate_json(text)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        where = ".".join(str(part) for part in first["loc"])
+        raise _not_ours(folder, f"{where}: {first['msg']}") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _not_ours(folder, " ".join(str(error).split()) or type(error).__name__) from None
+    if version != VERSION:
         raise ConfigError(
-            f"{folder} was prepared by another version of this code ({about.version}, this one "
-            f"reads {VERSION}); prepare the text again in another folder"
+            f"{folder} was prepared by another version of this code ({version}, this one reads "
+            f"{VERSION}); prepare the text again in another folder"
         )
     for name, (size, _) in about.files.items():
         try:
-            there = (folder / name).stat().st_size
+            there = (folder / Path(name).name).stat().st_size  # never one outside
         except OSError as error:
-            raise _damaged(folder, f"{name}: {error.strerror}") from None
+            raise damaged(folder, f"{name}: {error.strerror}") from None
         if there != size:
-            raise _damaged(folder, f"{name} has {there:,} bytes, not {size:,}")
-    return about
-
-
-def parse(there: dict[str, Any]) -> About:
-    """Raises what a dictionary of something else leads to."""
-    if there["version"] != VERSION:  # of which nothing else is known
-        values = {field.name: there.get(field.name) for field in fields(About)}
-        return About(**values | {"files": {}})  # type: ignore[arg-type]
-    files = {}
-    for name, (size, tokens) in there["files"].items():
-        if Path(name).name != name or not isinstance(size, int) or not isinstance(tokens, int):
-            raise ValueError(f"its file {name} is no name, size and tokens")
-        files[name] = (size, tokens)
-    about = About(**there | {"files": files})
-    if not isinstance(about.documents, int) or not isinstance(about.valid_fraction, float):
-        raise ValueError("its documents or valid_fraction is no number")
+            raise damaged(folder, f"{name} has {there:,} bytes, not {size:,}")
     return about
 
 
 def write(folder: Path, about: About) -> None:
     """The last file: what has it is whole. Raises OSError."""
     new = folder / f"{NAME}.unfinished"
-    new.write_text(json.dumps(asdict(about), indent=1) + "\n", encoding="utf-8")
+    new.write_text(about.model_dump_json(indent=1) + "\n", encoding="utf-8")
     new.replace(folder / NAME)
 
 
@@ -136,16 +126,21 @@ def sequences(folder: Path, about: About, length: int) -> tuple[Sequences, Seque
     try:
         names = {side: [n for n in sorted(about.files) if n.startswith(side)] for side in SIDES}
         train, valid = (
-            Sequences(length, [folder / name for name in names[side]]) for side in SIDES
+            Sequences(length, [folder / Path(name).name for name in names[side]]) for side in SIDES
         )
         if (train.tokens, valid.tokens) != (about.tokens("train"), about.tokens("valid")):
             raise ValueError("another number of tokens than it says")
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise _damaged(folder, " ".join(str(error).split())) from None
+        raise damaged(folder, " ".join(str(error).split())) from None
     return train, valid
 
 
-def _damaged(folder: Path, what: str) -> ConfigError:
+def _not_ours(folder: Path, why: str) -> ConfigError:
+    return damaged(folder, f"{NAME} is not what prepare_data writes ({why})")
+
+
+def damaged(folder: Path, what: str) -> ConfigError:
+    """The error of a folder that something has happened to."""
     return ConfigError(f"{folder} is damaged: {what}; remove that folder and make it again")
 
 

@@ -4,7 +4,9 @@ A part that is there is left out, so a unit that was broken off is read again, b
 from its last whole part on. Nothing in the files depends on who wrote them, or in how many starts.
 """
 
+import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,14 +15,17 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from train.data import split
+from train.config import ConfigError
+from train.data import prepared, split
 from train.data.faults import Unreadable
 from train.data.prepared import SIDES, UNFINISHED
 from train.data.readers import Document
-from train.data.survey import Counting, Files, Survey, Unit, survey
+from train.data.survey import Counting, Survey, Unit, survey
+from train.data.survey import Files as FilesOfText
 from train.data.tokenizer import TOGETHER, Tokenizer
-from train.data.tokens import TokenFile, token_type
+from train.data.tokens import TokenFile, read_tokens, token_type
 
 PART = 1 << 27
 """Characters of a part, about. Those since its begin are tokenized again after a kill. Whoever
@@ -28,6 +33,9 @@ changes it, TOGETHER or UNIT raises `prepared.VERSION`: what was begun has other
 
 Report = Callable[[int], None]
 """Told how many characters were read since it was told last."""
+
+Files = dict[str, tuple[int, int]]
+"""Bytes and tokens of files with tokens."""
 
 CHANGED = "files changed while they were read; start again"
 
@@ -59,12 +67,59 @@ class Work:
         """The file that says that a unit's parts are all there."""
         return self.inner / f"done-{number:05}"
 
+    def is_done(self, number: int) -> bool:
+        """Whether all parts of a unit are there, as it left them; those that are not as it left
+        them are removed."""
+        mark = self.mark_of(number)
+        if (files := self.files_of(number)) is None:
+            return False
+        for name, (size, _) in files.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                path.unlink(missing_ok=True)
+                mark.unlink(missing_ok=True)
+        return mark.is_file()
+
+    def files_of(self, number: int) -> Files | None:
+        """Bytes and tokens of each file of a unit that is done."""
+        try:
+            found = json.loads(self.mark_of(number).read_text())
+            return {name: (size, tokens) for name, (size, tokens) in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def write_mark(self, number: int) -> None:
+        """Say that all parts of a unit are there. Raises ConfigError for one that is damaged."""
+        files = {}
+        for side in SIDES:
+            for path in sorted(self.folder.glob(f"{side}-{number:05}-*.arrow")):
+                try:
+                    files[path.name] = (path.stat().st_size, sum(map(len, read_tokens(path))))
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    reason = " ".join(str(error).split())
+                    raise ConfigError(
+                        f"{path} is damaged ({reason}); remove it, and the same command makes it "
+                        "again"
+                    ) from None
+        new = self.mark_of(number).with_suffix(f".{os.getpid()}.unfinished")
+        with new.open("w") as file:
+            json.dump(files, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.mark_of(number))
+
     def part_of(self, side: str, number: int, part: int) -> Path:
         return self.folder / f"{side}-{number:05}-{part:03}.arrow"
 
     def read_survey(self, number: int) -> Survey:
-        with np.load(self.survey_of(number)) as file:
-            return Survey(file["digests"], int(file["characters"]), int(file["replaced"]))
+        """Raises ConfigError where it is damaged."""
+        path = self.survey_of(number)
+        try:
+            with np.load(path) as file:
+                return Survey(file["digests"], int(file["characters"]), int(file["replaced"]))
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())
+            raise prepared.damaged(self.folder, f"{path.name}: {reason}") from None
 
     def write_survey(self, number: int, found: Survey) -> None:
         new = self.survey_of(number).with_suffix(f".{os.getpid()}.unfinished")
@@ -78,7 +133,7 @@ class Work:
 def survey_unit(work: Work, number: int, report: Report) -> None:
     """Read a unit and write its survey. Raises Unreadable, OSError."""
     unit = work.units[number]
-    assert isinstance(unit, Files)
+    assert isinstance(unit, FilesOfText)
     work.write_survey(number, survey(unit, report))
 
 
@@ -102,7 +157,7 @@ def tokenize_unit(work: Work, number: int, report: Report) -> None:
                 report(sum(len(piece) for _, piece in batch))
     if known is None:
         work.write_survey(number, counting.survey())
-    work.mark_of(number).touch()
+    work.write_mark(number)
 
 
 def _sided(
