@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 from scripts import prepare_data
+from scripts.train_tokenizer import main as train_tokenizer
 from scripts.train_tokenizer import train_bpe
 from tests.support.ranks import Training
 from tests.support.tiny import TWO_LAYERS, differences, repeated
@@ -30,7 +33,7 @@ from tests.train.test_data import (  # noqa: F401
     write_jsonl,
     write_parquet,
 )
-from train.config import ConfigError
+from train.config import ConfigError, load
 from train.data import batches as data
 from train.data import prepare as prepare_module
 from train.data import prepared, sources, tokens, units
@@ -330,6 +333,38 @@ def test_an_error_of_a_process_is_the_one_line(tmp_path, monkeypatch, capsys):
     assert prepare(out, f"data.path={text}", workers=2) == 0
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
+    """To all of them, as a terminal sends it; while they import, and while they work."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        write_jsonl(text / f"{number}.jsonl", TEXTS * 1000)
+    begin = "from train.data import sources; sources.UNIT = 1; "
+    begin += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{begin}import sys; from scripts.prepare_data import main; sys.exit(main())"
+    argv = [str(CONFIG), "--workers", "2", f"data.path={text}", *FIFTH]
+    for number in range(6):
+        out = tmp_path / f"out{number}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--out", str(out), *argv],
+            env={**os.environ, "OF_A_TEST": str(tmp_path)},
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (out / prepared.UNFINISHED / prepared.PLAN).exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3 * number)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert said == "stopped; the same command goes on where it was\n"
+        assert process.returncode == 130
+        assert not [*out.rglob("*.unfinished")]
+    assert not left_over(tmp_path)
+
+
 def test_two_at_once_are_one_line(tmp_path, monkeypatch, capsys):
     text, out = write_text(tmp_path / "text", "text"), tmp_path / "out"
     right, codes = prepare_module.tokenize_unit, []
@@ -492,6 +527,41 @@ def test_a_place_that_is_taken_is_one_line(tmp_path, capsys, out, words):
     assert (tmp_path / "full" / "mine.txt").read_text() == "x"
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
+    """In their order; a folder stands for the hub's data set, and a run's data is only loaded."""
+    text = DOCS.read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [line for line in lines if line]
+    config = CONFIG.resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "configs").symlink_to(config.parent)
+    for name in ("text", "code", "hub"):
+        (tmp_path / "my" / name).mkdir()
+        write_jsonl(tmp_path / "my" / name / "a.jsonl", [f"{name} {one}" * 9 for one in TEXTS])
+    done = []
+    for line in lines:
+        line = line.replace("HuggingFaceFW/fineweb-edu data.subset=sample-10BT", "./my/hub")
+        module, *argv = shlex.split(line.partition(" -m ")[2])
+        if module == "train":
+            config_file, *keys = argv
+            these = load(config_file, [*keys, "data.workers=0"])
+            data.check(these)
+            next(data.load(these).train_batches(0, 1))
+        else:
+            assert {
+                "scripts.prepare_data": prepare_data.main,
+                "scripts.train_tokenizer": train_tokenizer,
+            }[module](argv) == 0
+        done.append(module)
+    assert done.count("train") == 3
+    assert done.count("scripts.prepare_data") == 3
+
+
 @pytest.mark.usefixtures("small_units")
 def test_a_full_disk_is_one_line_and_what_was_made_stays(tmp_path, monkeypatch, capsys):
     text, out = write_text(tmp_path / "text", "text"), tmp_path / "out"
@@ -547,7 +617,7 @@ def raise_keyboard_interrupt(*args):
     ("name", "content", "words"),
     [
         ("unfinished/plan.json", b"{", "plan.json is not what prepare_data writes; remove that fo"),
-        ("unfinished/survey-00001.npz", b"junk", "survey-00001.npz: "),
+        ("unfinished/survey-00001.npz", b"junk", "survey-00001.npz is no survey ("),
         ("unfinished/limit", b"\xff", None),
         ("unfinished/done-00001", b"", None),
         ("unfinished/done-00001", None, None),
@@ -578,15 +648,16 @@ def test_what_was_begun_and_damaged_is_repaired_or_one_line(
 
 def test_text_that_changes_meanwhile_is_one_line(tmp_path, monkeypatch, capsys):
     text = tmp_path / "a.jsonl"
-    right = prepare_module.tokenize_unit
+    right, then = prepare_module.tokenize_unit, [TEXTS]
 
     def changed(*args):
-        write_jsonl(text, then)
+        write_jsonl(text, then[0])
         right(*args)
 
     monkeypatch.setattr(prepare_module, "tokenize_unit", changed)
-    for number, then in enumerate((TEXTS[1:], [*TEXTS, "more"], [*TEXTS[1:], "longer" * 999])):
+    for number, texts in enumerate((TEXTS[1:], [*TEXTS, "more"], [*TEXTS[1:], "longer" * 999])):
         write_jsonl(text, TEXTS)
+        then[0] = texts
         assert prepare(tmp_path / f"out{number}", f"data.path={text}") == 2
         assert "files changed while they were read; start again" in capsys.readouterr().err
         assert not (tmp_path / f"out{number}" / prepared.NAME).exists()

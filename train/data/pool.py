@@ -63,7 +63,8 @@ def spread(
             processes, context, _begin, (function, shared, counter, os.getpid())
         )
         try:
-            pending = {pool.submit(_run, job) for job in jobs}
+            with _deaf():
+                pending = {pool.submit(_run, job) for job in jobs}
             while pending:
                 ended, pending = wait(pending, POLL_S, FIRST_COMPLETED)
                 said(what, counter.value, total)
@@ -72,7 +73,8 @@ def spread(
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+                process.join()  # before its files are removed
+            pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise ConfigError(
                     "a process that prepares data was killed, mostly for want of memory; the same "
@@ -80,6 +82,17 @@ def spread(
                 ) from None
             raise
         pool.shutdown()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started inside never notice Ctrl-C; this one does right after, and ends
+    them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -104,7 +117,6 @@ def _begin(function: Function, shared: Any, counter: Any, parent: int) -> None:
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed while this process imported what it needs
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     _shared = (function, shared, counter)
 
 

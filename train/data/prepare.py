@@ -150,14 +150,22 @@ def _begun(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
                 new = inner / f"{PLAN}.unfinished"
                 new.write_text(json.dumps(plan, indent=1), encoding="utf-8")
                 new.replace(inner / PLAN)
-            for left in (*folder.glob("*.unfinished"), *inner.glob("*.unfinished")):
-                left.unlink()
-            yield
+            _remove_unfinished(folder)
+            try:
+                yield
+            finally:  # where the disk is full, their room is wanted
+                _remove_unfinished(folder)
             shutil.rmtree(inner)
     except filelock.Timeout:
         raise ConfigError(
             f"another prepare_data is at work in {folder}; wait for it, or name another folder"
         ) from None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Files that a process was about to write when it ended."""
+    for left in (*folder.glob("*.unfinished"), *(folder / UNFINISHED).glob("*.unfinished")):
+        left.unlink()
 
 
 def _begin_with(limit: int, work: Work) -> None:

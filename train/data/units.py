@@ -118,8 +118,8 @@ class Work:
             with np.load(path) as file:
                 return Survey(file["digests"], int(file["characters"]), int(file["replaced"]))
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())
-            raise prepared.damaged(self.folder, f"{path.name}: {reason}") from None
+            reason = f"{path.name} is no survey ({type(error).__name__})"
+            raise prepared.damaged(self.folder, reason) from None
 
     def write_survey(self, number: int, found: Survey) -> None:
         new = self.survey_of(number).with_suffix(f".{os.getpid()}.unfinished")
