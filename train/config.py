@@ -38,6 +38,10 @@ MOST = 2**31 - 1
 """Of what is counted in sequences."""
 
 
+SMALLEST_SHARE = 1e-4
+"""Of a source in a mixture."""
+
+
 class ConfigError(Exception):
     """Bad input from the user. Its text is the one line to print: what, where, what would do."""
 
@@ -150,7 +154,11 @@ class DataConfig(Section):
     path: str | None = None
     """Local text: a file, a folder or a glob of .txt, .jsonl, .json, .parquet, .arrow or source
     files, compressed or not; or a folder that `save_to_disk` wrote or that was downloaded from the
-    hub. By default, and without `name`, the source of Python's standard library."""
+    hub; or one of tokens, which `scripts.prepare_data` made. By default, and without `name`, the
+    source of Python's standard library."""
+    mixture: dict[str, float] = Field(default={})
+    """Several sources in the place of `path`, each with its weight: `{my/wiki: 3, my/code: 1}`. Of
+    the sequences so large a share is of each; a source that is used up begins again."""
     name: str | None = None
     """A data set on the Hugging Face hub, streamed; for example `HuggingFaceFW/fineweb-edu`."""
     subset: str | None = None
@@ -181,8 +189,17 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.path is not None and self.name is not None:
-            raise ValueError(f"path={self.path} and name={self.name} are both set; keep one")
+        given = {"path": self.path, "name": self.name, "mixture": self.mixture or None}
+        both = [f"{key}={value}" for key, value in given.items() if value is not None]
+        if len(both) > 1:
+            raise ValueError(f"{' and '.join(both)} are both set; keep one")
+        total = sum(self.mixture.values())
+        for path, weight in self.mixture.items():
+            if weight <= 0 or weight < SMALLEST_SHARE * total:
+                raise ValueError(
+                    f"mixture: {path} has the weight {weight:g} of {total:g}; give it a share of "
+                    f"{SMALLEST_SHARE:.2%} or more, or leave it out"
+                )
         return self
 
 

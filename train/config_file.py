@@ -106,6 +106,9 @@ def typed(tree: Tree, model: type[BaseModel]) -> Tree:
 
 
 def _typed(value: Any, kinds: list[Any]) -> Any:
+    inner = next((_parts(get_args(k)[1]) for k in kinds if get_origin(k) is dict), None)
+    if isinstance(value, dict) and inner is not None:
+        return {key: _typed(one, inner) for key, one in value.items()}
     if not isinstance(value, str):
         return value
     if type(None) in kinds and value in NONE:

@@ -23,8 +23,9 @@ from tests.support.tiny import argv
 from train.config import Config, ConfigError, load
 from train.data import batches as data
 from train.data import files, sources
-from train.data.survey import survey
+from train.data.survey import Files, limit_of, survey
 from train.data.tokenizer import ByteTokenizer
+from train.data.tokens import Joined, Sequences
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 EOD = ByteTokenizer.eod
@@ -137,7 +138,7 @@ def test_an_epoch_holds_every_sequence_once_and_the_next_is_in_another_order(jso
     n = len(corpus.train)
     stream = rows(islice(corpus.train_batches(0, 1), 2 * n))
     first, second = stream[:n], stream[n:]
-    whole = Counter(tuple(row) for row in corpus.train["tokens"][:][:, :-1].tolist())
+    whole = Counter(tuple(row) for row in corpus.train[:]["tokens"][:, :-1].tolist())
     assert Counter(first) == Counter(second) == whole
     assert first != second
 
@@ -175,9 +176,10 @@ def joined(texts: list[str]) -> str:
     return "".join(f"{text}\0" for text in texts)
 
 
-def decoded(sequences: datasets.Dataset) -> str:
+def decoded(sequences: Sequences | Joined | datasets.IterableDataset) -> str:
     """The text of packed sequences, a NUL at the end of each document."""
-    tokens = sequences["tokens"][:].reshape(-1).tolist()
+    assert isinstance(sequences, Sequences)
+    tokens = sequences[:]["tokens"].reshape(-1).tolist()
     return bytes(0 if token == EOD else token for token in tokens).decode("utf-8", "ignore")
 
 
@@ -215,8 +217,9 @@ def test_batches_of_either_side_hold_its_documents_alone(tmp_path):
 def test_the_share_held_out_is_near_what_is_asked_for(tmp_path, fraction):
     texts = [f"document {i}" for i in range(10_000)]
     found = files.find_files(str(write_jsonl(tmp_path / "a.jsonl", texts)))
-    about = survey(found, "text", fraction)
-    assert about.is_valid.mean() == pytest.approx(fraction, abs=4 * (fraction / 10_000) ** 0.5)
+    about = survey(Files(found.kind, found.files, "text"))
+    is_valid = about.is_valid(limit_of(fraction, about))
+    assert is_valid.mean() == pytest.approx(fraction, abs=4 * (fraction / 10_000) ** 0.5)
 
 
 def test_the_split_stays_when_documents_are_added_or_moved(tmp_path, texts):
@@ -290,7 +293,7 @@ def test_one_long_document_holds_its_last_sequences_out(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"{i} " for i in range(1000)))
     corpus = data.load(configure(f"data.path={path}"))
-    tokens = np.concatenate([corpus.train["tokens"][:], corpus.valid["tokens"][:]]).reshape(-1)
+    tokens = np.concatenate([corpus.train[:]["tokens"], corpus.valid[:]["tokens"]]).reshape(-1)
     assert corpus.tokenizer.decode(tokens) == path.read_text()[: len(tokens)]
     assert len(corpus.valid) == pytest.approx(0.2 * len(tokens) / 17, abs=1)
 
@@ -320,9 +323,9 @@ def test_the_second_load_finds_the_packed_tokens(jsonl, monkeypatch):
 
     monkeypatch.setattr(ByteTokenizer, "encode", never)
     second = data.load(config)
-    assert second.train["tokens"][:].tolist() == first.train["tokens"][:].tolist()
+    assert second.train[:]["tokens"].tolist() == first.train[:]["tokens"].tolist()
     with pytest.raises(AssertionError, match="packed again"):  # so the test can fail
-        data.load(configure(f"data.path={jsonl}", "model.seq_len=18"))
+        data.load(configure(f"data.path={jsonl}", "data.valid_fraction=0.3"))
 
 
 # Streams

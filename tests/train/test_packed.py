@@ -17,9 +17,10 @@ from tests.train.test_data import configure, one_line, own_cache, write_jsonl  #
 from train.checkpoint import progress
 from train.config import Config, ConfigError
 from train.data import batches as data
-from train.data import packed, sources
+from train.data import packed, sources, tokens, units
 from train.data.tokenizer import ByteTokenizer
 
+FILES = ("train-00000-000.arrow", "valid-00000-000.arrow", "prepared.json", "checksums.sha256")
 TEXTS = [f"document {i}: " + f"word{i} é " * (5 + i % 7) for i in range(40)]
 
 
@@ -67,16 +68,15 @@ def test_a_process_that_was_killed_while_it_packed_leaves_nothing_in_the_way(tmp
     before = data.load(config).fingerprint()
     (folder,) = whole()
     folder.rename(folder.with_name(f"{folder.name}.unfinished"))
-    (folder.with_name(f"{folder.name}.unfinished") / "facts.json").unlink()
+    (folder.with_name(f"{folder.name}.unfinished") / "prepared.json").unlink()
     assert data.load(config).fingerprint() == before
     assert whole() == [folder]
 
 
-@pytest.mark.parametrize("what", ["text", "tokenizer", "seq_len", "valid_fraction", "text_column"])
+@pytest.mark.parametrize("what", ["text", "tokenizer", "valid_fraction", "text_column"])
 def test_other_data_is_packed_again(tmp_path, what):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     keys = {
-        "seq_len": "model.seq_len=18",
         "valid_fraction": "data.valid_fraction=0.3",
         "text_column": "data.text_column=other",
     }
@@ -91,7 +91,7 @@ def test_other_data_is_packed_again(tmp_path, what):
         train_bpe(iter(TEXTS), 300).save(str(tmp_path / "t.json"))
         keys["tokenizer"] = f"data.tokenizer={tmp_path / 't.json'}"
     second = data.load(configure(f"data.path={path}", *filter(None, [keys.get(what)])))
-    assert first.train["tokens"][:].tolist() != second.train["tokens"][:].tolist()
+    assert first.train[:]["tokens"].tolist() != second.train[:]["tokens"].tolist()
 
 
 def cut(path: Path) -> None:
@@ -111,14 +111,14 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [cut, alter, empty, Path.unlink])
-@pytest.mark.parametrize("name", ["train.arrow", "valid.arrow", "facts.json", "checksums.sha256"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_cache_is_named_and_packed_again(tmp_path, caplog, harm, name):
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
 
     def load():
         corpus = data.load(config)  # which is mapped: nobody may hold it while files change
         sides = (corpus.train, corpus.valid)
-        return [side["tokens"][:].tolist() for side in sides], corpus.fingerprint()
+        return [side[:]["tokens"].tolist() for side in sides], corpus.fingerprint()
 
     want = load()
     (folder,) = whole()
@@ -139,7 +139,7 @@ def test_of_processes_that_find_damage_one_packs(tmp_path, monkeypatch):
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
     want = data.load(config).fingerprint()
     (folder,) = whole()
-    alter(folder / "train.arrow")
+    alter(folder / FILES[0])
     make = packed._make
 
     def counted(*args) -> None:
@@ -167,7 +167,7 @@ def test_a_damaged_cache_that_cannot_be_removed_is_one_line(tmp_path, monkeypatc
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
     data.load(config)
     (folder,) = whole()
-    cut(folder / "train.arrow")
+    cut(folder / FILES[0])
 
     def refused(path, **_):
         raise PermissionError(13, "Permission denied")
@@ -184,27 +184,25 @@ def test_every_byte_of_the_cache_is_on_disk_before_it_gets_its_name(tmp_path, mo
 
     def note(number: int) -> None:
         fsync(number)
-        path = Path(f"/proc/self/fd/{number}").readlink()
-        synced[path.name] = path.stat().st_size
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
 
     def renamed(self: Path, target: Path) -> Path:
-        there.update({path.name: path.stat().st_size for path in self.iterdir()})
-        assert self.name in synced
+        there.update({path.name: path.stat() for path in self.iterdir()})
+        assert self.stat().st_ino in synced
         return rename(self, target)
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "rename", renamed)
     data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
-    assert set(there) == {"train.arrow", "valid.arrow", "facts.json", "checksums.sha256"}
-    assert {name: synced.get(name) for name in there} == there
+    assert set(there) == set(FILES)
+    assert all(synced.get(stat.st_ino) == stat.st_size for stat in there.values())
 
 
 def test_a_process_that_waits_for_the_one_that_packs_says_so(tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     monkeypatch.setattr(progress, "AFTER_S", 0.2)
-    found = sources.local_files(configure(f"data.path={path}"))
-    folder = packed._cache() / packed._key(found, "text", 0.02, ByteTokenizer(), 17)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    data.load(configure(f"data.path={path}"))
+    (folder,) = whole()
     context = multiprocessing.get_context("fork")
     holds = context.Event()
 
@@ -239,7 +237,7 @@ def test_a_full_disk_names_hf_home_and_leaves_nothing(tmp_path, monkeypatch):
 
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(packed._Writer, "_flush", full)
+        patch.setattr(tokens.TokenFile, "_flush", full)
         with pytest.raises(ConfigError, match="No space left on device") as error:
             data.load(configure(f"data.path={path}"))
     assert "HF_HOME" in one_line(error)
@@ -265,7 +263,7 @@ def test_a_cache_of_somebody_else_is_read(tmp_path):
 
 def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    survey = packed.survey
+    survey = units.survey
 
     then = [TEXTS]
 
@@ -274,22 +272,22 @@ def test_files_that_change_while_they_are_read_are_one_line(tmp_path, monkeypatc
         write_jsonl(path, then[0])
         return found
 
-    monkeypatch.setattr(packed, "survey", and_then)
+    monkeypatch.setattr(units, "survey", and_then)
     for then[0] in (TEXTS[:-1], [*TEXTS, "one more"]):
         write_jsonl(path, TEXTS)
         with pytest.raises(ConfigError, match="changed while they were read"):
             data.load(configure(f"data.path={path}"))
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 1000])
-def test_how_much_is_written_at_once_changes_nothing(tmp_path, monkeypatch, sequences):
-    monkeypatch.setattr(packed, "SEQUENCES", sequences)
+@pytest.mark.parametrize("together", [1, 30, 10_000])
+def test_how_much_is_written_at_once_changes_nothing(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(tokens, "TOGETHER", together)
     corpus = data.load(configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}"))
-    tokens = corpus.train["tokens"][:].reshape(-1)
+    found = corpus.train[:]["tokens"].reshape(-1)
     expected = [*ByteTokenizer().encode(list(sources.training_texts(corpus.config)))]
     joined = np.concatenate([np.append(ids, ByteTokenizer.eod) for ids in expected])
-    assert len(joined) - 17 < len(tokens) <= len(joined)
-    assert tokens.tolist() == joined[: len(tokens)].tolist()
+    assert len(joined) - 17 < len(found) <= len(joined)
+    assert found.tolist() == joined[: len(found)].tolist()
 
 
 def peak_memory(config: Config) -> int:

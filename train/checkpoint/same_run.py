@@ -17,7 +17,10 @@ from train.data import fingerprint as fingerprints
 
 IN_FINGERPRINT = {
     f"data.{key}"
-    for key in ("path", "name", "subset", "split", "text_column", "tokenizer", "eod_token")
+    for key in (
+        *("path", "mixture", "name", "subset", "split"),
+        *("text_column", "tokenizer", "eod_token"),
+    )
 }
 """Keys that only say where the data is: a checkpoint with a fingerprint of the data itself knows
 better."""

@@ -8,10 +8,11 @@ Documents are joined, each followed by the end-of-document token, and cut into s
 end, less than a sequence, is dropped. A hash of its text decides whether a document is trained on
 or held out.
 
-Local data (by default the source of Python's standard library) is packed once into the cache of
-`datasets`. Its sequences have numbers, and a permutation for each epoch: sample g of the run is at
-place g % n of permutation g // n. Which samples a step takes depends neither on the number of
-ranks nor on the size of micro-batches, and any step can be the first at no cost.
+Local data (by default the source of Python's standard library) is made into tokens once, in the
+cache of `datasets` or by `scripts/prepare_data.py`. Its sequences have numbers, and `order.py` says
+which of them is sample g of the run. Which samples a step takes depends neither on the number of
+ranks nor on the size of micro-batches, and any step can be the first at no cost. Of several sources
+with weights each makes up its share of the samples.
 
 A hub data set is streamed: packed on the fly, 1000 documents at a time, and shuffled in a buffer.
 Its order depends on the seed and the number of ranks, and starting at a later step reads and drops
@@ -22,8 +23,9 @@ reads all and keeps a part.
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -31,22 +33,29 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from train.config import Config, ConfigError
+from train.data import prepared
 from train.data.faults import explained
-from train.data.fingerprint import of_stream
-from train.data.packed import load_packed, token_type
+from train.data.fingerprint import of_mixture, of_stream
+from train.data.order import Mixed, Order, Samples, Shuffled, Spread, in_turn, sample_numbers
+from train.data.packed import load_packed
+from train.data.prepared import About
 from train.data.sources import (
     check_documents,
+    check_vocabulary,
     load_stream,
     local_files,
+    local_text,
     quiet,
     readable,
     source_of,
+    sources_of,
 )
 from train.data.tokenizer import Tokenizer, is_local, load_tokenizer
+from train.data.tokens import Joined, Sequences, token_type
 from train.safety import workers
 
 PREFETCH = 4
@@ -81,10 +90,12 @@ class Corpus:
 
     config: Config
     tokenizer: Tokenizer
-    train: datasets.Dataset | datasets.IterableDataset
-    """Packed sequences (local data), or documents (streamed data)."""
-    valid: datasets.Dataset
-    """Packed sequences."""
+    train: Sequences | Joined | datasets.IterableDataset
+    """Sequences (local data), or documents (streamed data)."""
+    valid: Sequences | Joined
+    order: Order
+    """In which local data is trained on."""
+    valid_order: Order
     about: str
     """Source, kind and documents, in words."""
     contents: dict[str, Any]
@@ -93,7 +104,7 @@ class Corpus:
     def describe(self) -> str:
         """One line for the start of a run: what is read, how much, by which tokenizer."""
         sequences = f"{len(self.valid):,} validation sequences"
-        if isinstance(self.train, datasets.Dataset):
+        if not isinstance(self.train, datasets.IterableDataset):
             sequences = f"{len(self.train):,} training and {sequences}"
         name = self.config.data.tokenizer
         return f"{self.about}; {sequences}; tokenizer {name}, {self.tokenizer.vocab_size:,} tokens"
@@ -108,11 +119,11 @@ class Corpus:
         Streamed data that leaves this rank without a single sequence raises ConfigError.
         """
         config, eod = self.config, self.tokenizer.eod
-        if isinstance(self.train, datasets.Dataset):
+        if not isinstance(self.train, datasets.IterableDataset):
             return _loader(
                 config,
                 self.train,
-                sampler=_Order(config, len(self.train), rank, world_size, start_step),
+                sampler=Samples(config, self.order, rank, world_size, start_step),
                 collate_fn=partial(make_batch, eod=eod),
                 num_workers=config.data.workers,
             )
@@ -129,20 +140,28 @@ class Corpus:
 
         Together the ranks see `train.valid_batches` global batches, or as many whole ones as there
         are validation sequences for; where there are too few for one, some are repeated to fill it.
+        Of a mixture each source has its share, and one that is too small for it is repeated.
         """
-        n = len(self.valid)
-        whole = max(1, n // self.config.global_batch(world_size))
+        whole = max(1, len(self.valid) // self.config.global_batch(world_size))
         for step in range(min(self.config.train.valid_batches, whole)):
-            for numbers in _sample_numbers(self.config, step, rank, world_size):
-                yield make_batch(self.valid[[g % n for g in numbers]], eod=self.tokenizer.eod)
+            for numbers in sample_numbers(self.config, step, rank, world_size):
+                rows = self.valid[[self.valid_order(g) for g in numbers]]
+                yield make_batch(rows, eod=self.tokenizer.eod)
 
 
 def check(config: Config) -> None:
     """Find what is wrong with the data keys before anything is loaded. Raises ConfigError."""
-    if config.data.name is None:
-        local_files(config)
+    tokenizer = None
     if config.data.tokenizer == "bytes" or is_local(config.data.tokenizer):
-        _check_vocabulary(config, load_tokenizer(config.data.tokenizer, config.data.eod_token))
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
+        check_vocabulary(config, tokenizer)
+    if config.data.name is None:
+        with _named_mixture(config):
+            for one in sources_of(config):
+                if prepared.is_prepared(one.data.path):
+                    _about_prepared(one, tokenizer)
+                else:
+                    local_files(one)
 
 
 def load(config: Config) -> Corpus:
@@ -153,43 +172,85 @@ def load(config: Config) -> Corpus:
     """
     quiet()
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
-    _check_vocabulary(config, tokenizer)
-    if config.data.name is None:
+    check_vocabulary(config, tokenizer)
+    if config.data.name is not None:
+        return _load_stream(config, tokenizer)
+    if not config.data.mixture:
         return _load_local(config, tokenizer)
-    return _load_stream(config, tokenizer)
+    return _load_mixture(config, tokenizer)
 
 
 def _load_local(config: Config, tokenizer: Tokenizer) -> Corpus:
-    data, found = config.data, local_files(config)
-    with readable(config, found.kind):
-        packed = load_packed(
-            *(found, data.text_column, data.valid_fraction),
-            *(tokenizer, config.model.seq_len + 1),
-        )
-    train, valid, facts = packed.train, packed.valid, packed.facts
-    count = facts.documents
-    check_documents(config, count, facts.valid_documents)
+    data, note = config.data, ""
+    if prepared.is_prepared(data.path):
+        folder, about = prepared.folder_of(data.path), _about_prepared(config, tokenizer)
+        note = f", prepared in {data.path}"
+    else:
+        found = local_files(config)
+        with readable(config, found.kind):
+            folder, about = load_packed(local_text(config, found), tokenizer, config)
+        if found.left_out:
+            note = f"; left out: {found.left_out}"
+    train, valid = prepared.sequences(folder, about, config.model.seq_len + 1)
+    count = about.documents
+    check_documents(config, count, about.valid_documents)
     if count == 1:  # such as one long text file: hold its last sequences out instead
         both, held_out = train, math.ceil(len(train) * data.valid_fraction)
-        train = both.select(range(len(both) - held_out))
-        valid = both.select(range(len(both) - held_out, len(both)))
-    training = count - facts.valid_documents
+        train = both.part(0, len(both) - held_out)
+        valid = both.part(len(both) - held_out, held_out)
+    training = count - about.valid_documents
     _check_not_empty(config, train, f"the {training} training document(s)", "add text")
     advice = f"raise data.valid_fraction={data.valid_fraction}"
-    _check_not_empty(config, valid, f"the {facts.valid_documents} validation document(s)", advice)
-    source = data.path or "the standard library of Python"
-    about = f"{source}: {len(found.files):,} {found.kind} file(s), {count:,} document(s)"
-    if facts.replaced:
-        about += f", {facts.replaced:,} of them with U+FFFD for what is no UTF-8"
-    if found.left_out:
-        about += f"; left out: {found.left_out}"
+    _check_not_empty(config, valid, f"the {about.valid_documents} validation document(s)", advice)
+    line = f"{about.source}, {count:,} document(s)"
+    if about.replaced:
+        line += f", {about.replaced:,} of them with U+FFFD for what is no UTF-8"
     contents = {
         "documents": count,
-        "text": facts.text,
+        "text": about.text,
         "training sequences": len(train),
         "validation sequences": len(valid),
     }
-    return Corpus(config, tokenizer, train, valid, about, contents)
+    return Corpus(
+        *(config, tokenizer, train, valid),
+        *(Shuffled(len(train), config.train.seed), in_turn(len(valid))),
+        *(line + note, contents),
+    )
+
+
+def _about_prepared(config: Config, tokenizer: Tokenizer | None) -> About:
+    path = config.data.path
+    assert path is not None
+    about = prepared.read(prepared.folder_of(path))
+    prepared.check_keys(path, about, config, tokenizer)
+    return about
+
+
+def _load_mixture(config: Config, tokenizer: Tokenizer) -> Corpus:
+    weights = [*config.data.mixture.values()]
+    with _named_mixture(config):
+        sources = [_load_local(one, tokenizer) for one in sources_of(config)]
+    train, valid = (
+        Joined([one for one in side if isinstance(one, Sequences)])
+        for side in ([s.train for s in sources], [s.valid for s in sources])
+    )
+    sizes, valid_sizes = ([len(one) for one in joined.sources] for joined in (train, valid))
+    share = [weight / sum(weights) for weight in weights]
+    about = "; ".join(f"{s:.2%} of {one.about}" for s, one in zip(share, sources, strict=True))
+    return Corpus(
+        *(config, tokenizer, train, valid),
+        *(Mixed(sizes, weights, config.train.seed), Spread(valid_sizes, weights)),
+        *(about, of_mixture(weights, [one.contents for one in sources])),
+    )
+
+
+@contextmanager
+def _named_mixture(config: Config) -> Iterator[None]:
+    """An error of one of several sources says so: it names data.path, which nobody has set."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.mixture: {error}" if config.data.mixture else str(error)) from None
 
 
 def _load_stream(config: Config, tokenizer: Tokenizer) -> Corpus:
@@ -197,14 +258,14 @@ def _load_stream(config: Config, tokenizer: Tokenizer) -> Corpus:
     train, documents = load_stream(config)
     args = _pack_args(config, tokenizer)
     tokens = pack(documents[:], **args)["tokens"]
-    kind = datasets.List(datasets.Value(args["dtype"]), length=args["length"])
-    valid = datasets.Dataset.from_dict(
-        {"tokens": tokens}, features=datasets.Features({"tokens": kind})
-    ).with_format("numpy")
+    valid = Sequences(args["length"], arrays=[tokens.reshape(-1)])
     advice = f"raise data.valid_documents={data.valid_documents}"
     _check_not_empty(config, valid, f"the {len(documents)} validation document(s)", advice)
     about = f"{data.name}, streamed: subset {data.subset}, split {data.split}"
-    return Corpus(config, tokenizer, train, valid, about, of_stream(train, documents))
+    return Corpus(
+        *(config, tokenizer, train, valid),
+        *(in_turn(0), in_turn(len(valid)), about, of_stream(train, documents)),
+    )
 
 
 def make_batch(rows: dict[str, np.ndarray], eod: int) -> Batch:
@@ -232,23 +293,6 @@ def pack(
         pieces += [ids.astype(dtype), np.array([tokenizer.eod], dtype)]
     flat = np.concatenate(pieces)
     return {"tokens": flat[: len(flat) // length * length].reshape(-1, length)}
-
-
-class _Order(Sampler[list[int]]):
-    """Places in the packed data, a micro-batch at a time, forever."""
-
-    def __init__(self, config: Config, n: int, rank: int, world_size: int, start_step: int) -> None:
-        self.config, self.n = config, n
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in count(self.start_step):
-            for numbers in _sample_numbers(self.config, step, self.rank, self.world_size):
-                yield [self._place(g) for g in numbers]
-
-    def _place(self, g: int) -> int:
-        epoch, place = divmod(g, self.n)
-        return int(_permutation(self.config.train.seed, epoch, self.n)[place])
 
 
 class _Stream(TorchIterableDataset):
@@ -322,34 +366,12 @@ def _start_worker(worker: int) -> None:
     workers.begin()
 
 
-def _sample_numbers(config: Config, step: int, rank: int, world_size: int) -> Iterator[range]:
-    """The run's sample numbers in each of a rank's micro-batches of one step."""
-    size = config.train.micro_batch
-    for micro in range(config.accumulation(world_size)):
-        first = step * config.global_batch(world_size) + (micro * world_size + rank) * size
-        yield range(first, first + size)
-
-
-@lru_cache(maxsize=2)  # a batch can reach over the end of an epoch
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
 def _pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     length = config.model.seq_len + 1
     return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
 
 
-def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the "
-            f"{tokenizer.vocab_size} tokens of data.tokenizer={config.data.tokenizer}; set "
-            f"model.vocab_size={tokenizer.vocab_size} or more"
-        )
-
-
-def _check_not_empty(config: Config, packed: datasets.Dataset, what: str, advice: str) -> None:
+def _check_not_empty(config: Config, packed: Sequences, what: str, advice: str) -> None:
     if len(packed) == 0:
         raise ConfigError(
             f"{source_of(config)}: {what} hold no whole sequence of "

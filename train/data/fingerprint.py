@@ -8,7 +8,7 @@ before it is trained on: its fingerprint is of its files' names and sizes and of
 out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,6 +38,15 @@ def of_stream(stream: datasets.IterableDataset, held_out: datasets.Dataset) -> d
     }
 
 
+def of_mixture(weights: Sequence[float], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fingerprint of several sources together: the weight and the contents of each."""
+    found: dict[str, Any] = {}
+    for number, (weight, contents) in enumerate(zip(weights, sources, strict=True), 1):
+        of_one = {"weight": weight / sum(weights), **contents}
+        found |= {f"source {number}: {key}": value for key, value in of_one.items()}
+    return found
+
+
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words; nothing where the data is the same."""
     found = []
@@ -45,8 +54,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before, after = there.get(key), now.get(key)
         if before == after:
             continue
-        if key in HASHES:
-            found.append(f"{HASHES[key]} changed")
+        source, colon, what = key.rpartition(": ")
+        if what in HASHES:
+            found.append(f"{source}{colon}{HASHES[what]} changed")
         else:
             found.append(f"{key}: {_shown(before)} there, {_shown(after)} now")
     return found

@@ -1,9 +1,15 @@
-"""Where documents come from: the standard library, local files or the hub; what is held out."""
+"""Where documents come from: the standard library, local files or the hub; what is held out.
+
+A hub data set is a stream, of which `split_stream` takes the first documents for validation; to be
+prepared, each of its files is a `Shard`, and a part of a local text `Files`.
+"""
 
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,15 +18,20 @@ from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from train.config import Config, ConfigError
-from train.data import split
+from train.data import prepared, split
 from train.data.cache import about_the_cache
 from train.data.faults import UNREADABLE, Unreadable, last_line
 from train.data.files import LocalFiles, find_files, kind_of
-from train.data.readers import read_documents
-from train.data.survey import documents_of, survey
+from train.data.prepare import Text
+from train.data.readers import Document, read_documents
+from train.data.survey import Files, limit_of, survey
+from train.data.tokenizer import Tokenizer
 
 OWN_READERS = {"json": Json, "parquet": Parquet}
 """Kinds of hub data sets whose files are read like local ones; `datasets` reads the others."""
+
+UNIT = 1 << 26
+"""Bytes of small files that one process reads in one go."""
 
 
 def quiet() -> None:
@@ -31,9 +42,78 @@ def quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
+def sources_of(config: Config) -> list[Config]:
+    """Of a mixture, a config for each source, with its path alone; otherwise the config itself."""
+    data = config.data
+    return [
+        config.model_copy(update={"data": data.model_copy(update={"path": path, "mixture": {}})})
+        for path in data.mixture
+    ] or [config]
+
+
 def local_files(config: Config) -> LocalFiles:
-    """The files that `data.path` means. Raises ConfigError."""
-    return find_files(config.data.path, config.data.split)
+    """The files of text that `data.path` means. Raises ConfigError."""
+    path = config.data.path
+    if prepared.is_prepared(path):
+        raise ConfigError(f"data.path={path} holds tokens; name the text that they were made of")
+    return find_files(path, config.data.split)
+
+
+def local_text(config: Config, found: LocalFiles) -> Text:
+    """Local files as units of UNIT bytes or of one file that is larger. Raises Unreadable."""
+    units: list[Files] = []
+    files: list[str] = []
+    identity, size = [found.kind], 0
+    for file in found.files:
+        try:
+            about = Path(file).stat()
+        except OSError as error:
+            raise Unreadable(f"{file}: {error.strerror}") from None
+        if files and size + about.st_size > UNIT:
+            units.append(Files(found.kind, tuple(files), config.data.text_column))
+            files, size = [], 0
+        files.append(file)
+        size += about.st_size
+        name = Path(file).absolute()
+        identity.append(f"{len(units)} {name} {about.st_size} {about.st_mtime_ns}")
+    units.append(Files(found.kind, tuple(files), config.data.text_column))
+    source = config.data.path or "the standard library of Python"
+    about_it = f"{source}: {len(found.files):,} {found.kind} file(s)"
+    return Text(tuple(units), about_it, tuple(identity))
+
+
+def hub_text(config: Config) -> Text:
+    """A hub data set, a unit a file. Raises ConfigError."""
+    quiet()
+    data, stream = config.data, _open_hub(config)
+    count = stream.num_shards
+    units = tuple(Shard(config, stream, number, count) for number in range(count))
+    sizes = stream.info.download_checksums or {}
+    identity = (
+        *(str(data.name), str(data.subset), data.split, str(count)),
+        *(f"{name} {about['num_bytes']}" for name, about in sizes.items()),
+    )
+    about = f"{data.name}: subset {data.subset}, split {data.split}, {count:,} file(s)"
+    return Text(units, about, identity)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of the files of a stream as a unit."""
+
+    config: Config
+    stream: datasets.IterableDataset
+    number: int
+    count: int
+
+    def documents(self) -> Iterator[Document]:
+        try:
+            for row in self.stream.shard(num_shards=self.count, index=self.number):
+                text = _text_of(self.config, row)
+                if text:
+                    yield (text,)
+        except UNREADABLE as error:
+            raise Unreadable(last_line(error)) from None
 
 
 def load_stream(config: Config) -> tuple[datasets.IterableDataset, datasets.Dataset]:
@@ -48,6 +128,9 @@ def training_texts(config: Config) -> Iterator[str]:
 
     Raises ConfigError.
     """
+    if config.data.mixture:
+        yield from _one_of_each([training_texts(one) for one in sources_of(config)])
+        return
     if config.data.name is not None:
         train, _ = load_stream(config)
         try:
@@ -57,12 +140,23 @@ def training_texts(config: Config) -> Iterator[str]:
         return
     found = local_files(config)
     with readable(config, found.kind):
-        about = survey(found, config.data.text_column, config.data.valid_fraction)
-        check_documents(config, len(about.is_valid), int(about.is_valid.sum()))
-        documents = documents_of(found, config.data.text_column)
-        for document, is_valid in zip(documents, about.is_valid, strict=True):
-            if not is_valid:
+        unit = Files(found.kind, found.files, config.data.text_column)
+        about = survey(unit)
+        is_valid = about.is_valid(limit_of(config.data.valid_fraction, about))
+        check_documents(config, len(is_valid), int(is_valid.sum()))
+        for document, held_out in zip(unit.documents(), is_valid, strict=True):
+            if not held_out:
                 yield from document
+
+
+def _one_of_each(texts: list[Iterator[str]]) -> Iterator[str]:
+    """Whoever reads only the first texts of a mixture reads some of each source."""
+    while texts:
+        for one in [*texts]:
+            try:
+                yield next(one)
+            except StopIteration:
+                texts.remove(one)
 
 
 @contextmanager
@@ -190,6 +284,16 @@ def check_documents(config: Config, count: int, held_out: int) -> None:
         raise ConfigError(
             f"data.valid_fraction={config.data.valid_fraction} of the {count} documents of "
             f"{source_of(config)} leaves none to train on; lower it, or add documents that differ"
+        )
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the model has fewer tokens than the tokenizer."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"{tokenizer.vocab_size} tokens of data.tokenizer={config.data.tokenizer}; set "
+            f"model.vocab_size={tokenizer.vocab_size} or more"
         )
 
 

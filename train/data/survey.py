@@ -4,73 +4,130 @@ It costs little beside tokenizing, and finds the broken record before that has b
 """
 
 import hashlib
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 
 from train.data import split
 from train.data.faults import Unreadable
-from train.data.files import LocalFiles, too_strange
+from train.data.files import too_strange
 from train.data.readers import Document, read_documents
+
+
+class Unit(Protocol):
+    """A part of the text that one process reads from begin to end."""
+
+    def documents(self) -> Iterator[Document]:
+        """Those that are not empty, the same ones each time. Raises Unreadable."""
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one kind as a unit: local ones, or URLs that fsspec knows."""
+
+    kind: str
+    files: tuple[str, ...]
+    column: str
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.files:
+            for document in read_documents(self.kind, path, self.column):
+                pieces = iter(document)
+                first = next(pieces, "")
+                if first:
+                    yield chain((first,), pieces)
 
 
 @dataclass(frozen=True)
 class Survey:
     """What the documents are, all that are not empty, in the order of their files."""
 
-    is_valid: np.ndarray
-    """Whether each is held out; bool [documents]."""
+    digests: np.ndarray
+    """A hash of each one's text; its bytes are two big-endian uint64 [documents, 2]."""
     characters: int
     replaced: int
     """Documents with U+FFFD, which stands for what is no UTF-8."""
-    digest: str
-    """Of all texts in their order."""
+
+    def is_valid(self, limit: int) -> np.ndarray:
+        """Whether each is held out under a limit of `split.limit`; bool [documents]."""
+        places = self.digests[:, 0].astype(np.uint64)
+        # 2^64 is one too many for an array.
+        return places <= np.uint64(limit - 1) if limit else np.zeros(len(places), bool)
+
+    def text(self) -> str:
+        """A hash of all texts in their order."""
+        return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
+
+    def copies(self) -> int:
+        """Documents whose text another one before them has."""
+        return len(self.digests) - len(np.unique(self.digests[:, 0]))
 
 
-def survey(found: LocalFiles, column: str, valid_fraction: float) -> Survey:
-    """Read everything once. Raises Unreadable for the first file or record that is broken."""
-    places = array("Q")
-    everything = hashlib.blake2b(digest_size=16)
-    characters = replaced = 0
-    for path in found.files:
-        of_file = _Characters()
-        for document in read_documents(found.kind, path, column):
-            of_document = _Characters()
-            digest = split.digest(of_document.counted(document))
-            if of_document.all == 0:
-                continue
-            places.append(split.place(digest))
-            everything.update(digest)
-            replaced += of_document.replaced > 0
+def survey(unit: Files, report: Callable[[int], None] = lambda characters: None) -> Survey:
+    """Read everything once, and tell `report` how much was read since it was told last.
+
+    Raises Unreadable for the first file or record that is broken.
+    """
+    counting = Counting()
+    for path in unit.files:
+        of_file = Characters()
+        for document in Files(unit.kind, (path,), unit.column).documents():
+            of_document = counting.count(document)[1]
             of_file.add(of_document)
+            report(of_document.all)
         # A NUL in a record was escaped, and so is meant.
-        nuls = of_file.nuls if found.kind == "text" else 0
+        nuls = of_file.nuls if unit.kind == "text" else 0
         reason = too_strange(of_file.all, of_file.replaced, nuls)
         if reason:
             raise Unreadable(f"{path} is not text: {reason}")
-        characters += of_file.all
-    # A single document, such as one long text file, is all training: whoever packs it holds its
-    # last sequences out.
-    limit = split.limit(valid_fraction, places) if len(places) > 1 else 0
-    # Compared as Python's whole numbers: a limit of 2^64 is one too many for an array.
-    is_valid = np.fromiter((place < limit for place in places), dtype=bool, count=len(places))
-    return Survey(is_valid, characters, replaced, everything.hexdigest())
+    return counting.survey()
 
 
-def documents_of(found: LocalFiles, column: str) -> Iterator[Document]:
-    """The documents that a survey counts, in its order."""
-    for path in found.files:
-        for document in read_documents(found.kind, path, column):
-            pieces = iter(document)
-            first = next(pieces, "")
-            if first:
-                yield chain((first,), pieces)
+def joined(surveys: list[Survey]) -> Survey:
+    """One after the other."""
+    digests = np.concatenate(
+        [np.empty((0, 2), ">u8"), *(one.digests for one in surveys)], dtype=">u8"
+    )
+    characters = sum(one.characters for one in surveys)
+    return Survey(digests, characters, sum(one.replaced for one in surveys))
 
 
-class _Characters:
+def limit_of(fraction: float, documents: Survey) -> int:
+    """Of the places of held-out documents, which are as many as `fraction` says.
+
+    A single document, such as one long text file, is all training: whoever cuts it into sequences
+    holds the last ones out.
+    """
+    places = documents.digests[:, 0]
+    return split.limit(fraction, [int(places.min())]) if len(places) > 1 else 0
+
+
+class Counting:
+    """Makes a survey of documents as they pass."""
+
+    def __init__(self) -> None:
+        self.digests = bytearray()
+        self.characters = self.replaced = 0
+
+    def count(self, document: Document) -> tuple[bytes, "Characters"]:
+        """Read one; its digest and its characters."""
+        found = Characters()
+        digest = split.digest(found.counted(document))
+        self.digests += digest
+        self.characters += found.all
+        self.replaced += found.replaced > 0
+        return digest, found
+
+    def survey(self) -> Survey:
+        digests = np.frombuffer(bytes(self.digests), ">u8").reshape(-1, 2)
+        return Survey(digests, self.characters, self.replaced)
+
+
+class Characters:
     """How many characters a text has, and how many that texts do not."""
 
     def __init__(self) -> None:
@@ -83,7 +140,7 @@ class _Characters:
             self.nuls += piece.count("\0")
             yield piece
 
-    def add(self, other: "_Characters") -> None:
+    def add(self, other: "Characters") -> None:
         self.all += other.all
         self.replaced += other.replaced
         self.nuls += other.nuls
