@@ -148,7 +148,7 @@ class MoEConfig(Section):
     """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
     half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
     beside DeepEP's, or the two wait for each other for ever."""
-    num_experts: PositiveInt
+    num_experts: PositiveInt = Field(le=1 << 16)
     """Experts in all; a multiple of `parallel.expert_parallel`."""
     top_k: PositiveInt
     """Experts a token is routed to."""

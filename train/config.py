@@ -183,7 +183,7 @@ class DataConfig(Section):
     """Sequences among which streamed data is shuffled."""
     document_mask: bool = False
     """Tokens attend within their own document only, and positions restart with it."""
-    workers: FreeOnResume[NonNegativeInt] = 1
+    workers: FreeOnResume[NonNegativeInt] = Field(default=1, le=1024)
     """Processes that prepare batches ahead of the training thread; 0 prepares them in it. Streamed
     data takes one at most."""
 

@@ -33,8 +33,11 @@ which says: requeue me. While the file is there, nothing starts."""
 PATIENCE_S = 3.0
 """How long a rank waits for another one to say what is the matter."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""A disk that is full, a quota that is used up, a file system that is read-only."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""A disk that is full, a quota that is used up, a file system that is read-only, `ulimit -f`."""
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+"""A file of somebody else, a broken disk, a file system that is gone."""
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says when the other side of a connection has ended."""
@@ -103,6 +106,14 @@ def explain(error: Exception) -> Ending:
             f"error: rank {rank}: {error.filename or 'a file of the run'} cannot be written "
             f"({error.strerror}); make room and start again, which goes on from the newest "
             "checkpoint",
+            1,
+            after_the_first,
+        )
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return Ending(
+            f"error: rank {rank}: {error.filename} cannot be used ({error.strerror}); give this "
+            "user the right to, or look at that disk, and start again, which goes on from the "
+            "newest checkpoint",
             1,
             after_the_first,
         )

@@ -160,6 +160,8 @@ def test_a_file_of_another_encoding(tmp_path):
         ("optim.lr=1e300", "config key optim.lr=1e+300"),
         ("train.global_batch=99999999999999999998", "config key train.global_batch=9999"),
         ("train.micro_batch=1e12", "config key train.micro_batch=10"),
+        ("data.workers=100000", "config key data.workers=100000"),  # would start them all
+        ("moe.num_experts=1e9", "config key moe.num_experts=1000000000"),
         ("moe.path=fp9", f"{', '.join(map(repr, PATH_NAMES[:-1]))} or {PATH_NAMES[-1]!r}"),
         ("model.hidden_size=200", "hidden_size=200 is not a multiple of 128"),
         ("moe.ffn_hidden_size=100", "ffn_hidden_size=100 is not a multiple of 128"),

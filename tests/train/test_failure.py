@@ -1,5 +1,7 @@
 """How an error is said: the line, the exit code, and who speaks first."""
 
+import errno
+
 import pytest
 
 from train.config import ConfigError
@@ -35,6 +37,21 @@ from train.failure import (
             "error: rank {rank}: runs/a/config.yaml cannot be written (No space left on device)",
             1,
             (0, PATIENCE_S),
+        ),
+        (
+            OSError(27, "File too large"),  # as after ulimit -f
+            "error: rank {rank}: a file of the run cannot be written (File too large); make room",
+            1,
+            (0, PATIENCE_S),
+        ),
+        *(
+            (
+                OSError(number, "a reason", "runs/a/config.yaml"),
+                "error: rank {rank}: runs/a/config.yaml cannot be used (a reason); give this user",
+                1,
+                (0, PATIENCE_S),
+            )
+            for number in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
         ),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\n"),

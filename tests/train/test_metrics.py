@@ -258,6 +258,9 @@ def test_on_a_full_disk_all_lines_wait(tmp_path: Path, caplog: pytest.LogCapture
         def close(self) -> None:
             self.file.close()
 
+        def fileno(self) -> int:
+            return self.file.fileno()
+
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     disk = file._file = Disk(file._file, 5000)  # type: ignore[assignment]
@@ -320,3 +323,42 @@ def test_crash_while_dropping_lines_loses_nothing(
     assert len(read(path)) == 3
     MetricsFile(path, resume_step=20)
     assert len(read(path)) == 2
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_metrics_file_that_is_removed_while_it_is_written(tmp_path, caplog, moved):
+    """Or what comes after it would go where nobody finds it."""
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.parent.mkdir()
+    file = MetricsFile(path)
+    file.write({"progress/step": 1})
+    if moved:
+        path.parent.rename(tmp_path / "b")
+    else:
+        path.unlink()
+        path.parent.rmdir()
+    for step in (2, 3):
+        file.write({"progress/step": step})
+    file.close()
+    steps = [json.loads(line)["progress/step"] for line in path.read_text().splitlines()]
+    assert steps == [2, 3]
+    assert caplog.messages == [
+        f"{path} was removed while it was written; it begins again with this step"
+    ]
+
+
+def test_a_metrics_file_whose_folder_is_gone_for_good(tmp_path, caplog):
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.parent.mkdir()
+    file = MetricsFile(path)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("a file")
+    for step in (1, 2):
+        file.write({"progress/step": step})
+    (said,) = caplog.messages
+    assert "lines wait" in said
+    path.parent.unlink()
+    file.write({"progress/step": 3})
+    file.close()
+    assert len(path.read_text().splitlines()) == 3

@@ -1,5 +1,7 @@
 """What a machine lacks is one line before anything starts."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -72,3 +74,20 @@ def test_the_commit_that_is_said_wins(monkeypatch):
     assert environment.commit() == "abc123"
     monkeypatch.delenv("SOURCE_COMMIT")
     assert environment.commit() != "abc123"
+
+
+def test_asking_for_the_commit_writes_nothing(tmp_path, monkeypatch):
+    """Killed in between, git would leave a lock that is in the way of everything later."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    file = tmp_path / "a.py"
+    file.write_text("a")
+    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    os.utime(file, (1e9, 1e9))  # what the index says of it is old: git would refresh that
+    index = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(environment, "__file__", str(file))
+    monkeypatch.delenv("SOURCE_COMMIT", raising=False)
+    assert len(environment.commit() or "") == 12
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+    file.write_text("b")
+    assert (environment.commit() or "").endswith("-dirty")

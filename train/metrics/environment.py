@@ -58,14 +58,26 @@ def commit() -> str | None:
     """
     if said := os.environ.get("SOURCE_COMMIT"):
         return said
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    name = _git("describe", "--always", "--abbrev=12")
+    # Not `describe --dirty`, which writes the index: killed in between, it would leave a lock there
+    # that is in the way of everybody.
+    changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    return f"{name}-dirty" if name and changes else name or None
+
+
+def _git(*arguments: str) -> str:
+    """What git prints of this code; nothing where it cannot."""
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return ""
+    return done.stdout.strip()
 
 
 def _cpu_name() -> str:

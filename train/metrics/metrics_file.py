@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -46,6 +47,7 @@ class MetricsFile:
         }
         self._waiting += (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
+            self._open_again_if_gone()
             self._flush()
             self._failing = False
         except OSError as error:
@@ -54,6 +56,19 @@ class MetricsFile:
                     "%s cannot be written (%s); lines wait", self._file.name, error.strerror
                 )
             self._failing = True
+
+    def _open_again_if_gone(self) -> None:
+        """Somebody may have deleted or moved the run's folder: what is written into a file without
+        a name is lost."""
+        path = Path(self._file.name)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
+                return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.open("ab", buffering=0)
+        self._file.close()
+        self._file = new
+        log.warning("%s was removed while it was written; it begins again with this step", path)
 
     def _flush(self) -> None:
         while self._waiting:
