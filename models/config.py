@@ -153,6 +153,14 @@ class MoEConfig(Section):
     """Width of a shared expert that every token passes; none by default."""
     aux_loss_coeff: float = Field(default=1e-2, ge=0)
     """Weight of the load-balancing loss (Switch Transformer)."""
+    expert_bias: bool = False
+    """Balance the load with a bias of each expert, which is added to the router's logits where
+    experts are chosen and nowhere else (Wang et al., arXiv:2408.15664): after each step it rises
+    where an expert got less than the mean of all ranks' tokens, and falls where it got more. In the
+    place of the load-balancing loss, with `aux_loss_coeff` at 0, or beside it."""
+    bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0)
+    """With `expert_bias`, what a bias changes by in a step, so that a short run wants more than a
+    long one; 0 leaves the biases as they are."""
     z_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the router's z loss (ST-MoE)."""
     force_balance: bool = False

@@ -135,6 +135,7 @@ def build_gpt(
         # Otherwise TransformerEngine keeps weights quantized until it is told of the next step.
         disable_parameter_transpose_cache=True,
         moe_runtime=runtime,
+        expert_bias=moe.expert_bias,
         shared_expert_linears=MLPSubmodules(
             linear_fc1=parts.column_linear, linear_fc2=parts.row_linear
         ),

@@ -20,6 +20,7 @@ from models.moe.runtime import why_not
 from scripts import terminal
 from scripts.export import read
 from train import parallel
+from train.checkpoint.files import is_of_model
 from train.config import Config, ConfigError
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -66,11 +67,12 @@ def load_model(
     except RuntimeError as error:  # shapes
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} does not fit its own config: {reason}") from None
-    missing = {name for name, _ in model.named_parameters()} - weights.keys()
+    missing = {key for key in model.state_dict() if is_of_model(key)} - weights.keys()
     if missing:
         raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
     if device == "cuda":
-        model.to(torch.bfloat16)
+        for parameter in model.parameters():  # buffers stay what they are in training
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model.eval(), tokenizer, config
 
 

@@ -31,6 +31,7 @@ SLOW = (
     "models/test_interfaces.py",
     "train/test_checkpoint.py",
     "train/test_dropless.py",
+    "train/test_expert_bias.py",
     "train/test_faults.py",
     "train/test_init_from.py",
     "train/test_lifeline.py",

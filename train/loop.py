@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.fp8 import overflow
 from models.gpt import GPT, build_gpt
+from models.moe import balance
 from train import dropless, parallel
 from train.agreement import agree
 from train.checkpoint import hf_reader
@@ -265,11 +266,15 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
             metrics.skipped += 1
             if takes_grad_scale(optimizer):
                 optimizer.grad_scale = None  # type: ignore[attr-defined]  # this step's, so NaN
+            if config.moe.expert_bias:
+                balance.forget(model.moe_layers())
         else:
             metrics.loss += total
             metrics.grad_norm = norm
             model.forget_prepared_weights()
             optimizer.step()
+            if config.moe.expert_bias:
+                balance.update(model.moe_layers(), config.moe.bias_update_rate)
         optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     training.done += 1

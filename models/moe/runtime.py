@@ -80,6 +80,8 @@ class GPTConfig(TransformerConfig):
     # Always given; without a default they could not follow megatron-core's fields.
     moe_runtime: Runtime = None  # type: ignore[assignment]
     shared_expert_linears: MLPSubmodules = None
+    expert_bias: bool = False
+    """See `MoEConfig.expert_bias`; megatron-core's own key takes no softmax."""
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:

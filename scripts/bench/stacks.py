@@ -138,6 +138,11 @@ def config_of(
     if config.data.document_mask:
         raise ConfigError("data.document_mask=true is not measured; leave it out")
     if spec.stack != "ours":
+        if config.moe.expert_bias:
+            raise ConfigError(
+                f"stack {spec}: stock megatron-core has no moe.expert_bias with a softmax; leave "
+                "it out"
+            )
         if preflight.resolve_device(config) == "cpu":
             raise ConfigError(f"stack {spec}: stock megatron-core trains on GPUs alone")
         if preflight.resolve_dtype(config, "cuda") != torch.bfloat16:

@@ -274,7 +274,7 @@ FREE = {
 
 SAID = {
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction"),
-    *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad"),
+    *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad", "moe.bias_update_rate"),
 }
 """Keys of which the start of a resumed run says that they have changed."""
 
