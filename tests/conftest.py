@@ -29,6 +29,7 @@ SLOW = (
     "test_sync.py",
     "compare/test_page.py",
     "models/test_interfaces.py",
+    "train/test_bf16_states.py",
     "train/test_checkpoint.py",
     "train/test_dropless.py",
     "train/test_expert_bias.py",

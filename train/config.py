@@ -90,6 +90,11 @@ class OptimConfig(Section):
     """What AdamW adds to the divisor."""
     clip_grad: SaidOnResume[float] = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
+    grad_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
+    """What gradients are summed in, over micro-batches and ranks, and experts' without replicas are
+    kept in until the update. bf16 takes half the room and communication, and rounds every sum."""
+    first_moment_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
+    """What AdamW keeps the gradient's running mean in; its arithmetic is fp32 with both."""
     prepare_weights: FreeOnResume[bool] = False
     """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
     of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks."""

@@ -35,6 +35,7 @@ from train.metrics.recorder import Recorder, describe
 from train.metrics.step import StepMetrics
 from train.metrics.throughput import Meter, peak_bf16_flops
 from train.optim import (
+    DTYPES,
     build_optimizer,
     clip_gradients,
     follow_keys,
@@ -140,7 +141,10 @@ def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
     )
     if config.model.init_from is not None and not has_checkpoint(config):
         hf_reader.load(hf_reader.source(config), model, ranks.is_first)
-    parallel.shard(model, ranks, dtype, config.parallel.reshard_after_forward)
+    parallel.shard(
+        *(model, ranks, dtype, config.parallel.reshard_after_forward),
+        DTYPES[config.optim.grad_dtype],
+    )
     return model, build_optimizer(model, config.optim, device.type == "cuda", dtype)
 
 

@@ -7,8 +7,10 @@
 
 Flags of ours: `triton`, `te_dequantize` (other operations, `models/fp8/operations.py`), `recompute`
 (`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`),
-`per_expert` (FP8 GEMMs of TransformerEngine one by one, as before cuBLAS 13.6).
-Flags of both: `environment`, what megatron-core's makers set for their own measurements.
+`per_expert` (FP8 GEMMs of TransformerEngine one by one, as before cuBLAS 13.6), `bf16_moment`
+(`optim.first_moment_dtype=bf16`).
+Flags of both: `environment`, what megatron-core's makers set for their own measurements;
+`bf16_grads`, gradients summed in BF16 (`optim.grad_dtype=bf16`).
 """
 
 from collections.abc import Iterator
@@ -31,13 +33,15 @@ from train import loop, parallel, preflight
 from train.config import Config, ConfigError, load
 from train.data import batches as data
 from train.data.batches import Batch
-from train.optim import build_optimizer
+from train.optim import DTYPES, build_optimizer
 from train.parallel import Ranks
 
 FLAG_KEYS = {
     "recompute": "moe.recompute=true",
     "prepare": "optim.prepare_weights=true",
     "waits": "moe.capacity=null",
+    "bf16_grads": "optim.grad_dtype=bf16",
+    "bf16_moment": "optim.first_moment_dtype=bf16",
 }
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
@@ -193,7 +197,10 @@ class Ours:
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = preflight.resolve_dtype(config, device)
-        parallel.shard(self.model, ranks, dtype, config.parallel.reshard_after_forward)
+        parallel.shard(
+            *(self.model, ranks, dtype, config.parallel.reshard_after_forward),
+            DTYPES[config.optim.grad_dtype],
+        )
         self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:

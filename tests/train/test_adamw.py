@@ -13,7 +13,7 @@ from tests.support.ranks import read_metrics, run_ranks, run_train
 from tests.support.tiny import argv
 from train import parallel
 from train.config import load
-from train.optim import PreparingAdamW, build_optimizer, clip_gradients
+from train.optim import OwnAdamW, build_optimizer, clip_gradients
 
 CONFIG = "configs/demo_cpu.yaml"
 ALONE = "parallel.expert_parallel=1"
@@ -35,6 +35,24 @@ def test_steps_are_those_of_pytorch():
         torch.testing.assert_close(w, theirs.detach(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_in_bfloat16_is_widened_and_the_moment_rounded_last(scaled):
+    w, square = torch.randn(41, 7), torch.rand(41, 7)
+    grad, mean = torch.randn(41, 7).bfloat16(), torch.randn(41, 7).bfloat16()
+    wide, narrow = [
+        (w.clone(), grad.to(dtype), mean.to(dtype, copy=True), square.clone())
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    scale = torch.tensor(2.5) if scaled else None
+    for tensors in (wide, narrow):
+        adamw(*tensors, AdamWStep(3e-3, 0.9, 0.95, 1e-8, 0.1, 4, scale))
+    assert [t.dtype for t in narrow] == [torch.float32, *[torch.bfloat16] * 2, torch.float32]
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(narrow[2], wide[2].bfloat16())
+    assert torch.equal(narrow[3], wide[3])
+    assert not torch.equal(narrow[2], mean)
+
+
 def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
     """Two steps on random data; after each, what is prepared beside what should be."""
     config = load(CONFIG, [f"moe.path={path}", ALONE, "run.name=a", PREPARED])
@@ -43,7 +61,7 @@ def train_a_little(rank: int, path: str) -> list[tuple[Tensor, Tensor]]:
     model = build_gpt(config.model, config.moe, ranks.device, 0)
     parallel.shard(model, ranks, torch.float32, False)
     optimizer = build_optimizer(model, config.optim, False)
-    assert isinstance(optimizer, PreparingAdamW)
+    assert isinstance(optimizer, OwnAdamW)
     found = []
     for _ in range(2):
         for parameter in model.parameters():
