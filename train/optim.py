@@ -41,14 +41,12 @@ class OwnAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """`dtype` is what the model computes in."""
+        """`dtype` is what the model computes in. Only whole experts can be prepared."""
         super().__init__(groups, lr=lr, betas=betas, eps=eps)
         self._model, self._dtype, self._first_moment = model, dtype, first_moment
         # PyTorch gives what it loads the parameters' dtype.
         self.register_load_state_dict_post_hook(OwnAdamW._cast_first_moments)  # type: ignore
-        # Where FSDP gathers weights, a rank updates a part of them, and cannot prepare the whole.
-        every = [layer.experts for layer in model.moe_layers()] if prepares else []
-        self._experts = [experts for experts in every if not isinstance(experts, FSDPModule)]
+        self._experts = [layer.experts for layer in model.moe_layers()] if prepares else []
         self._of_experts = {p for experts in self._experts for p in experts.parameters()}
 
     def make_state(self) -> None:
@@ -106,7 +104,8 @@ def takes_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, fused: bool, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
-    """Matrices decay, vectors (norms) do not. `dtype` is what the model computes in.
+    """Matrices decay, vectors (norms) do not. `fused` is what a GPU wants, `dtype` what the model
+    computes in.
 
     A group's parameters are also on one device mesh, since the optimizer works on whole groups at
     a time and experts are on another mesh than the rest.
@@ -120,17 +119,25 @@ def build_optimizer(
         for (decays, _), parameters in groups.items()
     ]
     adamw: Callable[..., torch.optim.AdamW] = partial(torch.optim.AdamW, fused=fused)
+    prepares = config.prepare_weights
+    if prepares == "auto":
+        prepares = fused and isinstance(model, GPT) and not _gathers_experts(model)
     # PyTorch's wants gradients and moments in the dtype of the weights.
-    if config.prepare_weights or "bf16" in (config.grad_dtype, config.first_moment_dtype):
+    if prepares or "bf16" in (config.grad_dtype, config.first_moment_dtype):
         assert isinstance(model, GPT)
         adamw = partial(
             OwnAdamW,
             model=model,
             dtype=dtype,
-            prepares=config.prepare_weights,
+            prepares=prepares,
             first_moment=DTYPES[config.first_moment_dtype],
         )
     return adamw(decaying, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def _gathers_experts(model: GPT) -> bool:
+    """Whether a rank updates parts of experts, which have replicas: no weight is whole there."""
+    return any(isinstance(layer.experts, FSDPModule) for layer in model.moe_layers())
 
 
 def follow_keys(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:

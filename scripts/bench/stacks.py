@@ -127,7 +127,8 @@ def config_of(
     spec: Spec, path: str, overrides: list[str], routing: str, micro_batch: int | None
 ) -> Config:
     """What a stack trains with. Raises ConfigError."""
-    keys = list(overrides)
+    # By default a GPU prepares them; here a row says what it does.
+    keys = ["optim.prepare_weights=false", *overrides]
     if micro_batch is not None:
         keys.append(f"train.micro_batch={micro_batch}")
     if routing == "natural":

@@ -288,6 +288,17 @@ def test_names_of_stacks():
     }  # fmt: skip
 
 
+def test_weights_are_prepared_where_a_row_says_so():
+    """Whatever a training does by default."""
+    for name, more, want in (
+        ("fp8_direct", [], False),
+        ("fp8_direct:prepare", [], True),
+        ("fp8_direct", ["optim.prepare_weights=auto"], "auto"),
+    ):
+        config = stacks.config_of(parse(name), TINY[0], more, "balanced", None)
+        assert config.optim.prepare_weights == want
+
+
 def test_the_order_favours_nobody():
     specs = parse_all("bf16,fp8_compact,fp8_direct")
     orders = [train.balanced(specs, repeat) for repeat in range(6)]

@@ -92,6 +92,48 @@ def test_what_is_prepared_is_what_a_pass_of_its_own_would_prepare(path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def kind_of_optimizer(rank: int, ep: int, on_gpu: bool, *keys: str) -> tuple[bool, int]:
+    """Whether it is our own, and how many layers' experts it prepares."""
+    ep_key = f"parallel.expert_parallel={ep}"
+    config = load(CONFIG, [ep_key, "run.name=a", "train.device=cpu", *keys])
+    torch.distributed.destroy_process_group()  # the next line starts one
+    ranks = parallel.start("cpu", ep, 0, 60)
+    model = build_gpt(config.model, config.moe, ranks.device, 0)
+    parallel.shard(model, ranks, torch.float32, False)
+    optimizer = build_optimizer(model, config.optim, on_gpu)
+    is_own = isinstance(optimizer, OwnAdamW)
+    return is_own, len(optimizer._experts) if isinstance(optimizer, OwnAdamW) else 0
+
+
+LAYERS = 2
+
+
+@pytest.mark.parametrize(
+    ("ep", "on_gpu", "keys", "want"),
+    [
+        (2, True, [], (True, LAYERS)),
+        (2, False, [], (False, 0)),  # results of a CPU are those of PyTorch's
+        (1, True, [], (False, 0)),  # replicas
+        (2, True, ["optim.prepare_weights=false"], (False, 0)),
+        (2, False, ["optim.prepare_weights=true"], (True, LAYERS)),
+        (1, True, ["optim.grad_dtype=bf16"], (True, 0)),
+        (2, False, ["optim.first_moment_dtype=bf16"], (True, 0)),
+    ],
+)
+def test_auto_prepares_where_a_gpu_has_whole_experts(ep, on_gpu, keys, want):
+    assert run_ranks(2, kind_of_optimizer, ep, on_gpu, *keys) == [want] * 2
+
+
+@pytest.mark.slow
+def test_baseline_and_compact_are_the_same_bits_prepared_too(tmp_path):
+    found = []
+    for path in ("fp8_baseline", "fp8_compact"):
+        keys = [f"moe.path={path}", PREPARED, "train.steps=4"]
+        assert run_train(2, argv(tmp_path, path, *keys)) == [0, 0]
+        found.append([row["loss/train"] for row in read_metrics(tmp_path / path)])
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
 def test_training_is_the_same_but_for_rounding_and_resumes_exactly(tmp_path, path):
