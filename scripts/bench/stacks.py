@@ -13,6 +13,7 @@ Flags of both: `environment`, what megatron-core's makers set for their own meas
 `bf16_grads`, gradients summed in BF16 (`optim.grad_dtype=bf16`).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -29,7 +30,7 @@ from models.gpt import GPT, build_gpt
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, why_not
 from scripts.bench.results import Row
-from train import loop, parallel, preflight
+from train import allocator, loop, parallel, preflight
 from train.config import Config, ConfigError, load
 from train.data import batches as data
 from train.data.batches import Batch
@@ -79,8 +80,9 @@ class Spec:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its processes are started with."""
-        found = dict(ENVIRONMENT) if "environment" in self.flags else {}
+        """What its processes are started with, beside what is set already."""
+        found = allocator.default(os.environ) if self.stack == "ours" else {}  # as in a training
+        found |= ENVIRONMENT if "environment" in self.flags else {}
         for flag in self.flags:
             found |= PEER_ENVIRONMENT.get(flag, {})
         return found
