@@ -17,6 +17,8 @@ PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct"]
 PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
 """All there are, in the order in which they are compared. `models/moe/paths` has their code."""
 
+AttentionBackend = Literal["auto", "flash", "fused"]
+
 FP8_BLOCK = 128
 """Tokens are quantized in blocks of 1 x 128 and weights in blocks of 128 x 128."""
 
@@ -80,6 +82,9 @@ class ModelConfig(Section):
     dense_fp8: bool = False
     """Attention's projections in blockwise FP8 as well, by TransformerEngine, whatever `moe.path`
     is; on GPUs of compute capability 9.0."""
+    attention_backend: SaidOnResume[AttentionBackend] = "auto"
+    """Whose attention a GPU computes with: flash is FlashAttention's, a package of its own; fused
+    is cuDNN's; auto is what TransformerEngine takes. They differ in rounding."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections back into the residual stream get
     `init_std / sqrt(2 * num_layers)` (GPT-2)."""

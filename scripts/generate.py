@@ -57,11 +57,12 @@ def load_model(
             "dispatch": "all_to_all",
         }
     )
-    reason = why_not(config.model, moe, device, 1)
+    shape = config.model.model_copy(update={"attention_backend": "auto"})  # of any machine
+    reason = why_not(shape, moe, device, 1)
     if reason:
         raise ConfigError(reason)
     ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
-    model = build_gpt(config.model, moe, ranks.device, config.train.seed)
+    model = build_gpt(shape, moe, ranks.device, config.train.seed)
     try:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes

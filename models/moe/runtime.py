@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from models import attention_backend
 from models.config import ModelConfig, MoEConfig
 from models.fp8 import operations
 from models.fp8.linear import AnyLinear, Fp8Linear
@@ -124,6 +125,8 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
     """
     if moe.dispatch == "deep_ep" and device == "cpu":
         return "moe.dispatch=deep_ep needs GPUs; set moe.dispatch=all_to_all, which runs anywhere"
+    if (reason := attention_backend.why_not(model.attention_backend, device)) is not None:
+        return reason
     if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
         return f"model.dense_fp8=true cannot run here: {reason}"
     if (reason := operations.why_not(moe.path, device)) is not None:

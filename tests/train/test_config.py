@@ -284,7 +284,7 @@ FREE = {
 SAID = {
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction"),
     *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad", "moe.bias_update_rate"),
-    *("optim.grad_dtype", "optim.first_moment_dtype"),
+    *("optim.grad_dtype", "optim.first_moment_dtype", "model.attention_backend"),
 }
 """Keys of which the start of a resumed run says that they have changed."""
 
