@@ -19,6 +19,7 @@ PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
 
 DeepEPName = Literal["deep_ep_v1", "deep_ep_v2"]
 DispatchName = Literal["auto", "all_to_all", "deep_ep", DeepEPName]
+AttentionBackend = Literal["auto", "flash", "fused"]
 
 FP8_BLOCK = 128
 """Tokens are quantized in blocks of 1 x 128 and weights in blocks of 128 x 128."""
@@ -83,6 +84,9 @@ class ModelConfig(Section):
     dense_fp8: bool = False
     """Attention's projections in blockwise FP8 as well, by TransformerEngine, whatever `moe.path`
     is; on GPUs of compute capability 9.0."""
+    attention_backend: SaidOnResume[AttentionBackend] = "auto"
+    """Whose attention a GPU computes with: flash is FlashAttention's, a package of its own; fused
+    is cuDNN's; auto is what TransformerEngine takes. They differ in rounding."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections back into the residual stream get
     `init_std / sqrt(2 * num_layers)` (GPT-2)."""
@@ -158,6 +162,14 @@ class MoEConfig(Section):
     """Width of a shared expert that every token passes; none by default."""
     aux_loss_coeff: float = Field(default=1e-2, ge=0)
     """Weight of the load-balancing loss (Switch Transformer)."""
+    expert_bias: bool = False
+    """Balance the load with a bias of each expert, which is added to the router's logits where
+    experts are chosen and nowhere else (Wang et al., arXiv:2408.15664): after each step it rises
+    where an expert got less than the mean of all ranks' tokens, and falls where it got more. In the
+    place of the load-balancing loss, with `aux_loss_coeff` at 0, or beside it."""
+    bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0)
+    """With `expert_bias`, what a bias changes by in a step, so that a short run wants more than a
+    long one; 0 leaves the biases as they are."""
     z_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the router's z loss (ST-MoE)."""
     force_balance: bool = False

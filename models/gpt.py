@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -97,6 +97,7 @@ def build_gpt(
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         qk_layernorm=model.qk_norm,
+        attention_backend=AttnBackend[model.attention_backend],
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -135,6 +136,7 @@ def build_gpt(
         # Otherwise TransformerEngine keeps weights quantized until it is told of the next step.
         disable_parameter_transpose_cache=True,
         moe_runtime=runtime,
+        expert_bias=moe.expert_bias,
         shared_expert_linears=MLPSubmodules(
             linear_fc1=parts.column_linear, linear_fc2=parts.row_linear
         ),

@@ -18,6 +18,7 @@ from scripts import export
 from scripts.import_config import config_of
 from train import parallel
 from train.checkpoint import hf_reader
+from train.checkpoint.files import is_of_model
 from train.config import Config, ConfigError, with_keys
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -106,10 +107,11 @@ def build(found: Trained, device: str, moe_path: str | None = None) -> GPT:
             "dispatch": "all_to_all",
         }
     )
-    if (reason := why_not(config.model, moe, device, 1)) is not None:
+    shape = config.model.model_copy(update={"attention_backend": "auto"})  # of any machine
+    if (reason := why_not(shape, moe, device, 1)) is not None:
         raise ConfigError(reason)
     ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
-    model = build_gpt(config.model, moe, ranks.device, config.train.seed)
+    model = build_gpt(shape, moe, ranks.device, config.train.seed)
     if found.weights is None:
         hf_reader.load(hf_reader.source(config), model, speaks=True)
     else:
@@ -118,9 +120,10 @@ def build(found: Trained, device: str, moe_path: str | None = None) -> GPT:
         except RuntimeError as error:  # shapes
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path} does not fit its own config: {reason}") from None
-        missing = {name for name, _ in model.named_parameters()} - found.weights.keys()
+        missing = {key for key in model.state_dict() if is_of_model(key)} - found.weights.keys()
         if missing:
             raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
     if device == "cuda":
-        model.to(torch.bfloat16)
+        for parameter in model.parameters():  # buffers stay what they are in training
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model.eval()

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-from train import launch
+from train import allocator, launch
 from train.checkpoint import run_lock
 from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env
 from train.failure import explain, refuse_while_stopped, run_process
@@ -48,6 +48,7 @@ def train(path: str, overrides: list[str]) -> None:
     launch.check()
     config = load(path, overrides)
     check_world(config, world_size_from_env())
+    allocator.choose()
     # These take seconds to import, which a spelling mistake need not wait for.
     from models.fp8 import operations
 

@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -94,9 +95,23 @@ class OptimConfig(Section):
     """What AdamW adds to the divisor."""
     clip_grad: SaidOnResume[float] = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
-    prepare_weights: FreeOnResume[bool] = False
+    grad_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
+    """What gradients are summed in, over micro-batches and ranks, and experts' without replicas are
+    kept in until the update. bf16 takes half the room and communication, and rounds every sum."""
+    first_moment_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
+    """What AdamW keeps the gradient's running mean in; its arithmetic is fp32 with both."""
+    prepare_weights: FreeOnResume[bool | Literal["auto"]] = "auto"
     """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
-    of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks."""
+    of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks.
+    `auto` does so on GPUs; a CPU keeps the steps of PyTorch's AdamW, which round otherwise."""
+
+    @field_validator("prepare_weights", mode="before")
+    @classmethod
+    def _check_prepare_weights(cls, value: object) -> object:
+        """Here, or the line would name each kind of value that it is not."""
+        if value in (True, False, "auto"):
+            return value
+        raise ValueError(f"{value!r} is neither auto, true nor false")
 
 
 class TrainConfig(Section):
@@ -349,10 +364,10 @@ def check_world(config: Config, world_size: int) -> None:
             f"start a multiple of {ep} with torchrun --nproc-per-node, or set a divisor"
         )
     replicas = world_size // ep
-    if config.optim.prepare_weights and replicas > 1:
+    if config.optim.prepare_weights is True and replicas > 1:
         raise ConfigError(
             f"optim.prepare_weights=true with {replicas} replicas of each expert: a rank then "
-            "updates a part of a weight and cannot quantize the whole; set it to false"
+            "updates a part of a weight and cannot quantize the whole; leave it at auto"
         )
     for name, size in (
         ("model.hidden_size", config.model.hidden_size),

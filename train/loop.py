@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.fp8 import overflow
 from models.gpt import GPT, build_gpt
+from models.moe import balance
 from train import dropless, parallel
 from train.agreement import agree
 from train.checkpoint import hf_reader
@@ -35,6 +36,7 @@ from train.metrics.recorder import Recorder, describe
 from train.metrics.step import StepMetrics
 from train.metrics.throughput import Meter, peak_bf16_flops
 from train.optim import (
+    DTYPES,
     build_optimizer,
     clip_gradients,
     follow_keys,
@@ -142,7 +144,10 @@ def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
     )
     if config.model.init_from is not None and not has_checkpoint(config):
         hf_reader.load(hf_reader.source(config), model, ranks.is_first)
-    parallel.shard(model, ranks, dtype, config.parallel.reshard_after_forward)
+    parallel.shard(
+        *(model, ranks, dtype, config.parallel.reshard_after_forward),
+        DTYPES[config.optim.grad_dtype],
+    )
     return model, build_optimizer(model, config.optim, device.type == "cuda", dtype)
 
 
@@ -274,11 +279,15 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
             metrics.skipped += 1
             if takes_grad_scale(optimizer):
                 optimizer.grad_scale = None  # type: ignore[attr-defined]  # this step's, so NaN
+            if config.moe.expert_bias:
+                balance.forget(model.moe_layers())
         else:
             metrics.loss += total
             metrics.grad_norm = norm
             model.forget_prepared_weights()
             optimizer.step()
+            if config.moe.expert_bias:
+                balance.update(model.moe_layers(), config.moe.bias_update_rate)
         optimizer.zero_grad(set_to_none=True)
     metrics.steps += 1
     training.done += 1

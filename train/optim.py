@@ -15,9 +15,13 @@ from models.gpt import GPT
 from models.moe.experts import Prepared
 from train.config import OptimConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""As `optim.grad_dtype` and `optim.first_moment_dtype` name them."""
 
-class PreparingAdamW(torch.optim.AdamW):
-    """AdamW that leaves the experts' weights ready for the next step's GEMMs.
+
+class OwnAdamW(torch.optim.AdamW):
+    """AdamW by the model's operations, which take gradients in bfloat16, may keep the first moment
+    in it, and can leave the experts' weights ready for the next step's GEMMs.
 
     Its steps are those of `torch.optim.AdamW` but for rounding, and so is its state. A tensor that
     is set as `grad_scale` divides the gradients of all steps that follow.
@@ -31,22 +35,39 @@ class PreparingAdamW(torch.optim.AdamW):
         model: GPT,
         dtype: torch.dtype,
         *,
+        prepares: bool,
+        first_moment: torch.dtype,
         lr: float,
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """`dtype` is what the model computes in."""
+        """`dtype` is what the model computes in. Only whole experts can be prepared."""
         super().__init__(groups, lr=lr, betas=betas, eps=eps)
-        self._model, self._dtype = model, dtype
-        # Where FSDP gathers weights, a rank updates a part of them, and cannot prepare the whole.
-        every = [layer.experts for layer in model.moe_layers()]
-        self._experts = [experts for experts in every if not isinstance(experts, FSDPModule)]
+        self._model, self._dtype, self._first_moment = model, dtype, first_moment
+        # PyTorch gives what it loads the parameters' dtype.
+        self.register_load_state_dict_post_hook(OwnAdamW._cast_first_moments)  # type: ignore
+        self._experts = [layer.experts for layer in model.moe_layers()] if prepares else []
         self._of_experts = {p for experts in self._experts for p in experts.parameters()}
+
+    def make_state(self) -> None:
+        """The state before the first step, where a parameter has none: PyTorch's but for dtypes."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if not self.state[parameter]:
+                self.state[parameter] |= {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter, dtype=self._first_moment),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    def _cast_first_moments(self) -> None:
+        for state in self.state.values():
+            state["exp_avg"] = state["exp_avg"].to(self._first_moment)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         runtime = self._model.runtime
         self._model.forget_prepared_weights()  # before, to have their memory back
+        self.make_state()
         prepared: dict[Tensor, Prepared] = {}
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -77,13 +98,14 @@ def _local(t: Tensor) -> Tensor:
 
 def takes_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it divides gradients by its `grad_scale` as it reads them."""
-    return isinstance(optimizer, PreparingAdamW) or bool(optimizer.defaults.get("fused"))
+    return isinstance(optimizer, OwnAdamW) or bool(optimizer.defaults.get("fused"))
 
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, fused: bool, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
-    """Matrices decay, vectors (norms) do not. `dtype` is what the model computes in.
+    """Matrices decay, vectors (norms) do not. `fused` is what a GPU wants, `dtype` what the model
+    computes in.
 
     A group's parameters are also on one device mesh, since the optimizer works on whole groups at
     a time and experts are on another mesh than the rest.
@@ -97,10 +119,25 @@ def build_optimizer(
         for (decays, _), parameters in groups.items()
     ]
     adamw: Callable[..., torch.optim.AdamW] = partial(torch.optim.AdamW, fused=fused)
-    if config.prepare_weights:
+    prepares = config.prepare_weights
+    if prepares == "auto":
+        prepares = fused and isinstance(model, GPT) and not _gathers_experts(model)
+    # PyTorch's wants gradients and moments in the dtype of the weights.
+    if prepares or "bf16" in (config.grad_dtype, config.first_moment_dtype):
         assert isinstance(model, GPT)
-        adamw = partial(PreparingAdamW, model=model, dtype=dtype)
+        adamw = partial(
+            OwnAdamW,
+            model=model,
+            dtype=dtype,
+            prepares=prepares,
+            first_moment=DTYPES[config.first_moment_dtype],
+        )
     return adamw(decaying, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def _gathers_experts(model: GPT) -> bool:
+    """Whether a rank updates parts of experts, which have replicas: no weight is whole there."""
+    return any(isinstance(layer.experts, FSDPModule) for layer in model.moe_layers())
 
 
 def follow_keys(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
@@ -122,7 +159,7 @@ def clip_gradients(
     gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     assert gradients, "no gradients to clip"
     # Every element of the gradient lies on exactly one rank, those of experts too.
-    total = torch.nn.utils.get_total_norm(gradients).square()
+    total = _norm(gradients).square()
     dist.all_reduce(total)
     total = total.sqrt()
     if max_norm > 0:
@@ -132,6 +169,20 @@ def clip_gradients(
         else:
             torch._foreach_mul_(gradients, excess.reciprocal())  # type: ignore[attr-defined]
     return total
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, float32, as PyTorch's `get_total_norm`, whose norm of gradients in
+    bfloat16 would be one too."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [
+        norm
+        for of_one in by_dtype.values()
+        for norm in torch._foreach_norm(of_one, 2, dtype=torch.float32)  # type: ignore[attr-defined]
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

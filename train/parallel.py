@@ -207,17 +207,24 @@ def _store_of_a_restart() -> dist.Store | None:
     return dist.PrefixStore(f"restart_{restart}", dist.TCPStore(address, port, is_master=False))
 
 
-def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def shard(
+    model: GPT,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    reshard_after_forward: bool,
+    grad_dtype: torch.dtype = torch.float32,
+) -> None:
     """Shard the model in place. Weights stay float32; each layer computes in `dtype`.
 
-    Gradients are summed over ranks in float32, not averaged: the loss is already divided by the
-    tokens of the whole global batch. That is right for experts too, which have seen the tokens of
-    all ranks of their group.
+    Gradients are summed in `grad_dtype`, over micro-batches and ranks, not averaged: the loss is
+    already divided by the tokens of the whole global batch. That is right for experts too, which
+    have seen the tokens of all ranks of their group. What FSDP leaves on a rank is float32, as the
+    weight is; gradients of experts without replicas stay in `grad_dtype`.
     """
     # Inputs are not cast: rotary angles and routing weights are float32, and lose their meaning in
     # bfloat16, where neighbouring positions become one. Tokens have the embedding's dtype already.
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
     )
     shard_over = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     replicas = ranks.mesh["expert_dp"]
@@ -230,6 +237,8 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, reshard_after_forward: b
             experts.register_parameter(name, nn.Parameter(spread))
         if replicas.size() == 1:
             ours.update(experts.parameters())
+            for parameter in experts.parameters():
+                parameter.grad_dtype = grad_dtype
         else:
             # Replicas cut the rows of each expert's matrices: dimension 0 is cut by `ep`.
             shard_over(experts, mesh=replicas, shard_placement_fn=lambda parameter: Shard(1))

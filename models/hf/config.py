@@ -92,6 +92,11 @@ def why_not(model: ModelConfig, moe: MoEConfig) -> str | None:
             f"moe.shared_ffn_hidden_size={moe.shared_ffn_hidden_size}: neither Qwen3-MoE nor "
             "Mixtral has a shared expert; only --format native can hold this model"
         )
+    if moe.expert_bias:
+        return (
+            "moe.expert_bias=true: the routers of Qwen3-MoE and Mixtral have no bias to choose "
+            "experts by; only --format native can hold this model"
+        )
     if moe.top_k == 1 and not model.qk_norm:
         return (
             "moe.top_k=1 with model.qk_norm=false: Mixtral weighs the one expert with 1, this "

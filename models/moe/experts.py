@@ -1,5 +1,6 @@
 """The experts of this rank: their weights, and the SwiGLU MLP between dispatch and combine."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +46,16 @@ class Experts(nn.Module):
         """
         # What is only looked at is never dropped: nothing is done again there.
         runtime = self.runtime if self.training else self.runtime.waiting()
-        up, down = _local(self.up), _local(self.down)
         prepared = self._prepared
         if prepared is None:
+            up, down = _local(self.up), _local(self.down)
             prepared = prepare_weights(up, down, tokens.dtype, runtime)
             # Not what shares memory with a parameter: FSDP frees and refills that.
             if prepared[0][0] is not up:
                 self._prepared = prepared
-        return ExpertMLP.apply(tokens, weights, up, down, expert_ids, self.layer, runtime, prepared)
+        return ExpertMLP.apply(
+            tokens, weights, self.up, self.down, expert_ids, self.layer, runtime, prepared
+        )
 
     def forget_prepared(self) -> None:
         """The parameters have changed: quantize them again when they are needed next."""
@@ -97,6 +100,7 @@ class _Context(FunctionCtx):
     layer: int
     local_experts: int
     dtype: torch.dtype  # of the weights' gradients
+    as_parameter: Callable[[Tensor], Tensor]  # a weight's gradient, spread as the weight is
     saved: Saved | None  # None where it is computed again, from `saved_tensors`
     saved_tensors: tuple[Tensor, Tensor, Tensor]
     needs_input_grad: tuple[bool, ...]
@@ -108,7 +112,8 @@ class ExpertMLP(torch.autograd.Function):
     Autograd must not see the inside: a differentiable float8 tensor would make the engine cast its
     gradient to float8 too. It also lets a path choose what is kept for the backward pass.
 
-    `up` and `down` are here for their gradients; what is computed with is `prepared`.
+    `up` and `down` are here for their gradients; what is computed with is `prepared`. They are the
+    parameters themselves, whose `grad_dtype` counts: between, the engine would cast a gradient.
     """
 
     @staticmethod
@@ -123,7 +128,7 @@ class ExpertMLP(torch.autograd.Function):
         runtime: Runtime,
         prepared: tuple[Prepared, Prepared],
     ) -> Tensor:
-        local_experts = len(up)
+        local_experts = len(_local(up))
         y, saved = _compute(tokens, weights, expert_ids, layer, local_experts, runtime, prepared)
         counts = runtime.counts
         if runtime.capacity is not None:
@@ -131,7 +136,8 @@ class ExpertMLP(torch.autograd.Function):
         if runtime.room is not None:
             runtime.room.note(layer, saved.trip.rows.needed)
         ctx.runtime, ctx.prepared = runtime, prepared
-        ctx.layer, ctx.local_experts, ctx.dtype = layer, local_experts, up.dtype
+        ctx.layer, ctx.local_experts, ctx.as_parameter = layer, local_experts, _spread_as(up)
+        ctx.dtype = (up.grad_dtype if up.is_leaf else None) or up.dtype
         ctx.saved = None if runtime.recompute else saved
         inputs = (tokens, weights, expert_ids)
         if runtime.recompute:
@@ -164,6 +170,7 @@ class ExpertMLP(torch.autograd.Function):
         d_down = linear.wgrad(dy_kept, a_kept, offsets, ctx.dtype)
         d_up = linear.wgrad(dh_kept, x_kept, offsets, ctx.dtype)
         runtime.counts.backward_passes += 1
+        d_up, d_down = ctx.as_parameter(d_up), ctx.as_parameter(d_down)
         return d_tokens, d_weights, d_up, d_down, None, None, None, None
 
 
@@ -202,3 +209,11 @@ def _compute(
 def _local(parameter: Tensor) -> Tensor:
     """This rank's experts of a parameter that is spread over the expert-parallel ranks."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _spread_as(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes this rank's part of a gradient one that is spread as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return lambda gradient: gradient
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return lambda gradient: DTensor.from_local(gradient, mesh, placements)

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,15 +16,28 @@ from models.moe.runtime import GPTConfig
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router, in plain PyTorch where its own GEMM cannot run.
+    """megatron-core's top-k router, whose choice stays the lists that its top-k makes.
 
     `entropy` is a float32 scalar on the device: of the last training batch's probabilities over
     all experts, mean of tokens, 1 where every expert is as likely. It costs a few small kernels,
     so it is taken only while `measures_entropy`.
+
+    With `moe.expert_bias` (models/moe/balance.py) `expert_bias` is float32 [experts], and
+    `step_load` int64 [experts] counts the tokens that this rank sent to each in this step.
     """
 
     measures_entropy = False
     entropy: Tensor | None = None
+
+    def __init__(self, config: GPTConfig, pg_collection=None, **newer) -> None:
+        """As megatron-core's MoELayer calls it."""
+        super().__init__(config, pg_collection, **newer)
+        self.has_expert_bias = config.expert_bias
+        if config.expert_bias:
+            del self.expert_bias  # the stock one's, None: it takes no softmax
+            self.register_buffer("expert_bias", torch.zeros(self.num_experts))
+            load = torch.zeros(self.num_experts, dtype=torch.int64)
+            self.register_buffer("step_load", load, persistent=False)
 
     def gating(self, input: Tensor) -> Tensor:
         if input.is_cuda:
@@ -36,6 +50,29 @@ class Router(TopKRouter):
             experts = max(logits.shape[-1], 2)
             self.entropy = torch.special.entr(probs).sum(-1).mean() / math.log(experts)
         return logits
+
+    def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
+        """From logits [seq, batch, experts] the weights float32 [T, top_k] of each token's experts,
+        and which they are, int64 [T, top_k]; the best choice first.
+
+        The stock one spreads both over all experts, [T, experts], as its own dispatchers take them.
+        Ours take lists, for which another top-k would have to search those.
+        """
+        logits = self.apply_z_loss(logits.view(-1, self.num_experts))
+        before = self.config.moe_router_pre_softmax
+        scores = logits.softmax(-1, dtype=torch.float32) if before else logits
+        if self.has_expert_bias:
+            expert_ids = (logits.detach() + self.expert_bias).topk(self.topk).indices
+            chosen = scores.gather(1, expert_ids)
+        else:
+            chosen, expert_ids = scores.topk(self.topk)
+        weights = chosen if before else chosen.softmax(-1, dtype=torch.float32)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            routing_map, scores = compute_routing_scores_for_aux_loss(
+                logits, self.topk, "softmax", fused=self.config.moe_router_fusion
+            )
+            weights = self._apply_aux_loss(weights, scores, routing_map)
+        return weights, expert_ids
 
 
 class ExpertParallelMoE(MoELayer):
@@ -72,15 +109,14 @@ class ExpertParallelMoE(MoELayer):
     def forward(self, hidden_states: Tensor, intermediate_tensors=None, padding_mask=None):
         """[seq, batch, hidden] to the same shape, and None for the bias that is not there."""
         shared = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states)
+        weights, expert_ids = self.route(hidden_states)
         if self.training:
-            self.expert_load += routing_map.sum(0)
-        # The router's dense [T, experts] form, as the top_k lists that dispatchers want. Chosen by
-        # the map, since a chosen expert's probability may have underflowed to zero.
-        chosen = probs.detach().masked_fill(~routing_map, -1)
-        expert_ids = chosen.topk(self.config.moe_router_topk).indices
-        weights = probs.gather(1, expert_ids).float()
-
+            chosen = expert_ids.view(-1)
+            load = torch.zeros_like(self.expert_load)
+            load.scatter_add_(0, chosen, torch.ones_like(chosen))
+            self.expert_load += load
+            if self.router.has_expert_bias:
+                self.router.step_load += load
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, expert_ids, weights).view_as(hidden_states)
         return output if shared is None else output + shared, None

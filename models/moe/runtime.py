@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from models import attention_backend
 from models.config import ModelConfig, MoEConfig
 from models.fp8 import operations
 from models.fp8.linear import AnyLinear, Fp8Linear
@@ -81,6 +82,8 @@ class GPTConfig(TransformerConfig):
     # Always given; without a default they could not follow megatron-core's fields.
     moe_runtime: Runtime = None  # type: ignore[assignment]
     shared_expert_linears: MLPSubmodules = None
+    expert_bias: bool = False
+    """See `MoEConfig.expert_bias`; megatron-core's own key takes no softmax."""
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
@@ -125,6 +128,8 @@ def why_not(model: ModelConfig, moe: MoEConfig, device: str, ranks: int) -> str 
     if names_deep_ep and device == "cpu":
         other = "set moe.dispatch=all_to_all, which runs anywhere"
         return f"moe.dispatch={moe.dispatch} needs GPUs; {other}"
+    if (reason := attention_backend.why_not(model.attention_backend, device)) is not None:
+        return reason
     if model.dense_fp8 and (reason := operations.why_no_fp8(device)) is not None:
         return f"model.dense_fp8=true cannot run here: {reason}"
     if (reason := operations.why_not(moe.path, device)) is not None:

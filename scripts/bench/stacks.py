@@ -8,10 +8,12 @@
 Flags of ours: `triton`, `te_dequantize` (other operations, `models/fp8/operations.py`), `recompute`
 (`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`),
 `v1`, `v2` (`moe.dispatch=deep_ep_v1`, `deep_ep_v2`), `per_expert` (FP8 GEMMs of TransformerEngine
-one by one, as before cuBLAS 13.6).
-Flags of both: `environment`, what megatron-core's makers set for their own measurements.
+one by one, as before cuBLAS 13.6), `bf16_moment` (`optim.first_moment_dtype=bf16`).
+Flags of both: `environment`, what megatron-core's makers set for their own measurements;
+`bf16_grads`, gradients summed in BF16 (`optim.grad_dtype=bf16`).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -28,11 +30,11 @@ from models.gpt import GPT, build_gpt
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, why_not
 from scripts.bench.results import Row
-from train import loop, parallel, preflight
+from train import allocator, loop, parallel, preflight
 from train.config import Config, ConfigError, load
 from train.data import batches as data
 from train.data.batches import Batch
-from train.optim import build_optimizer
+from train.optim import DTYPES, build_optimizer
 from train.parallel import Ranks
 
 FLAG_KEYS = {
@@ -41,6 +43,8 @@ FLAG_KEYS = {
     "waits": "moe.capacity=null",
     "v1": "moe.dispatch=deep_ep_v1",
     "v2": "moe.dispatch=deep_ep_v2",
+    "bf16_grads": "optim.grad_dtype=bf16",
+    "bf16_moment": "optim.first_moment_dtype=bf16",
 }
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
@@ -78,8 +82,9 @@ class Spec:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its processes are started with."""
-        found = dict(ENVIRONMENT) if "environment" in self.flags else {}
+        """What its processes are started with, beside what is set already."""
+        found = allocator.default(os.environ) if self.stack == "ours" else {}  # as in a training
+        found |= ENVIRONMENT if "environment" in self.flags else {}
         for flag in self.flags:
             found |= PEER_ENVIRONMENT.get(flag, {})
         return found
@@ -128,7 +133,8 @@ def config_of(
     spec: Spec, path: str, overrides: list[str], routing: str, micro_batch: int | None
 ) -> Config:
     """What a stack trains with. Raises ConfigError."""
-    keys = list(overrides)
+    # By default a GPU prepares them; here a row says what it does.
+    keys = ["optim.prepare_weights=false", *overrides]
     if micro_batch is not None:
         keys.append(f"train.micro_batch={micro_batch}")
     if routing == "natural":
@@ -143,6 +149,11 @@ def config_of(
     if config.data.document_mask:
         raise ConfigError("data.document_mask=true is not measured; leave it out")
     if spec.stack != "ours":
+        if config.moe.expert_bias:
+            raise ConfigError(
+                f"stack {spec}: stock megatron-core has no moe.expert_bias with a softmax; leave "
+                "it out"
+            )
         if preflight.resolve_device(config) == "cpu":
             raise ConfigError(f"stack {spec}: stock megatron-core trains on GPUs alone")
         if preflight.resolve_dtype(config, "cuda") != torch.bfloat16:
@@ -193,7 +204,10 @@ class Ours:
         self.dispatch = self.model.runtime.dispatcher.name
         self.description = self.model.runtime.description
         dtype = preflight.resolve_dtype(config, device)
-        parallel.shard(self.model, ranks, dtype, config.parallel.reshard_after_forward)
+        parallel.shard(
+            *(self.model, ranks, dtype, config.parallel.reshard_after_forward),
+            DTYPES[config.optim.grad_dtype],
+        )
         self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:

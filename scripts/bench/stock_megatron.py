@@ -49,6 +49,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -90,6 +91,7 @@ def transformer_arguments(
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_eps,
         "qk_layernorm": model.qk_norm,
+        "attention_backend": AttnBackend[model.attention_backend],
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,

@@ -75,6 +75,7 @@ SECTIONS: dict[str, list[Show]] = {
     "Routing": [
         Show("Expert load, a row per layer", ["moe/expert_load"], _pictures),
         Show("Busiest expert over the mean", ["moe/max_expert_load"], _curves(STEP)),
+        Show("Largest bias of an expert", ["moe/expert_bias_max"], _curves(STEP)),
         Show(
             "Entropy: expert load and router",
             ["moe/load_entropy", "moe/router_entropy"],

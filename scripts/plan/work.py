@@ -104,7 +104,8 @@ def copied_bytes(shape: Shape) -> float:
         whole += shape.model.num_layers * shape.experts
     gather = (FULL + HALF) / shape.ranks + 2 * HALF
     reduce = HALF + 2 * FULL
-    return whole * (gather * shape.micro_batches + reduce)
+    gathers = shape.micro_batches if shape.reshard else 1
+    return whole * (gather * gathers + reduce)
 
 
 def dispatched(shape: Shape) -> dict[str, float]:

@@ -280,7 +280,6 @@ def test_names_of_stacks():
         Spec("megatron-core", "fp8", ("environment", "cutlass")),
     ]
     assert [parse(str(spec)) for spec in specs] == specs
-    assert specs[0].environment == {}
     assert specs[2].environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert specs[2].environment["NVTE_USE_CUTLASS_GROUPED_GEMM"] == "1"
     assert specs[1].columns() == {
@@ -299,6 +298,17 @@ def test_which_deep_ep_dispatches():
         parse("fp8_fused:v1:prepare:v2")
     with pytest.raises(ConfigError, match="fp8 takes no 'v2'"):
         parse("stock:fp8:v2")
+
+
+def test_weights_are_prepared_where_a_row_says_so():
+    """Whatever a training does by default."""
+    for name, more, want in (
+        ("fp8_direct", [], False),
+        ("fp8_direct:prepare", [], True),
+        ("fp8_direct", ["optim.prepare_weights=auto"], "auto"),
+    ):
+        config = stacks.config_of(parse(name), TINY[0], more, "balanced", None)
+        assert config.optim.prepare_weights == want
 
 
 def test_the_order_favours_nobody():

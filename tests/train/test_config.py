@@ -254,6 +254,15 @@ def test_accumulation():
     assert (alone.global_batch(4), alone.accumulation(4)) == (32, 1)
 
 
+def test_whether_weights_are_prepared_is_one_of_three(tmp_path):
+    for text, value in (("auto", "auto"), ("yes", True), ("false", False)):
+        assert load(DEMO, [f"optim.prepare_weights={text}"]).optim.prepare_weights == value
+    assert load(DEMO).optim.prepare_weights == "auto"
+    with pytest.raises(ConfigError, match="'maybe' is neither auto, true nor false") as error:
+        load(DEMO, ["optim.prepare_weights=maybe"])
+    assert "optim.prepare_weights" in str(error.value)
+
+
 def test_every_key_is_explained():
     text = describe_keys()
     for section, info in Config.model_fields.items():
@@ -276,7 +285,8 @@ FREE = {
 
 SAID = {
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction"),
-    *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad"),
+    *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad", "moe.bias_update_rate"),
+    *("optim.grad_dtype", "optim.first_moment_dtype", "model.attention_backend"),
 }
 """Keys of which the start of a resumed run says that they have changed."""
 

@@ -51,6 +51,26 @@ def test_vectors_do_not_decay():
     assert changed == [True, False, False]
 
 
+def norms(rank: int) -> list[float]:
+    """Of gradients in float32 and bfloat16, together, in float64; and what clipping says."""
+    mesh = init_device_mesh("cpu", (1,))
+    parameters = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1.0, 30.0):
+            parameter = nn.Parameter(DTensor.from_local(torch.zeros(40, 9), mesh, [Shard(0)]))
+            parameter.grad_dtype = dtype
+            gradient = (torch.randn(40, 9) * size).to(dtype)
+            parameter.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+            parameters.append(parameter)
+    every = torch.cat([p.grad.to_local().double().view(-1) for p in parameters])  # type: ignore
+    return [float(every.norm()), float(clip_gradients(parameters, 0.0))]
+
+
+def test_the_norm_is_float32_where_gradients_are_not():
+    ((want, got),) = run_ranks(1, norms)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
 def clip_twice(rank: int) -> list[torch.Tensor]:
     """Two steps with gradients that need clipping and one that does not, both ways to clip."""
     results = []

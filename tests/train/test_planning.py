@@ -79,7 +79,7 @@ def only_on_a_cpu(shape: Shape) -> tuple[Counter[int], set[str]]:
         otherwise.add("shared expert")  # SwiGLU out of operations
         more += Counter([row * 2 * ffn, row * ffn, row * ffn, row * ffn])
     chosen, every = tokens * moe.top_k, row * moe.num_experts
-    more += Counter([chosen * INDEX, chosen * INDEX, chosen * FULL, every])
+    more += Counter([chosen * INDEX, chosen * FULL])
     if moe.aux_loss_coeff:
         more += Counter([chosen * INDEX, every, moe.num_experts * INDEX, FULL])
     if moe.z_loss_coeff:

@@ -215,7 +215,7 @@ def as_on_a_gpu(monkeypatch, kind: str) -> list[str]:
         "build_optimizer",
         lambda model, config, fused, dtype: build_optimizer(model, config, KINDS[kind], dtype),
     )
-    return ["optim.prepare_weights=true"] if kind == "prepared" else []
+    return [f"optim.prepare_weights={kind == 'prepared'}"]
 
 
 @pytest.mark.slow

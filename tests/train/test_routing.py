@@ -22,7 +22,7 @@ def collect(rank: int) -> dict[str, Any]:
     layers: list[Any] = [
         SimpleNamespace(
             expert_load=torch.tensor(counts),
-            router=SimpleNamespace(entropy=torch.tensor(0.25 + 0.5 * rank)),
+            router=SimpleNamespace(entropy=torch.tensor(0.25 + 0.5 * rank), has_expert_bias=False),
         )
         for counts in COUNTS[rank]
     ]

@@ -62,7 +62,9 @@ NEVER_FREE = {
     "optim": {"weight_decay", "beta1", "beta2", "eps", "clip_grad"},
     "train": {"seed", "dtype"},
     "data": {"valid_fraction", "valid_documents", "shuffle_buffer", "document_mask", "text_column"},
-    "moe": {"num_experts", "top_k", "ffn_hidden_size", "capacity", "aux_loss_coeff"},
+    "moe": {
+        *("num_experts", "top_k", "ffn_hidden_size", "capacity", "aux_loss_coeff", "expert_bias")
+    },
 }
 """Of these sections all keys, or these: not the same training, whatever a mark says."""
 

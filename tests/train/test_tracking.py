@@ -28,6 +28,7 @@ ENVIRONMENT: Environment = {
     "world_size": 2,
     "versions": {"python": "3.11"},
     "commit": None,
+    "allocator": None,
 }
 
 

@@ -40,6 +40,7 @@ from train.checkpoint.writer import OfOneRank, Writer
 from train.config import Config, ConfigError
 from train.failure import TrainingFailed
 from train.metrics.step import Gathered
+from train.optim import OwnAdamW
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -270,6 +271,8 @@ class _ModelAndOptimizer(Stateful):
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def state_dict(self) -> STATE_DICT_TYPE:
+        if isinstance(self.optimizer, OwnAdamW):
+            self.optimizer.make_state()
         is_new = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
         if is_new:  # PyTorch has made the state by a step without gradients, which does not count

@@ -9,6 +9,8 @@ from typing import TypedDict
 
 import torch
 
+from train import allocator
+
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "deep-ep", "triton")
 
 
@@ -20,6 +22,8 @@ class Environment(TypedDict):
     world_size: int
     versions: dict[str, str]
     commit: str | None
+    allocator: str | None
+    """What the environment tells PyTorch's allocator for CUDA; see `train.allocator`."""
 
 
 def describe_environment(device: torch.device, world_size: int) -> Environment:
@@ -30,6 +34,7 @@ def describe_environment(device: torch.device, world_size: int) -> Environment:
         "world_size": world_size,
         "versions": versions(),
         "commit": commit(),
+        "allocator": allocator.setting(),
     }
 
 

@@ -37,6 +37,7 @@ class RoutingHealth:
         moe/max_expert_load   the busiest expert's tokens over the mean, in the worst layer
         moe/load_entropy      of the layer whose load is the most uneven; 1 is even, 0 one expert
         moe/router_entropy    of one token's probabilities, mean of layers; 1 is undecided, 0 sure
+        moe/expert_bias_max   the largest bias of an expert, up or down (moe.expert_bias)
         """
         counts = torch.stack([layer.expert_load for layer in self.layers])
         dist.all_reduce(counts)
@@ -54,6 +55,9 @@ class RoutingHealth:
         measured = [value for value in every if value is not None]
         if len(measured) == len(every):
             metrics["moe/router_entropy"] = float(parallel.average(torch.stack(measured)).mean())
+        if self.layers[0].router.has_expert_bias:
+            biases = torch.stack([layer.router.expert_bias for layer in self.layers])
+            metrics["moe/expert_bias_max"] = float(biases.abs().max())
         return metrics
 
     def row(self, step: int) -> LoadRow:

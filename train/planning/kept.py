@@ -37,10 +37,13 @@ def of_layer(shape: Shape, value: int = HALF) -> dict[str, int]:
 
 
 def _router(shape: Shape) -> dict[str, int]:
-    """Of TransformerEngine's fused router: scores and map of all experts, and who was chosen."""
+    """Which experts were chosen, and their weights; scores of all experts where a loss is made of
+    them, or the choice."""
     tokens, moe = shape.tokens, shape.moe
     scores = tokens * moe.num_experts * FULL
-    found = {"router": scores + tokens * moe.num_experts + tokens * moe.top_k * INDEX}
+    found = {"router": tokens * moe.top_k * (INDEX + FULL)}
+    if moe.top_k == 1:  # the softmax comes before the choice
+        found["scores"] = scores
     if moe.aux_loss_coeff:
         found["auxiliary loss"] = scores
     if moe.z_loss_coeff:

@@ -71,32 +71,36 @@ def moments(shape: Shape) -> Iterator[Moment]:
         }
         return Moment(name, always | activations | {"gradients": gradients} | computing)
 
-    # What all micro-batches of a step but the last leave, in float32 and not sharded yet.
+    # What all micro-batches of a step but the last leave, not sharded yet.
     whole = layers * (shape.dense + shape.experts) + shape.root
-    left = float(whole * FULL) if shape.micro_batches > 1 else 0.0
+    left = float(whole * shape.gradient) if shape.micro_batches > 1 else 0.0
+    # What FSDP leaves is float32, as the weight is.
+    of_experts = shape.gradient if shape.replicas == 1 else FULL
+    sharded = shape.dense / shape.ranks * FULL + shape.experts / shape.replicas * of_experts
 
     def gradients(done: int) -> float:
         """After the backward pass of so many layers."""
-        sharded = shape.dense / shape.ranks + shape.experts / shape.replicas
-        return left or done * sharded * FULL
+        return left or done * sharded
 
     yield moment("forward pass of the last layer", layers, left, computing=forward_bytes(shape))
     yield moment("loss", layers, left, loss=logits + 3 * hidden + output_layer)
-    of_experts = FULL if shape.replicas == 1 else HALF
+    computed = shape.gradient if shape.replicas == 1 else HALF
     for done in range(layers):
         so_far = gradients(done) + output_layer
-        reduced = shape.dense * FULL if done else 0  # the layer before, beside this one
-        computing = hidden + reduced + backward_bytes(shape, of_experts)
+        reduced = shape.dense * shape.gradient if done else 0  # the layer before, beside this one
+        computing = hidden + reduced + backward_bytes(shape, computed)
         name = "backward pass of a layer's experts"
         yield moment(name, layers - done, so_far, computing=computing)
-        if shape.replicas > 1:  # in float32 beside the gradient
-            reducing = hidden + shape.experts * (HALF + FULL)
+        if shape.replicas > 1:  # as it is summed, beside the gradient
+            reducing = hidden + shape.experts * (HALF + shape.gradient)
             name = "reduction of a layer's experts"
             yield moment(name, layers - done, so_far, computing=reducing)
     ends = max(left, gradients(layers) + shape.root * FULL / shape.ranks)
-    yield moment("reduction of the embedding", 0, ends, computing=shape.root * (HALF + FULL))
+    reducing = shape.root * (HALF + shape.gradient)
+    yield moment("reduction of the embedding", 0, ends, computing=reducing)
     # Prepared weights are forgotten before it, and made again by the one that prepares.
-    optimizer = moment("optimizer", 0, shape.stored * FULL).parts
+    every = layers * sharded + shape.root * FULL / shape.ranks
+    optimizer = moment("optimizer", 0, every).parts
     yield Moment("optimizer", optimizer if shape.prepare else optimizer | {"prepared weights": 0.0})
 
 
@@ -104,7 +108,7 @@ def _always(shape: Shape) -> dict[str, float]:
     """What is there at every moment."""
     return {
         "weights": shape.stored * FULL,
-        "AdamW's means": 2 * shape.stored * FULL,
+        "AdamW's means": shape.stored * (shape.first_moment + FULL),
         "gathered weights": _gathered(shape) * HALF,
         "prepared weights": _prepared(shape),
     }

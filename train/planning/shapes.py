@@ -14,6 +14,8 @@ from train.config import Config
 UNEVEN = 1.2
 """Assumed where the router chooses: the fullest rank of a group gets so many times its share."""
 
+BYTES = {"fp32": 4, "bf16": 2}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -33,7 +35,11 @@ class Shape:
     reshard: bool
     """`parallel.reshard_after_forward`."""
     prepare: bool
-    """`optim.prepare_weights`."""
+    """`optim.prepare_weights`, as it comes out on GPUs."""
+    gradient: int = 4
+    """Bytes of `optim.grad_dtype`."""
+    first_moment: int = 4
+    """Bytes of `optim.first_moment_dtype`."""
     full: bool = False
     """Whether every expert gets the same number of rows, without padding or room, as in a benchmark
     of one layer."""
@@ -155,6 +161,9 @@ def shape_of(config: Config, ranks: int, node: int = 8, micro_batch: int | None 
     batch, and at least one.
     """
     size = micro_batch or config.train.micro_batch
+    prepare = config.optim.prepare_weights
+    if prepare == "auto":
+        prepare = config.parallel.expert_parallel == ranks
     return Shape(
         model=config.model,
         moe=config.moe,
@@ -164,5 +173,7 @@ def shape_of(config: Config, ranks: int, node: int = 8, micro_batch: int | None 
         micro_batch=size,
         micro_batches=max(1, config.global_batch(ranks) // (size * ranks)),
         reshard=config.parallel.reshard_after_forward,
-        prepare=config.optim.prepare_weights,
+        prepare=prepare,
+        gradient=BYTES[config.optim.grad_dtype],
+        first_moment=BYTES[config.optim.first_moment_dtype],
     )

@@ -42,16 +42,19 @@ class AdamWStep:
 
 @torch.no_grad()
 def adamw(w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep) -> None:
-    """One step in place: `w`, `mean`, `square`; all float32 of one shape.
+    """One step in place: `w`, `mean`, `square`; float32 of one shape. `grad` and `mean` may be
+    bfloat16: the arithmetic is float32, and only what stays as `mean` is rounded.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101,
     algorithm 2, with the learning rate also on the decay.
     """
+    grad, average = grad.to(w.dtype), mean.to(w.dtype)  # themselves where they have it
     if step.grad_scale is not None:
         grad = grad / step.grad_scale
-    mean.lerp_(grad, 1 - step.beta1)
+    average.lerp_(grad, 1 - step.beta1)
     square.mul_(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
-    w.mul_(step.keep).addcdiv_(mean, square.sqrt() / step.deviation + step.eps, value=-step.rate)
+    w.mul_(step.keep).addcdiv_(average, square.sqrt() / step.deviation + step.eps, value=-step.rate)
+    mean.copy_(average)
 
 
 def adamw_cast(
