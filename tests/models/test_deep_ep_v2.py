@@ -315,7 +315,7 @@ def layer(
     if timer is not None:
         runtime = timed_runtime(runtime, timer)
     prepared = prepare_weights(leaves[2], leaves[3], torch.bfloat16, runtime)
-    out = ExpertMLP.apply(*leaves, batch.ids, runtime, prepared)
+    out = ExpertMLP.apply(*leaves, batch.ids, 0, runtime, prepared)
     out.backward(grad)
     names = ("tokens", "weights", "up", "down")
     found = {name: t.grad for name, t in zip(names, leaves, strict=True)}
