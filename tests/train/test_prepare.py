@@ -221,6 +221,7 @@ def test_broken_off_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, m
     starts, calls = 0, 3 if what == "about" else 0
     while True:
         starts += 1
+        assert starts < 200, "it does not get any further"
         try:
             assert prepare(tmp_path / "out", f"data.path={text}", *keys) == 0
         except Killed:
@@ -423,6 +424,16 @@ def test_a_hub_data_set_of_a_few_documents_holds_one_out(tmp_path, count):
     expected = batches_of(f"data.path={path}", *keys)
     assert batches_of(f"data.path={out}", *keys) == expected
     assert expected[1]
+
+
+def test_a_file_of_the_hub_without_its_survey_is_read_again(tmp_path, monkeypatch):
+    folder, out = hub(tmp_path, TEXTS, "json"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_about", raise_keyboard_interrupt)
+        assert prepare(out, f"data.name={folder}") == 130
+    (out / prepared.UNFINISHED / "survey-00001.npz").unlink()
+    assert prepare(out, f"data.name={folder}") == 0
+    assert prepared.read(out).documents == 60
 
 
 def test_a_broken_record_of_the_hub_is_named_and_what_was_made_stays(tmp_path, capsys):

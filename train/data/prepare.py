@@ -89,10 +89,11 @@ def _make(
         _begin_with(limit, work)
         missing = [n for n in work.numbers if not work.is_done(n)]
         work = replace(work, limit=limit)
-        if surveys is not None and not missing:
+        if not missing:
             break
         total = surveys.characters if surveys else None
         spread(tokenize_unit, work, missing, workers, said, "tokenizing", total)
+    assert surveys is not None  # a unit that is done has one
     _write_tokenizer(folder, tokenizer)
     prepared.write(folder, _about(work, surveys, plan, text, tokenizer, config))
 

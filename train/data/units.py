@@ -68,10 +68,11 @@ class Work:
         return self.inner / f"done-{number:05}"
 
     def is_done(self, number: int) -> bool:
-        """Whether all parts of a unit are there, as it left them; those that are not as it left
-        them are removed."""
+        """Whether the survey and all parts of a unit are there, as it left them; those that are
+        not as it left them are removed."""
         mark = self.mark_of(number)
-        if (files := self.files_of(number)) is None:
+        files = self.files_of(number)
+        if files is None or not self.survey_of(number).exists():
             return False
         for name, (size, _) in files.items():
             path = self.folder / name
