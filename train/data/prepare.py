@@ -218,7 +218,6 @@ def _about(
         tokenizer=config.data.tokenizer,
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
-        seq_len=config.model.seq_len,
         documents=len(surveys.digests),
         valid_documents=int(surveys.is_valid(work.limit).sum()),
         replaced=surveys.replaced,
