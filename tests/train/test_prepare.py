@@ -738,7 +738,11 @@ def test_the_column_it_was_prepared_with_may_be_named_or_left_out(tmp_path):
         ("prepared.json", b"{}", "prepared.json is not what prepare_data writes"),
         ("prepared.json", b"[1]", "prepared.json is not what prepare_data writes"),
         ("prepared.json", b"\xff\xfe", "prepared.json is not what prepare_data writes"),
-        ("prepared.json", b'{"version": 1}', "prepared.json is not what prepare_data writes"),
+        (
+            "prepared.json",
+            b'{"version": %d}' % prepared.VERSION,
+            "prepared.json is not what prepare_data writes",
+        ),
         ("prepared.json", b"[" * 100_000, "prepared.json is not what prepare_data writes"),
         ("prepared.json", b'{"version": 99}', "another version of this code (99, this one reads"),
         ("prepared.json", None, "was not prepared to its end; give the same"),

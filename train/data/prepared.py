@@ -27,7 +27,7 @@ UNFINISHED = "unfinished"
 PLAN = "plan.json"
 """In `unfinished`: what the folder is to hold."""
 
-VERSION = 1
+VERSION = 3
 """Raise it when what is prepared changes: the cache would go on serving what the old code made, and
 folders would be taken for what they are not."""
 
