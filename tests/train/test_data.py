@@ -353,7 +353,7 @@ def stream_corpus(monkeypatch, stream, *overrides: str) -> data.Corpus:
 def epoch_text(corpus: data.Corpus, rank: int, world_size: int) -> str:
     """What one rank reads in an epoch."""
     assert isinstance(corpus.train, datasets.IterableDataset)
-    stream = data._Stream(corpus.config, corpus.tokenizer, corpus.train, rank, world_size, 0)
+    stream = data.Stream(corpus.config, corpus.tokenizer, corpus.train, rank, world_size, 0)
     return "".join(corpus.tokenizer.decode(row) for row in stream.epoch(0))
 
 

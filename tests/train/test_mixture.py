@@ -89,6 +89,16 @@ def test_each_block_has_exact_shares_and_each_epoch_of_a_source_is_whole(monkeyp
         assert len(times) == min(size, 2 * share)
 
 
+def test_each_source_is_shuffled_for_itself_by_the_seed():
+    orders = [
+        [source(g) for g in range(50)]
+        for seed in (1, 2)
+        for source in Mixed([50, 50], [1, 1], seed).sources
+    ]
+    assert all(sorted(one) == [*range(50)] for one in orders)
+    assert len({tuple(one) for one in orders}) == 4
+
+
 def test_validation_begins_with_every_source_in_its_share():
     sizes, weights = [3, 40, 50], [6.0, 3.0, 1.0]
     spread = Spread(sizes, weights)

@@ -14,10 +14,7 @@ which of them is sample g of the run. Which samples a step takes depends neither
 ranks nor on the size of micro-batches, and any step can be the first at no cost. Of several sources
 with weights each makes up its share of the samples.
 
-A hub data set is streamed: packed on the fly, 1000 documents at a time, and shuffled in a buffer.
-Its order depends on the seed and the number of ranks, and starting at a later step reads and drops
-what came before. Where the ranks divide its number of files, each reads its own; otherwise each
-reads all and keeps a part.
+A hub data set is streamed: `stream.py`.
 """
 
 import math
@@ -26,15 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import count, islice
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from train.config import Config, ConfigError
 from train.data import prepared
@@ -54,8 +48,9 @@ from train.data.sources import (
     source_of,
     sources_of,
 )
+from train.data.stream import Stream, pack, pack_args
 from train.data.tokenizer import Tokenizer, is_local, load_tokenizer
-from train.data.tokens import Joined, Sequences, token_type
+from train.data.tokens import Joined, Sequences
 from train.safety import workers
 
 PREFETCH = 4
@@ -130,7 +125,7 @@ class Corpus:
         # Several workers would each read their own files, and the order depend on their number.
         return _loader(
             config,
-            _Stream(config, self.tokenizer, self.train, rank, world_size, start_step),
+            Stream(config, self.tokenizer, self.train, rank, world_size, start_step),
             collate_fn=partial(make_batch, eod=eod),
             num_workers=min(config.data.workers, 1),
         )
@@ -256,7 +251,7 @@ def _named_mixture(config: Config) -> Iterator[None]:
 def _load_stream(config: Config, tokenizer: Tokenizer) -> Corpus:
     data = config.data
     train, documents = load_stream(config)
-    args = _pack_args(config, tokenizer)
+    args = pack_args(config, tokenizer)
     tokens = pack(documents[:], **args)["tokens"]
     valid = Sequences(args["length"], arrays=[tokens.reshape(-1)])
     advice = f"raise data.valid_documents={data.valid_documents}"
@@ -280,71 +275,6 @@ def make_batch(rows: dict[str, np.ndarray], eod: int) -> Batch:
     return Batch(*(torch.from_numpy(a.copy()) for a in (inputs, labels, positions)))
 
 
-def pack(
-    batch: dict[str, list[str | None]], tokenizer: Tokenizer, length: int, dtype: str
-) -> dict[str, np.ndarray]:
-    """Documents, in the one column of `batch`, to `tokens` [sequences, length] of `dtype`.
-
-    Empty and missing documents are left out; so is what remains at the end.
-    """
-    (texts,) = batch.values()
-    pieces = [np.empty(0, dtype)]
-    for ids in tokenizer.encode([text for text in texts if text]):
-        pieces += [ids.astype(dtype), np.array([tokenizer.eod], dtype)]
-    flat = np.concatenate(pieces)
-    return {"tokens": flat[: len(flat) // length * length].reshape(-1, length)}
-
-
-class _Stream(TorchIterableDataset):
-    """Packed sequences of streamed documents, a micro-batch at a time, forever."""
-
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: Tokenizer,
-        documents: datasets.IterableDataset,
-        rank: int,
-        world_size: int,
-        start_step: int,
-    ) -> None:
-        column = config.data.text_column
-        self.sequences = (
-            split_dataset_by_node(documents, rank, world_size)
-            .map(
-                pack, batched=True, remove_columns=[column], fn_kwargs=_pack_args(config, tokenizer)
-            )
-            .shuffle(seed=config.train.seed, buffer_size=config.data.shuffle_buffer)
-        )
-        self.config = config
-        self.skip = start_step * config.accumulation(world_size) * config.train.micro_batch
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        # An exact resume reads again: the `state_dict` of `datasets` forgets its shuffle buffer.
-        rows = islice(self._rows(), self.skip, None)
-        while True:
-            yield {"tokens": np.stack(list(islice(rows, self.config.train.micro_batch)))}
-
-    def epoch(self, number: int) -> Iterator[np.ndarray]:
-        """One pass over this rank's documents: sequences, integers [seq_len + 1]."""
-        self.sequences.set_epoch(number)
-        # Not a plain loop over them, which shuffles otherwise in a worker process than outside.
-        for rows in self.sequences.iter(batch_size=1):
-            yield np.asarray(rows["tokens"][0])
-
-    def _rows(self) -> Iterator[np.ndarray]:
-        for number in count():
-            empty = True
-            for row in self.epoch(number):
-                empty = False
-                yield row
-            if empty:
-                raise ConfigError(
-                    f"{source_of(self.config)} leaves this rank no whole sequence of "
-                    f"model.seq_len={self.config.model.seq_len}; start fewer ranks or lower "
-                    "model.seq_len"
-                )
-
-
 def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> Iterator[Batch]:
     loader: DataLoader = DataLoader(
         source,
@@ -364,11 +294,6 @@ def _start_worker(worker: int) -> None:
     # The threads of the tokenizers library do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     workers.begin()
-
-
-def _pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    length = config.model.seq_len + 1
-    return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
 
 
 def _check_not_empty(config: Config, packed: Sequences, what: str, advice: str) -> None:

@@ -53,7 +53,10 @@ def load_packed(text: Text, tokenizer: Tokenizer, config: Config) -> tuple[Path,
     try:
         return folder, prepared.read(folder)
     except ConfigError as error:
-        raise ConfigError(f"packed data: {error}") from None
+        raise ConfigError(
+            f"packed data in {folder} is damaged ({error}); remove that folder, and it is packed "
+            "again"
+        ) from None
 
 
 def _cache() -> Path:

@@ -90,10 +90,11 @@ def _make(
         _begin_with(limit, work)
         missing = [n for n in work.numbers if not work.is_done(n)]
         work = replace(work, limit=limit)
-        if surveys is not None and not missing:
+        if not missing:
             break
         total = surveys.characters if surveys else None
         spread(tokenize_unit, work, missing, workers, said, "tokenizing", total)
+    assert surveys is not None  # a unit that is done has one
     _write_tokenizer(folder, tokenizer)
     prepared.write(folder, _about(work, surveys, plan, text, tokenizer, config))
 
@@ -218,7 +219,6 @@ def _about(
         tokenizer=config.data.tokenizer,
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
-        seq_len=config.model.seq_len,
         documents=len(surveys.digests),
         valid_documents=int(surveys.is_valid(work.limit).sum()),
         replaced=surveys.replaced,

@@ -29,7 +29,7 @@ UNFINISHED = "unfinished"
 PLAN = "plan.json"
 """In `unfinished`: what the folder is to hold."""
 
-VERSION = 1
+VERSION = 3
 """Raise it when what is prepared changes: the cache would go on serving what the old code made, and
 folders would be taken for what they are not."""
 
@@ -49,8 +49,6 @@ class About(Section):
     """Its name, as it was given."""
     tokenizer_digest: str
     vocab_size: NonNegativeInt
-    seq_len: int
-    """Of the config; sequences of any length can be cut."""
     documents: NonNegativeInt
     valid_documents: NonNegativeInt
     replaced: NonNegativeInt
@@ -139,7 +137,10 @@ def sequences(folder: Path, about: About, length: int) -> tuple[Sequences, Seque
 
 
 def _not_ours(folder: Path, why: str) -> ConfigError:
-    return damaged(folder, f"{NAME} is not what prepare_data writes ({why})")
+    return ConfigError(
+        f"{folder / NAME} is not what prepare_data writes ({why}); prepare the text again in "
+        "another folder, or give that file another name where the folder is text"
+    )
 
 
 def damaged(folder: Path, what: str) -> ConfigError:

@@ -22,8 +22,7 @@ from train.data import prepared, split
 from train.data.faults import Unreadable
 from train.data.prepared import SIDES, UNFINISHED
 from train.data.readers import Document
-from train.data.survey import Counting, Survey, Unit, survey
-from train.data.survey import Files as FilesOfText
+from train.data.survey import Counting, Files, Survey, Unit, survey
 from train.data.tokenizer import TOGETHER, Tokenizer
 from train.data.tokens import TokenFile, read_tokens, token_type
 
@@ -34,7 +33,7 @@ changes it, TOGETHER or UNIT raises `prepared.VERSION`: what was begun has other
 Report = Callable[[int], None]
 """Told how many characters were read since it was told last."""
 
-Files = dict[str, tuple[int, int]]
+Parts = dict[str, tuple[int, int]]
 """Bytes and tokens of files with tokens."""
 
 CHANGED = "files changed while they were read; start again"
@@ -68,10 +67,11 @@ class Work:
         return self.inner / f"done-{number:05}"
 
     def is_done(self, number: int) -> bool:
-        """Whether all parts of a unit are there, as it left them; those that are not as it left
-        them are removed."""
+        """Whether the survey and all parts of a unit are there, as it left them; those that are
+        not as it left them are removed."""
         mark = self.mark_of(number)
-        if (files := self.files_of(number)) is None:
+        files = self.files_of(number)
+        if files is None or not self.survey_of(number).exists():
             return False
         for name, (size, _) in files.items():
             path = self.folder / name
@@ -80,7 +80,7 @@ class Work:
                 mark.unlink(missing_ok=True)
         return mark.is_file()
 
-    def files_of(self, number: int) -> Files | None:
+    def files_of(self, number: int) -> Parts | None:
         """Bytes and tokens of each file of a unit that is done."""
         try:
             found = json.loads(self.mark_of(number).read_text())
@@ -90,7 +90,7 @@ class Work:
 
     def write_mark(self, number: int) -> None:
         """Say that all parts of a unit are there. Raises ConfigError for one that is damaged."""
-        files = {}
+        files: Parts = {}
         for side in SIDES:
             for path in sorted(self.folder.glob(f"{side}-{number:05}-*.arrow")):
                 try:
@@ -133,7 +133,7 @@ class Work:
 def survey_unit(work: Work, number: int, report: Report) -> None:
     """Read a unit and write its survey. Raises Unreadable, OSError."""
     unit = work.units[number]
-    assert isinstance(unit, FilesOfText)
+    assert isinstance(unit, Files)
     work.write_survey(number, survey(unit, report))
 
 
