@@ -94,6 +94,7 @@ def silent_port():
         yield held.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "waits_for", "says"),
     [
@@ -126,6 +127,7 @@ def test_a_meeting_point_where_nobody_comes(tmp_path, silent_port, environment, 
     assert says in error
 
 
+@pytest.mark.slow
 def test_a_meeting_point_where_somebody_else_listens(tmp_path):
     """PyTorch, which waits for an answer for ever, is not waited for."""
 
@@ -143,6 +145,7 @@ def test_a_meeting_point_where_somebody_else_listens(tmp_path):
     assert "one that listens there does not speak as torchrun or a rank would" in error
 
 
+@pytest.mark.slow
 def test_a_rank_that_starts_later_is_named(tmp_path):
     def plant(rank: int) -> None:
         progress.AFTER_S = 0.5
