@@ -151,6 +151,22 @@ def test_direct_and_fused_train_to_the_same_bits(tmp_path, balance):
     )
 
 
+@pytest.mark.parametrize("capacity", ["null", "auto"])
+@pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
+def test_recomputed_activations_change_no_bit(tmp_path, path, capacity):
+    """Two ranks, by DeepEP where it is installed."""
+    keys = ["model.hidden_size=256", "model.seq_len=128", f"moe.path={path}"]
+    keys += [f"moe.capacity={capacity}", "moe.force_balance=false"]
+    want = Ranks(2, tmp_path, "kept", *keys).finished()
+    got = Ranks(2, tmp_path, "again", *keys, "moe.recompute=true").finished()
+    kept = {"moe/kept_mib", "moe/dispatched_mib"}
+    rows = [
+        [{key: row[key] for key in row if key not in kept} for row in computed(read_metrics(run))]
+        for run in (want, got)
+    ]
+    assert rows[0] == rows[1]
+
+
 def test_a_hung_collective_names_the_ranks(tmp_path):
     ranks = Ranks(2, tmp_path, "a", "parallel.timeout_s=20", fault="hang")
     assert set(ranks.exit_codes()) == {1}

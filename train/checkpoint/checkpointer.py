@@ -116,8 +116,8 @@ class Checkpointer:
         return about["step"], own["metrics"]
 
     def allocate(self) -> None:
-        """Get the memory that saves copy to, while training goes on, so that the first does not
-        stop it. After an optimizer step, which makes the state."""
+        """Get the memory that saves copy to, so that the first does not wait for it. After an
+        optimizer step, which makes the state."""
         self._copy.allocate({"training": self.state.state_dict()})
 
     def save(self, step: int, metrics: Gathered | None = None) -> None:

@@ -29,8 +29,9 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def allocate(self, state: STATE_DICT_TYPE) -> None:
-        """Get the memory for copies of such a state, while training goes on: for a GPU it takes a
-        second a gigabyte."""
+        """Get the memory for copies of such a state beside a training step. For a GPU it takes a
+        second a gigabyte, for most of which the driver lets that step's kernels wait: once a run,
+        and not when something is to be saved."""
         leaves, _ = tree_flatten(state)
         self._copies = self._thread.submit(self._allocate, leaves)
 
