@@ -171,7 +171,8 @@ def test_it_prints_and_draws(tmp_path, capsys):
     for name in ("a.png", "a.svg"):
         picture = tmp_path / name
         command = ["configs/moe_small.yaml", "--gpus", "8", "--picture", str(picture)]
-        assert main([*command, "moe.path=fp8_direct", "--machine", "h200"]) == 0
+        keys = ["moe.path=fp8_direct", "train.micro_batch=8"]
+        assert main([*command, *keys, "--machine", "h200"]) == 0
         out = capsys.readouterr().out
         assert "1.9" in out.splitlines()[0]
         for said in ("activations, attention", "largest micro-batch", "NVLink", "tokens/s/GPU"):
