@@ -77,7 +77,7 @@ def check_batch(config: Config) -> None:
 
 def every(corpus: Corpus, most: int | None) -> Iterator[Batch]:
     """All sequences of local data, whichever side they are on; micro-batches, `most` of them."""
-    if not isinstance(corpus.train, datasets.Dataset):
+    if isinstance(corpus.train, datasets.IterableDataset):
         raise ConfigError("--data takes local data; for a data set on the hub set data.name=...")
     size, eod, count = corpus.config.train.micro_batch, corpus.tokenizer.eod, 0
     for side in (corpus.train, corpus.valid):
