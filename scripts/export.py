@@ -120,6 +120,7 @@ def write(
         metadata["tokenizer"] = json.dumps(_made_of(tokenizer))
     try:
         save_file(weights, new, metadata)
+        hf_writer.readable(new)
         new.replace(path)
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)

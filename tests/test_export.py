@@ -49,6 +49,9 @@ def test_the_file_is_the_model(run_dir, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     assert export([str(run_dir), "--out", str(file)]) == 0
     assert "weights of a after step 40" in capsys.readouterr().out
+    other = tmp_path / "any"
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode, "others may read it too"
     weights = load_file(file)
     assert weights["decoder.layers.0.mlp.experts.up"].shape[0] == 4, "experts of both ranks"
     want = read_metrics(run_dir)[-1]["loss/valid"]

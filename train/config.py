@@ -384,7 +384,8 @@ def check_world(config: Config, world_size: int) -> None:
     if batch % chunk:
         raise ConfigError(
             f"train.global_batch={batch} is not a multiple of train.micro_batch x ranks = "
-            f"{config.train.micro_batch} x {world_size} = {chunk}"
+            f"{config.train.micro_batch} x {world_size} = {chunk}; change one of them, or leave it "
+            "to train.global_batch=null: one micro-batch a rank"
         )
 
 

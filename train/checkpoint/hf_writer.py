@@ -4,6 +4,7 @@ Which part of a weight of ours is which tensor there is in `models/hf/weights.py
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,8 +83,16 @@ def _write_shards(
                 tensors[piece.theirs] = part.to(dtype).contiguous()
                 where[piece.theirs] = name
             save_file(tensors, folder / name, {"format": "pt"})
+            readable(folder / name)
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (folder / INDEX).write_text(_json(index), encoding="utf-8")
+
+
+def readable(path: Path) -> None:
+    """Give a file the rights of any other new one: safetensors makes it for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _shards(held: Iterable[Piece], itemsize: int) -> Iterator[list[Piece]]:
