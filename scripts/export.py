@@ -129,6 +129,11 @@ def write(
 
 def read(path: Path) -> Model:
     """What `write` was given. Raises ConfigError."""
+    if (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} has Hugging Face's layout, which is not read here; complete prompts with its "
+            "transformers, as docs/models.md shows, or name a file of scripts.export"
+        )
     if path.is_dir():
         raise ConfigError(
             f"{path} is a folder; write its model to a file first: "

@@ -122,6 +122,8 @@ def test_a_prompt_is_completed_as_by_generate(run_dir, tmp_path, capsys):
         got = run_alone(hf.completed, out, prompt, 48)
         assert got + "\n" == want
         assert len(want) > len(prompt) + 5
+    assert generate([str(out), "def "]) == 2
+    assert "has Hugging Face's layout, which is not read here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keys", [[QWEN], [MIXTRAL]])
