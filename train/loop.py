@@ -350,15 +350,12 @@ def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
 def validate(training: Training, corpus: Corpus) -> dict[str, float]:
     """Over the validation batches, the same sequences every time: `means` of all ranks' sums."""
     model, ranks = training.model, training.ranks
-    if training.valid_bytes is None:
-        training.valid_bytes = sum(
-            corpus.tokenizer.count_bytes(row)
-            for batch in corpus.valid_batches(ranks.rank, ranks.world_size)
-            for row in batch.labels.numpy()
-        )
     model.eval()
     batches = corpus.valid_batches(ranks.rank, ranks.world_size)
-    total = sum_losses(model, batches, None, training.config, ranks.device)
+    tokenizer = corpus.tokenizer if training.valid_bytes is None else None
+    total = sum_losses(model, batches, tokenizer, training.config, ranks.device)
+    if training.valid_bytes is None:
+        training.valid_bytes = int(total[2])
     total[2] = training.valid_bytes
     dist.all_reduce(total)
     model.train()

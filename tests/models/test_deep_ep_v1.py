@@ -5,15 +5,12 @@ order of the ranks and round to BF16 once.
 """
 
 import sys
-import time
 import types
 from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from models.moe.dispatch import Dispatcher
@@ -21,6 +18,7 @@ from models.moe.dispatch import deep_ep_v1 as ours
 from models.moe.dispatch.all_to_all import AllToAll
 from models.moe.dispatch.deep_ep import GUIDE
 from models.moe.dispatch.deep_ep_v1 import DeepEPv1, unavailable
+from tests.support.gpu_ranks import run_on_gpus
 
 TOP_K = 8
 LOCAL_EXPERTS = 8
@@ -136,33 +134,12 @@ def test_rows_that_would_trap_on_the_gpu_are_refused_here():
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_all_to_all_gives_the_same(ranks, tmp_path):
-    gpus = torch.cuda.device_count()
-    if gpus < ranks:
-        pytest.skip(f"needs {ranks} GPUs, there are {gpus}")
     if (reason := unavailable(ranks, ranks)) is not None:
         pytest.skip(reason)
-    # Spawned, not forked: this process has asked the driver about its GPUs.
-    processes = mp.spawn(on_rank, (ranks, f"file://{tmp_path}/store"), nprocs=ranks, join=False)
-    assert processes is not None
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"ranks did not finish in {TIMEOUT_S} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    run_on_gpus(ranks, on_rank, tmp_path, TIMEOUT_S, collective_s=60)
 
 
-def on_rank(rank: int, ranks: int, meeting_point: str) -> None:
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl",
-        init_method=meeting_point,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=60),
-        device_id=torch.device("cuda", rank),
-    )
+def on_rank(rank: int, ranks: int) -> None:
     group = dist.distributed_c10d._get_default_group()
     for hidden, repeats in ((256, 5), (2048, 20), (7168, 5)):
         both = (
@@ -180,7 +157,6 @@ def on_rank(rank: int, ranks: int, meeting_point: str) -> None:
                 compare(*both, batches)
         both[0].close()
         both[0].close()  # a second time does nothing
-    dist.destroy_process_group()
 
 
 def cases(ranks: int) -> Iterator[tuple[list[int], int | None]]:

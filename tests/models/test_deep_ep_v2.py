@@ -9,14 +9,12 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from models.fp8 import operations
@@ -31,6 +29,7 @@ from models.moe.experts import ExpertMLP, prepare_weights
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, build_linear
 from tests.support import elastic
+from tests.support.gpu_ranks import run_on_gpus
 from tests.support.ranks import run_ranks
 from train.profiling.moe import timed_runtime
 from train.profiling.timer import Timer
@@ -421,42 +420,19 @@ def test_with_a_stand_in(check, ranks):
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_with_the_package(ranks, tmp_path):
-    gpus = torch.cuda.device_count()
-    if gpus < ranks:
-        pytest.skip(f"needs {ranks} GPUs, there are {gpus}")
     if (reason := unavailable(ranks, ranks)) is not None:
         pytest.skip(reason)
-    # Spawned, not forked: this process has asked the driver about its GPUs. All checks in one
-    # group, since DeepEP compiles its kernels for each shape.
-    arguments = (ranks, f"file://{tmp_path}/store")
-    processes = mp.spawn(on_gpu, arguments, nprocs=ranks, join=False)
-    assert processes is not None
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"ranks did not finish in {TIMEOUT_S} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    # All checks in one group, since DeepEP compiles its kernels for each shape.
+    run_on_gpus(ranks, on_gpu, tmp_path, TIMEOUT_S, collective_s=120)
 
 
-def on_gpu(rank: int, ranks: int, meeting_point: str) -> None:
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl",
-        init_method=meeting_point,
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=120),
-        device_id=torch.device("cuda", rank),
-    )
+def on_gpu(rank: int, ranks: int) -> None:
     for check in (*CHECKS, nothing_waits, a_layer_is_the_same_each_time):
         started = time.monotonic()
         check(Ranks("cuda"), 7)
         torch.cuda.synchronize()
         if rank == 0:
             print(f"{check.__name__}: {time.monotonic() - started:.1f} s", flush=True)
-    dist.destroy_process_group()
 
 
 def nothing_waits(ranks: Ranks, seed: int) -> None:
