@@ -155,8 +155,22 @@ def on_rank(rank: int, ranks: int) -> None:
                     for i in range(2)
                 ]
                 compare(*both, batches)
+        waits_for_its_own_rows(both[0], ranks, hidden)
         both[0].close()
         both[0].close()  # a second time does nothing
+
+
+def waits_for_its_own_rows(deep_ep: DeepEPv1, ranks: int, hidden: int) -> None:
+    """Also where dispatches that nobody waits for are still queued on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(dist.get_rank())
+    many, few = (Batch(tokens, ranks, hidden, None, generator) for tokens in (255, 7))
+    (want, *_), *_ = deep_ep.dispatch((few.x,), few.ids, few.weights)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # about half a second
+    for _ in range(3):
+        deep_ep.dispatch((many.x,), many.ids, many.weights, wait=False)
+    (got, *_), *_ = deep_ep.dispatch((few.x,), few.ids, few.weights)
+    assert torch.equal(got, want)
 
 
 def cases(ranks: int) -> Iterator[tuple[list[int], int | None]]:

@@ -249,13 +249,14 @@ def another_alignment_and_high_precision_first(ranks: Ranks, seed: int) -> None:
 
 def a_larger_batch_gets_a_larger_buffer(ranks: Ranks, seed: int) -> None:
     v2, other = ranks.v2(20), ranks.all_to_all()
-    before = v2.buffer_bytes
+    first, before = v2._buffer, v2.buffer_bytes
     kept = []
     for tokens in (20, TOKENS, 21):
         x, trips = send(ranks, v2, other, tokens, seed)
         kept.append((x, trips))
     assert v2.tokens == TOKENS
-    assert v2.buffer_bytes > before
+    assert v2._buffer is not first
+    assert v2.buffer_bytes >= before  # the package has a smallest size, which may hold both
     for x, trips in kept:  # ways that were found with a smaller buffer
         rows = both(trips, functools.partial(Trip.expand, x=x * 2))
         same(*rows, "rows again")

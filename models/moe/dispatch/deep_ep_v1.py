@@ -18,6 +18,8 @@ On one node the results are those of `all_to_all.py`, bit for bit, so the two ar
   over 32, the kernel traps, hence the checks here. A rank holds 128 experts at most.
 - It writes fresh tensors on a stream of its own. Whatever else writes them on the current stream,
   such as PyTorch's filling of uninitialized memory in deterministic mode, races with it.
+- Every first dispatch writes its number of rows where the host would read it, whether the host
+  waits or not: see `_wait_for_unwaited`.
 - `expert_alignment` rounds the counts per expert that it returns, and pads nothing. It is not
   used: `plan_rows` counts for itself. `num_worst_tokens` saves the host's wait for the number of
   rows by padding to the worst case, on one node; with top-8 routing that is hardly more than what
@@ -161,6 +163,8 @@ class DeepEPv1(CountsBytes):
             if ranks > NODE:  # a build for one node does not even answer
                 rdma_bytes = max(rdma_bytes, config.get_rdma_buffer_size_hint(row_bytes, ranks))
         self.buffer_bytes = nvlink_bytes + rdma_bytes
+        # After the last dispatch that did not wait, until one does.
+        self._unwaited: torch.cuda.Event | None = None
         # Left to Python's garbage collector, its destructor can hang at exit.
         self._buffer: Any = Buffer(group, nvlink_bytes, rdma_bytes, explicitly_destroy=True)
 
@@ -187,6 +191,8 @@ class DeepEPv1(CountsBytes):
         """
         argument = _as_argument(tensors, expert_ids.shape[1])
         most = 0 if wait or self.why_it_waits else self.ranks * len(expert_ids)
+        if most == 0:
+            self._wait_for_unwaited()
         expert_ids = expert_ids.contiguous()
         per_rank, per_node, per_expert, wanted, _ = self._buffer.get_dispatch_layout(
             expert_ids, self.num_experts
@@ -202,6 +208,8 @@ class DeepEPv1(CountsBytes):
             num_worst_tokens=most,
             config=self._dispatch_config,
         )
+        if most > 0:
+            self._unwaited = torch.cuda.current_stream().record_event(self._unwaited)
         handle = Handle(layout, per_rank)
         self._count(tensors, handle)
         return as_tuple(received), ids, received_weights, handle
@@ -244,6 +252,17 @@ class DeepEPv1(CountsBytes):
         if self._buffer is not None:
             self._buffer.destroy()
             self._buffer = None
+
+    def _wait_for_unwaited(self) -> None:
+        """Let every dispatch that did not wait run, before one does.
+
+        The host learns the number of rows from one place in its memory, which every first dispatch
+        writes, also one that nobody waits for. One that is still queued, as those of a step with
+        `moe.recompute` are that is about to be repeated, would answer in place of the new one.
+        """
+        if self._unwaited is not None:
+            self._unwaited.synchronize()
+            self._unwaited = None
 
     def _count(self, tensors: tuple[Tensor, ...], handle: Handle) -> None:
         self.count(sum(t.shape[1] * t.element_size() for t in tensors), handle.rows_per_rank)
