@@ -253,6 +253,10 @@ def run(arguments: argparse.Namespace) -> int:
     first = configs[0]
     if first.train.deterministic:
         preflight.make_deterministic()
+    if arguments.wait_for:
+        _load_libraries(spec)
+        while not arguments.wait_for.exists():
+            time.sleep(0.05)
     ranks = parallel.start(
         preflight.resolve_device(first),
         first.parallel.expert_parallel,
@@ -292,6 +296,15 @@ def run(arguments: argparse.Namespace) -> int:
         dist.barrier()
         parallel.stop()
     return 1 if fatal else 0
+
+
+def _load_libraries(spec: Spec) -> None:
+    """What building the stack would import; it takes seconds, and no GPU."""
+    if torch.cuda.is_available():
+        with suppress(ImportError):
+            import transformer_engine.pytorch  # noqa: F401
+    if spec.stack != "ours":
+        from scripts.bench import stock_megatron  # noqa: F401
 
 
 def say(spec: Spec, found: dict[str, Any]) -> None:
@@ -351,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
     parser.add_argument("--trace", type=Path, metavar="FILE.json.gz",
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
+    parser.add_argument("--wait-for", type=Path, metavar="FILE",
+                        help="leave the GPUs alone until it is there")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_intermixed_args(argv)
     return or_one_line(lambda: run(arguments))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench import measure, pairs, results, stacks, train, train_rows
+from scripts.bench import measure, pairs, process, results, stacks, train, train_rows
 from scripts.bench.measure import Window
 from scripts.bench.stacks import Spec, config_of, parse, parse_all
 from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
@@ -121,24 +121,37 @@ class Machine:
         """speeds: seconds a step of each stack and micro-batch, or the error that it ends with."""
         self.started: list[tuple[str, str, list[int]]] = []
         self.speeds = speeds
-        monkeypatch.setattr(train.Sitting, "start", lambda *args: self.start(*args))
+        self.waiting = 0
+        monkeypatch.setattr(train, "Process", lambda task, arguments: Planned(self, task))
 
-    def start(self, sitting, spec, routing, sizes, steps, warmup) -> list[dict]:
-        self.started.append((str(spec), routing, list(sizes)))
-        origin = {"machine": {"device_name": "a GPU"}, "versions": {}, "commit": "abc"}
-        sitting.content["sittings"].setdefault(sitting.name, origin)
-        sitting.content |= origin
-        sitting.longest = 1
+    def measure(self, task: process.Task) -> tuple[dict[str, Any], str]:
+        self.started.append((str(task.spec), task.routing, list(task.sizes)))
         found = []
-        for size in sizes:
-            seconds = self.speeds[str(spec)][size]
+        for size in task.sizes:
+            seconds = self.speeds[str(task.spec)][size]
             one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none"}
             if isinstance(seconds, str):
                 one["error"] = seconds
             else:
-                one |= Window(seconds, [seconds] * steps, None, 5.0).figures()
+                one |= Window(seconds, [seconds] * task.steps, None, 5.0).figures()
             found.append(one)
-        return found
+        origin = {"machine": {"device_name": "a GPU"}, "versions": {}, "commit": "abc"}
+        return {**origin, "results": found}, "exit code 0"
+
+
+class Planned:
+    """In the place of one process."""
+
+    def __init__(self, machine: Machine, task: process.Task) -> None:
+        self.machine, self.task = machine, task
+        machine.waiting += 1
+
+    def measure(self) -> tuple[dict[str, Any], str]:
+        self.end()
+        return self.machine.measure(self.task)
+
+    def end(self) -> None:
+        self.machine.waiting -= 1
 
 
 def plan(tmp_path: Path, *argv: str) -> dict:
@@ -183,10 +196,12 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
     speeds: dict[str, dict[int, float | str]] = {"bf16": {2: 0.2}, "fp8_compact": {2: 0.1}}
     argv = ("--stacks", "bf16,fp8_compact", "--anchors", "bf16", "--screen", "2", "--repeats", "2")
     first = Machine(monkeypatch, speeds)
+    first_argv = (*argv, "--ahead")
     over = iter([False, False, False, False, True])
     with monkeypatch.context() as patch:
         patch.setattr(train.Sitting, "is_over", lambda sitting: next(over))
-        report = plan(tmp_path, *argv, "--sitting", "monday")
+        report = plan(tmp_path, *first_argv, "--sitting", "monday")
+    assert first.waiting == 0, "a process that was started ahead is left behind"
     assert [name for name, _, _ in first.started] == ["bf16", "fp8_compact", "bf16", "fp8_compact"]
     assert [row["repeats"] for row in report["rows"]] == [1, 1]
 
@@ -232,10 +247,11 @@ def test_a_process_that_dies_leaves_a_row(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_plan_on_a_cpu(tmp_path):
-    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "1", "--steps", "1",
-                  "--warmup", "1", "--routings", "balanced,natural")  # fmt: skip
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "2", "--steps", "1",
+                  "--warmup", "1", "--routings", "balanced,natural", "--ahead")  # fmt: skip
     balanced, natural = report["rows"]
     assert (balanced["routing"], natural["routing"]) == ("balanced", "natural")
+    assert (balanced["repeats"], natural["repeats"]) == (2, 2)
     assert 5 < balanced["final_loss"] < 7
     assert balanced["final_loss"] != natural["final_loss"]
     assert report["machine"]["devices"] == 2

@@ -1,0 +1,69 @@
+"""One process a GPU that measures a stack, started by `scripts.bench.train`."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.stacks import Spec
+from train.config import Config
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process measures."""
+
+    spec: Spec
+    routing: str
+    config: Config
+    sizes: tuple[int, ...]
+    """Micro-batches."""
+    steps: int
+    warmup: int
+
+
+class Process:
+    """`scripts.bench.measure` with a process for each GPU, which waits until it is asked."""
+
+    def __init__(self, task: Task, arguments: argparse.Namespace) -> None:
+        self.task = task
+        self._folder = Path(tempfile.mkdtemp())
+        self._out, self._go = self._folder / "measured.json", self._folder / "go"
+        self._minutes = arguments.process_minutes
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(arguments.gpus), "-m", "scripts.bench.measure",
+            arguments.config, str(task.spec), "--micro-batches", ",".join(map(str, task.sizes)),
+            "--routing", task.routing, "--steps", str(task.steps), "--warmup", str(task.warmup),
+            "--out", str(self._out), "--wait-for", str(self._go), *arguments.overrides,
+        ]  # fmt: skip
+        environment = {"OMP_NUM_THREADS": "8", **os.environ, **task.spec.environment}
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def measure(self) -> tuple[dict[str, Any], str]:
+        """What it writes, with `results`, and how it ended."""
+        self._go.touch()
+        try:
+            self._process.wait(self._minutes * 60)
+            ended = f"exit code {self._process.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"not done after {self._minutes} minutes"
+        finally:
+            found = self._out.read_text() if self._out.exists() else '{"results": []}'
+            self.end()
+        return json.loads(found), ended
+
+    def end(self) -> None:
+        """Whatever of it is still there: a rank that hangs keeps its GPU's memory."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
