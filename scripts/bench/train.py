@@ -9,7 +9,7 @@ Stacks are named as scripts/bench/stacks.py says. All have the same ranks, shape
 routing. Each runs in processes of its own (scripts/bench/measure.py), so that none starts from
 another's memory or leaves it anything:
 
-1. Each is screened once, at the micro-batches of `--screen`.
+1. Each is screened once, at the micro-batches of `--screen`, unless that names only one.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
    rotated, and turned round every second time, so that it favours nobody.
 
@@ -192,17 +192,19 @@ def measure_routing(
     """What is missing of one routing; whether there was time for all of it."""
     arguments, content = sitting.arguments, sitting.content
     gpus = arguments.gpus
+    only = arguments.screen[0] if len(arguments.screen) == 1 else None
     screens = [
         Task(spec, routing, configs[spec, routing], tuple(arguments.screen), *SCREEN)
         for spec in specs
-        if not any(train_rows.is_of(row, spec, routing, gpus) for row in content["screening"])
+        if only is None
+        and not any(train_rows.is_of(row, spec, routing, gpus) for row in content["screening"])
     ]
     if not sitting.run(screens, content["screening"]):
         return False
     sizes = {
         spec: size
         for spec in specs
-        if (size := train_rows.best_micro_batch(content["screening"], spec, routing, gpus))
+        if (size := only or train_rows.best_micro_batch(content["screening"], spec, routing, gpus))
     }
     repeats = arguments.repeats
 

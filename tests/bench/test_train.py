@@ -193,8 +193,11 @@ def test_each_is_screened_and_then_repeated_at_its_best(tmp_path, monkeypatch, c
 
 
 def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, monkeypatch):
-    speeds: dict[str, dict[int, float | str]] = {"bf16": {2: 0.2}, "fp8_compact": {2: 0.1}}
-    argv = ("--stacks", "bf16,fp8_compact", "--anchors", "bf16", "--screen", "2", "--repeats", "2")
+    speeds: dict[str, dict[int, float | str]] = {
+        "bf16": {2: 0.2, 4: "no"}, "fp8_compact": {2: 0.1, 4: "no"}
+    }  # fmt: skip
+    argv = ("--stacks", "bf16,fp8_compact", "--anchors", "bf16", "--screen", "2,4",
+            "--repeats", "2")  # fmt: skip
     first = Machine(monkeypatch, speeds)
     first_argv = (*argv, "--ahead")
     over = iter([False, False, False, False, True])
@@ -227,8 +230,10 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
 
 
 def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):
-    speeds: dict[str, dict[int, float | str]] = {"bf16": {2: 0.2}, "fp8_compact": {2: 0.1}}
-    argv = ("--anchors", "bf16", "--screen", "2", "--repeats", "1")
+    speeds: dict[str, dict[int, float | str]] = {
+        "bf16": {2: 0.2, 4: "no"}, "fp8_compact": {2: 0.1, 4: "no"}
+    }  # fmt: skip
+    argv = ("--anchors", "bf16", "--screen", "2,4", "--repeats", "1")
     Machine(monkeypatch, speeds)
     plan(tmp_path, "--stacks", "bf16", *argv, "--sitting", "monday")
     machine = Machine(monkeypatch, speeds)
@@ -238,11 +243,19 @@ def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_leaves_a_row(tmp_path):
-    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "1",
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2,4", "--repeats", "1",
                   "--process-minutes", "0.001")  # fmt: skip
-    (row,) = report["screening"]
+    row, _ = report["screening"]
     assert row["error"] == "process ended: not done after 0.001 minutes"
     assert not report["rows"]
+
+
+def test_one_micro_batch_needs_no_screening(tmp_path, monkeypatch):
+    machine = Machine(monkeypatch, {"bf16": {4: 0.1}})
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "4", "--repeats", "2")
+    assert [sizes for *_, sizes in machine.started] == [[4], [4]]
+    assert report["rows"][0]["repeats"] == 2
+    assert not report["screening"]
 
 
 @pytest.mark.slow
