@@ -22,6 +22,7 @@ from models.config import PATH_NAMES, PathName
 from models.fp8 import reference
 from models.fp8.reference.adamw import AdamWStep
 from models.fp8.reference.plan_arrivals import Arrivals
+from models.fp8.reference.plan_expand import ExpandedArrivals
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
 
@@ -54,6 +55,16 @@ class Operations(Protocol):
 
     # plan_arrivals
     def plan_arrivals(self, expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals: ...
+
+    # plan_expand
+    def plan_expand(
+        self,
+        expert_ids: Tensor,
+        rank: int,
+        local_experts: int,
+        alignment: int = BLOCK,
+        max_rows: int | None = None,
+    ) -> ExpandedArrivals: ...
 
     # plan_rows
     def plan_rows(

@@ -112,11 +112,10 @@ class ExpertParallelMoE(MoELayer):
         weights, expert_ids = self.route(hidden_states)
         if self.training:
             chosen = expert_ids.view(-1)
-            load = torch.zeros_like(self.expert_load)
-            load.scatter_add_(0, chosen, torch.ones_like(chosen))
-            self.expert_load += load
+            ones = torch.ones_like(chosen)
+            self.expert_load.scatter_add_(0, chosen, ones)
             if self.router.has_expert_bias:
-                self.router.step_load += load
+                self.router.step_load.scatter_add_(0, chosen, ones)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(tokens, expert_ids, weights).view_as(hidden_states)
         return output if shared is None else output + shared, None

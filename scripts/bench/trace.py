@@ -45,7 +45,7 @@ KINDS = {
     "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad|ptrGroup_NT",
     "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_|ptrGroup",
     "dense GEMMs": r"nvjet|cutlass|sm90_xmma|gemm",
-    "dispatch and combine": r"deep_ep|arrivals",
+    "dispatch and combine": r"deep_ep|arrivals|_expand_",
     "FSDP's communication": r"nccl",
     "SwiGLU": r"swiglu",
     "quantize, dequantize": r"quantize|block_scaled",

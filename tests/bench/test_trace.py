@@ -43,6 +43,7 @@ def test_kinds_add_up_and_what_overlaps_is_not_idle():
         ("_swiglu_backward_kernel", "SwiGLU"),
         ("void deep_ep::elastic::dispatch_copy_epilogue_impl<1>", "dispatch and combine"),
         ("_place_arrivals_kernel", "dispatch and combine"),
+        ("_count_expand_kernel", "dispatch and combine"),
         ("_place_kernel", "permute, unpermute"),
         ("at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer, gradient norm"),
         ("_adamw_quantize_kernel", "optimizer, gradient norm"),

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.fp8 import operations
+from models.fp8.operations import Operations
 from models.fp8.tensor import BlockScaledTensor, Layout
 from models.moe.counts import Counts
 from models.moe.dispatch import Dispatcher
@@ -30,6 +31,7 @@ from models.moe.paths import PATHS
 from models.moe.runtime import Runtime, build_linear
 from tests.support import elastic
 from tests.support.gpu_ranks import run_on_gpus
+from tests.support.launches import Launches
 from tests.support.ranks import run_ranks
 from train.profiling.moe import timed_runtime
 from train.profiling.timer import Timer
@@ -360,6 +362,29 @@ def a_layer_is_timed(ranks: Ranks, seed: int) -> None:
     v2.close()
 
 
+def few_kernels_are_launched(ranks: Ranks, seed: int) -> None:
+    """Short layers are bound by the host, so this is what an expanding dispatch costs there."""
+    v2, batch, seen = ranks.v2(), ranks.batch(TOKENS, seed), Launches()
+    v2.ops = cast(Operations, types.SimpleNamespace(**vars(ranks.ops)))
+    for owner, name, as_name in (
+        (v2.ops, "plan_expand", "2 of the plan"),
+        (v2._buffer, "dispatch", "2 of DeepEP's dispatch"),
+        (v2._buffer, "combine", "2 of DeepEP's combine"),
+    ):
+        setattr(owner, name, seen.one(as_name, getattr(owner, name)))
+    trip = trip_of(ranks, v2, batch, 128, 128 * 40)
+    with seen:
+        trip.expand(batch.fp8, Layout.GEMM_READY)
+    first = ["_allgather_base_", "2 of the plan", "2 of DeepEP's dispatch"]
+    assert seen.names == [*first, "masked_fill_", "add_"]
+    seen.names.clear()
+    with seen:
+        rows = trip.expand(batch.x)
+        trip.combine_with_probs(rows, trip.probs)
+    assert seen.names == ["2 of DeepEP's dispatch", "add_", "2 of DeepEP's combine"]
+    v2.close()
+
+
 def between_nodes_it_plans_for_itself(ranks: Ranks, seed: int) -> None:
     """The same rows, in an order of its own within each expert."""
     v2, other = ranks.v2(nodes=2), ranks.all_to_all()
@@ -412,7 +437,15 @@ def on_cpu(rank: int, check: Check, seed: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("check", [*CHECKS, a_layer_is_timed, between_nodes_it_plans_for_itself])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *CHECKS,
+        a_layer_is_timed,
+        few_kernels_are_launched,
+        between_nodes_it_plans_for_itself,
+    ],
+)
 def test_with_a_stand_in(check, ranks):
     seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
     run_ranks(ranks, on_cpu, check, seed)

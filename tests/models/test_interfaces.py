@@ -66,6 +66,12 @@ BROKEN = [
         "def plan_arrivals(expert_ids: Tensor, local_experts: int, rank: int) -> Arrivals:",
         ("models/fp8/operations.py", "plan_arrivals"),
     ),
+    (
+        "models/fp8/reference/plan_expand.py",
+        ") -> ExpandedArrivals:",
+        ") -> Arrivals:",
+        ("models/fp8/operations.py", "plan_expand"),
+    ),
 ]
 
 

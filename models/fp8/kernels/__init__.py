@@ -10,7 +10,8 @@ The functions that `Operations` names (`models/fp8/operations.py`), with the mea
 - The last dimension is a multiple of 128 where there are blocks, and errors say so. GEMM operands
   that are not FP8 are bfloat16.
 - Values on the device are not looked at, as that would make the host wait for it: `offsets` are
-  trusted. `plan_rows` is the one that waits, once per layer, and says how not to.
+  trusted. `plan_rows` and `plan_expand` are the ones that wait, one of them once per layer, and say
+  how not to.
 
 This is the only part of the project that imports Triton.
 """
@@ -26,6 +27,7 @@ from models.fp8.kernels.permute import (
     unpermute_probs,
 )
 from models.fp8.kernels.plan_arrivals import plan_arrivals
+from models.fp8.kernels.plan_expand import plan_expand
 from models.fp8.kernels.plan_rows import plan_rows
 from models.fp8.kernels.quantize import (
     dequantize,

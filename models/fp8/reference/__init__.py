@@ -16,6 +16,7 @@ from models.fp8.reference.permute import (
     unpermute_probs,
 )
 from models.fp8.reference.plan_arrivals import plan_arrivals
+from models.fp8.reference.plan_expand import plan_expand
 from models.fp8.reference.plan_rows import RowMap, plan_rows
 from models.fp8.reference.quantize import (
     dequantize,

@@ -126,10 +126,11 @@ class DeepEPv2(CountsBytes):
         if self.nodes > 1:
             received, ids, received_weights, handle = self._plan_there(x, expert_ids, weights)
         else:
-            plan = self._plan(expert_ids)
+            everyones = self._gather(expert_ids)
+            plan = self.ops.plan_arrivals(everyones, self.group.rank(), self.local_experts)
             rows = int(plan.ends[-1]) if wait else len(plan.ids)
             ids = plan.ids[:rows]
-            handle = self._handle(plan, expert_ids, rows, None, 1)
+            handle = self._handle(plan, expert_ids, rows, 1)
             received, _, received_weights, *_ = self._buffer.dispatch(
                 x, handle=handle.layout, topk_weights=weights, num_sms=self.num_sms
             )
@@ -194,14 +195,20 @@ class DeepEPv2(CountsBytes):
             )
             rows = as_row_map(handle.layout, alignment)
         else:
-            plan = self._plan(expert_ids)
-            rows = self.ops.plan_rows(plan.ids, self.local_experts, alignment, max_rows)
-            handle = self._handle(plan, expert_ids, len(plan.ids), rows, alignment)
+            plan = self.ops.plan_expand(
+                self._gather(expert_ids),
+                self.group.rank(),
+                self.local_experts,
+                alignment,
+                max_rows,
+            )
+            rows = plan.rows
+            handle = self._handle(plan, expert_ids, len(plan.ids), alignment)
             received, _, probs, *_ = self._buffer.dispatch(
                 argument, handle=handle.layout, topk_weights=weights, num_sms=self.num_sms, **how
             )
-            if max_rows is not None:
-                probs.masked_fill_(torch.arange(max_rows, device=x.device) >= rows.offsets[-1], 0.0)
+            if plan.tail is not None:
+                probs.masked_fill_(plan.tail, 0.0)
         self._count(argument, handle)
         return _wrapped(x, received, layout), probs, rows, handle
 
@@ -244,8 +251,8 @@ class DeepEPv2(CountsBytes):
             explicitly_destroy=True,
         )
 
-    def _plan(self, expert_ids: Tensor) -> Arrivals:
-        """Who sends what to whom, as every rank of a node finds out for itself."""
+    def _gather(self, expert_ids: Tensor) -> Tensor:
+        """The experts of all ranks' tokens, [W, T, k], with -1 where a rank has fewer."""
         missing = self.tokens - len(expert_ids)
         if missing < 0:
             self._allocate(len(expert_ids))
@@ -253,14 +260,11 @@ class DeepEPv2(CountsBytes):
             expert_ids = F.pad(expert_ids, (0, 0, 0, missing), value=-1)
         everyones = expert_ids.new_empty(self.ranks * len(expert_ids), expert_ids.shape[1])
         dist.all_gather_into_tensor(everyones, expert_ids, group=self.group)
-        everyones = everyones.view(self.ranks, *expert_ids.shape)
-        return self.ops.plan_arrivals(everyones, self.group.rank(), self.local_experts)
+        return everyones.view(self.ranks, *expert_ids.shape)
 
-    def _handle(
-        self, plan: Arrivals, ids: Tensor, received: int, rows: RowMap | None, alignment: int
-    ) -> Handle:
+    def _handle(self, plan: Arrivals, ids: Tensor, received: int, alignment: int) -> Handle:
         where = (self.num_experts, self.tokens, self.num_sms)
-        return Handle(as_handle(plan, ids, received, rows, alignment, *where), plan.sent)
+        return Handle(as_handle(plan, ids, received, alignment, *where), plan.sent)
 
     def _plan_there(
         self, x: Tensor | tuple[Tensor, Tensor], expert_ids: Tensor, weights: Tensor, **how: Any

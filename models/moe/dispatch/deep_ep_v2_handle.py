@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from models.fp8.reference.plan_arrivals import Arrivals
+from models.fp8.reference.plan_expand import ExpandedArrivals
 from models.fp8.reference.plan_rows import RowMap
 
 VERSION = "2.1.0"
@@ -46,39 +47,36 @@ def as_handle(
     plan: Arrivals,
     expert_ids: Tensor,
     received: int,
-    rows: RowMap | None,
     alignment: int,
     num_experts: int,
     tokens: int,
     num_sms: int,
 ) -> Any:
-    """An EPHandle for `expert_ids` [T, k]; one that expands if there are `rows`.
+    """An EPHandle for `expert_ids` [T, k]; one that expands if the plan does.
 
     received: the rows that there is memory for. tokens: T of the plan, at least this rank's own.
     """
     from deep_ep import EPHandle
 
-    sources = plan.sources[:received]
-    if rows is None:
-        written = plan.ends.new_zeros(num_experts // len(plan.ends))
+    if isinstance(plan, ExpandedArrivals):
+        expands, rows, written = True, plan.rows.num_rows, plan.written
     else:
-        sources[:, 2:] = rows.rows
-        # Of an expert whose rows found no room, those that did.
-        written = torch.minimum(rows.counts, rows.offsets.diff()).int()
+        # One that does not expand never looks at counts of experts, so nobody fills them.
+        expands, rows, written = False, 0, plan.ends.new_empty(num_experts // len(plan.ends))
     return EPHandle(
-        do_expand=rows is not None,
+        do_expand=expands,
         num_experts=num_experts,
         expert_alignment=alignment,
         num_max_tokens_per_rank=tokens,
         num_sms=num_sms,
         topk_idx=expert_ids,
         num_recv_tokens=received,
-        num_expanded_tokens=0 if rows is None else rows.num_rows,
+        num_expanded_tokens=rows,
         num_recv_tokens_per_expert_list=[],
         psum_num_recv_tokens_per_scaleup_rank=plan.ends,
         psum_num_recv_tokens_per_expert=written,  # counters of a first dispatch: not read later
         num_unaligned_recv_tokens_per_expert=written,
-        recv_src_metadata=sources,
+        recv_src_metadata=plan.sources[:received],
         dst_buffer_slot_idx=plan.slots[: len(expert_ids)],
         token_metadata_at_forward=None,
         channel_linked_list=None,
