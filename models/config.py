@@ -135,8 +135,9 @@ class MoEConfig(Section):
     dispatch: FreeOnResume[DispatchName] = "auto"
     """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
     all_to_all (gloo, NCCL) elsewhere; `deep_ep` takes DeepEP or refuses to start. Where both of its
-    versions can run, that is v2 for fp8_fused, since v2 does the permute too, and v1 otherwise;
-    `deep_ep_v1` and `deep_ep_v2` name one. The start says which it is, and why."""
+    versions can run, that is v2 for fp8_fused, since v2 does the permute too, and on two ranks,
+    where it was measured to be faster, and v1 otherwise; `deep_ep_v1` and `deep_ep_v2` name one.
+    The start says which it is, and why."""
     capacity: Annotated[Capacity, SameTraining(DROPLESS)] = "default"
     """Rows that a rank's experts have room for. null: for what arrives, which the host has to wait
     for, once a layer. auto: for what was needed lately, so that no layer waits; a step in which

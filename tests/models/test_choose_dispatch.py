@@ -186,10 +186,11 @@ def chosen(machine):
     machine.setattr(deep_ep_v1, "DeepEPv1", MadeV1)
     machine.setattr(deep_ep_v2, "DeepEPv2", MadeV2)
     machine.setattr("models.moe.dispatch.deep_ep.half_of_the_multiprocessors", lambda: 66)
-    group = types.SimpleNamespace(size=lambda: 2, rank=lambda: 0)
 
-    def choose(path: PathName, wanted: DispatchName, classes: tuple[str, ...]):
+    def choose(path: PathName, wanted: DispatchName, classes: tuple[str, ...], ranks: int = 2):
         has(machine, *classes)
+        machine.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        group = types.SimpleNamespace(size=lambda: ranks, rank=lambda: 0)
         return dispatch.choose(MODEL, moe(path, wanted), "cuda", group, reference)  # type: ignore[arg-type]
 
     return choose
@@ -197,20 +198,21 @@ def chosen(machine):
 
 @pytest.mark.parametrize("wanted", ["auto", "deep_ep"])
 @pytest.mark.parametrize(
-    ("path", "classes", "name"),
+    ("path", "ranks", "classes", "name"),
     [
-        ("fp8_direct", V1, "deep_ep_v1"),
-        ("fp8_direct", BOTH, "deep_ep_v1"),
-        ("fp8_direct", BOTH[1:], "deep_ep_v2"),
-        ("fp8_fused", BOTH, "deep_ep_v2"),
-        ("fp8_fused", V1, "deep_ep_v1"),
+        ("fp8_direct", 2, V1, "deep_ep_v1"),
+        ("fp8_direct", 2, BOTH, "deep_ep_v2"),
+        ("fp8_direct", 4, BOTH, "deep_ep_v1"),
+        ("fp8_direct", 4, BOTH[1:], "deep_ep_v2"),
+        ("fp8_fused", 4, BOTH, "deep_ep_v2"),
+        ("fp8_fused", 4, V1, "deep_ep_v1"),
     ],
 )
-def test_the_version_that_is_first(chosen, wanted, path, classes, name):
-    found, said = chosen(path, wanted, classes)
+def test_the_version_that_is_first(chosen, wanted, path, ranks, classes, name):
+    found, said = chosen(path, wanted, classes, ranks)
     assert found.name == name
     assert said.startswith(f"dispatch by {name}")
-    assert runtime.why_not(MODEL, moe(path, wanted), "cuda", 2) is None
+    assert runtime.why_not(MODEL, moe(path, wanted), "cuda", ranks) is None
 
 
 def test_what_is_said_of_the_other_one(chosen, machine):
@@ -221,24 +223,26 @@ def test_what_is_said_of_the_other_one(chosen, machine):
     _, said = chosen("fp8_fused", "auto", BOTH)
     assert said == "dispatch by deep_ep_v2, which does the permute too"
     _, said = chosen("fp8_direct", "auto", BOTH)
+    assert said == "dispatch by deep_ep_v2"
+    _, said = chosen("fp8_direct", "deep_ep_v1", BOTH)
     assert said == "dispatch by deep_ep_v1"
     _, said = chosen("fp8_direct", "deep_ep_v2", BOTH)
     assert said == "dispatch by deep_ep_v2"
     _, said = chosen("fp8_fused", "deep_ep_v1", BOTH)
     assert said == "dispatch by deep_ep_v1, which is followed by a permute"
     _, said = chosen("bf16", "auto", ())
-    assert said.startswith("dispatch by all_to_all (not deep_ep_v1: the package deep_ep")
-    assert "; deep_ep_v2: the package deep_ep" in said
+    assert said.startswith("dispatch by all_to_all (not deep_ep_v2: the package deep_ep")
+    assert "; deep_ep_v1: the package deep_ep" in said
     machine.setattr(torch.cuda, "is_available", lambda: False)
     _, said = chosen("bf16", "auto", ())
-    two = "deep_ep_v1 or deep_ep_v2"
+    two = "deep_ep_v2 or deep_ep_v1"
     assert said == f"dispatch by all_to_all (not {two}: no NVIDIA GPU is visible)"
 
 
 def test_what_a_dispatcher_is_made_with(chosen):
     v2, _ = chosen("fp8_fused", "auto", BOTH)
     assert v2.arguments[1:] == (reference, 4, 256, 2, 32, 66, 1)
-    v1, _ = chosen("bf16", "auto", BOTH)
+    v1, _ = chosen("bf16", "deep_ep_v1", BOTH)
     assert v1.arguments[1:] == (4, 256, None)
 
 

@@ -18,10 +18,11 @@ Handle = TypeVar("Handle")
 Rows = TypeVar("Rows", Tensor, BlockScaledTensor)
 """Rows of tokens as they travel: in high precision, or in FP8 with their scales."""
 
+V2_FASTER = (2,)
+"""Ranks that share the experts, of those on which DeepEP v2 has been measured to be faster than v1:
+`auto` and `deep_ep` take it there where both can run (docs/performance.md)."""
 V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
-"""Paths for which `auto` and `deep_ep` take DeepEP v2 where both versions can run; for the others
-v1. `fp8_fused` is there because v2 alone expands. Another one belongs here when v2 has been
-measured to be faster for it."""
+"""Paths that take it on any number of ranks, as v2 alone does what they are made for."""
 
 
 class Dispatcher(Protocol[Handle]):
@@ -130,7 +131,7 @@ def _first_that_can(
 ) -> tuple[DeepEPName | None, dict[DeepEPName, str]]:
     """Of the versions that `moe.dispatch` allows, and why those before it can't run here."""
     versions: tuple[DeepEPName, ...] = ("deep_ep_v1", "deep_ep_v2")
-    if moe.path in V2_FIRST:
+    if ranks in V2_FASTER or moe.path in V2_FIRST:
         versions = versions[::-1]
     if moe.dispatch == "deep_ep_v1" or moe.dispatch == "deep_ep_v2":
         versions = (moe.dispatch,)
