@@ -31,6 +31,7 @@ class Result(Origin):
 
     config: NotRequired[dict[str, Any]]
     bench: NotRequired[dict[str, int]]  # of training steps
+    sittings: NotRequired[dict[str, Origin]]  # of training steps: by the name that rows give
     screening: NotRequired[list[Row]]  # of training steps: one short window each
     rows: list[Row]
 

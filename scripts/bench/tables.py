@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scripts.bench.results import Result, Row, Spread, rows_to_show
+from scripts.bench.results import Origin, Result, Row, Spread, rows_to_show
 
 ABSENT = "–"  # noqa: RUF001
 
@@ -35,7 +35,7 @@ def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
         raise InputError(f"{path} has no row of {wanted}" if rows else f"{path} has no rows")
     for mark, make in KINDS.items():
         if mark in rows[0]:
-            return "\n".join([*make(shown, rows), "", _origin(path, result), ""])
+            return "\n".join([*make(shown, rows), "", _origin(path, result, shown), ""])
     raise InputError(f"{path}: its rows have none of {', '.join(KINDS)}; no table is known")
 
 
@@ -43,11 +43,14 @@ def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
 
 
 def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    head = ["", "routing", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB"]
-    head += ["kJ/Mtoken", "rows dropped", "speed / best stock", "sitting"]
+    head = ["", "GPUs", "routing", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU"]
+    head += ["peak GiB", "kJ/Mtoken", "rows dropped", "speed / best stock", "sitting"]
     body = []
+    several = len({row.get("gpus") for row in rows}) > 1
     for row in shown:
-        first = [training_name(row, "`"), row.get("routing", ABSENT), str(row["micro_batch"])]
+        gpus = str(row["gpus"]) if several else ABSENT
+        routing = row.get("routing", ABSENT)
+        first = [training_name(row, "`"), gpus, routing, str(row["micro_batch"])]
         sitting = row.get("sitting", ABSENT)
         if "step_ms" not in row:
             body.append([*first, failure(row), *[ABSENT] * 6, sitting])
@@ -272,15 +275,18 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _origin(path: Path, result: Result) -> str:
+def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
+    sittings = result.get("sittings", {})
+    origins = [sittings[row["sitting"]] for row in shown if row.get("sitting") in sittings]
+    where = ", ".join(dict.fromkeys(machine_name(one) for one in origins or [result]))
+    commits = ", ".join(dict.fromkeys(str(one["commit"]) for one in origins or [result]))
     versions = result.get("versions") or {}
     names = ("torch", "transformer-engine", "megatron-core", "triton")
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    parts = [machine_name(result), said, f"commit {result.get('commit') or 'not known'}"]
+    parts = [where, said, f"commit {commits if result.get('commit') else 'not known'}"]
     if bench := result.get("bench"):  # of training steps
         if result["rows"]:
-            windows = f"{bench['repeats']} windows of {bench['steps']} steps, stacks in turn"
-            parts.append(f"median [least to most] of {windows}")
+            parts.append(f"median [least to most] of {_windows(shown)} of {bench['steps']} steps")
         else:
             parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
@@ -290,7 +296,14 @@ def _origin(path: Path, result: Result) -> str:
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
 
 
-def machine_name(result: Result) -> str:
+def _windows(shown: Sequence[Row]) -> str:
+    """How many each row has."""
+    counts = sorted({row["repeats"] for row in shown if row.get("repeats")})
+    numbers = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
+    return f"{numbers} window{'' if numbers == '1' else 's'}"
+
+
+def machine_name(result: Origin) -> str:
     machine = result["machine"]
     if not isinstance(machine, dict):
         return str(machine)
