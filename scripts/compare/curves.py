@@ -70,23 +70,25 @@ SCREEN = Look(
 
 
 def choose_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Those of which at least one run has a finite value; a gap needs two runs."""
-    return [
-        chart
-        for chart in CHARTS
-        if (any(run.finite(chart.metric) for run in runs) if chart.metric else len(runs) > 1)
-    ]
+    """The loss, and those of which a run has a finite value; a gap needs two runs."""
+
+    def has_values(chart: Chart) -> bool:
+        if not chart.metric:
+            return len(runs) > 1
+        return any(run.finite(chart.metric) for run in runs)
+
+    return [chart for chart in CHARTS if chart is LOSS or has_values(chart)]
 
 
 def make_rows(runs: Sequence[Run], baseline: Arm) -> str:
     """A line of CSV for each logged step of each run; empty where a value is missing or not finite.
 
-    `run` is the place among `runs`. Seven digits are more than a screen shows.
+    `place` is the run's among `runs`. Seven digits are more than a screen shows.
     """
     charts = choose_charts(runs)
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["run", "step", "tokens", VALID, *(chart.column for chart in charts)])
+    rows.writerow(["place", "step", "tokens", VALID, *(chart.column for chart in charts)])
     for place, run in enumerate(runs):
         metrics = ["progress/tokens", "loss/valid", *(chart.metric for chart in charts)]
         columns = [run.series(name) if name else _gaps(run, baseline) for name in metrics]
@@ -115,21 +117,18 @@ def _gaps(run: Run, baseline: Arm) -> Mapping[int, float]:
 
 def make_data(runs: Sequence[Run], baseline: Arm) -> Spec:
     """The table as Vega-Lite's `data` and the `transform` that gives each row its run's name."""
-    columns = ["run", "step", "tokens", VALID, *(chart.column for chart in choose_charts(runs))]
+    columns = ["place", "step", "tokens", VALID, *(chart.column for chart in choose_charts(runs))]
+    # As data, so that no name is ever read as an expression.
+    names = {"values": [{"place": place, "run": run.name} for place, run in enumerate(runs)]}
     return {
         "data": {
             "values": make_rows(runs, baseline),
             "format": {"type": "csv", "parse": dict.fromkeys(columns, "number")},
         },
         "transform": [
-            {"lookup": "run", "from": {"data": names_of(runs), "key": "place", "fields": ["name"]}}
+            {"lookup": "place", "from": {"data": names, "key": "place", "fields": ["run"]}}
         ],
     }
-
-
-def names_of(runs: Sequence[Run]) -> Spec:
-    """The runs' names as data, so that no name is ever read as an expression."""
-    return {"values": [{"place": i, "name": run.name} for i, run in enumerate(runs)]}
 
 
 def title_of(chart: Chart, runs: Sequence[Run], baseline: Arm) -> str:
@@ -158,7 +157,7 @@ def up(field: str, title: str | None = None) -> Spec:
 def by_run(runs: Sequence[Run], values: Sequence[object]) -> Spec:
     """A channel that tells runs apart: a value for each."""
     scale = {"type": "ordinal", "domain": [run.name for run in runs], "range": list(values)}
-    return {"field": "name", "type": "ordinal", "sort": None, "title": None, "scale": scale}
+    return {"field": "run", "type": "ordinal", "sort": None, "title": None, "scale": scale}
 
 
 def colors(runs: Sequence[Run], look: Look) -> Spec:
@@ -171,6 +170,7 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
     line: Spec = {
         "x": x,
         "y": y,
+        "description": {"field": "run", "type": "nominal"},
         "color": colors(runs, look),
         "strokeDash": by_run(runs, [DASHES[count % len(DASHES)] for count in before]),
         # A curve that another one covers exactly is wide and pale, so that both are seen.
@@ -179,8 +179,7 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
     }
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}, "encoding": line}]
     if chart.column == "gap":
-        zero = {"type": "rule", "strokeDash": [4, 3], "color": look.soft_ink}
-        layers.insert(0, {"data": {"values": [{}]}, "mark": zero, "encoding": {"y": {"datum": 0}}})
+        layers.insert(0, zero_line(look))
     if chart is LOSS:
         dot = {"type": "point", "filled": True, "opacity": 1, "size": 40}
         dots = {"x": x, "y": {**y, "field": VALID}, "color": colors(runs, look)}
@@ -188,6 +187,11 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
             {"transform": [{"filter": f"isValid(datum.{VALID})"}], "mark": dot, "encoding": dots}
         )
     return layers
+
+
+def zero_line(look: Look) -> Spec:
+    mark = {"type": "rule", "strokeDash": [4, 3], "color": look.soft_ink}
+    return {"data": {"values": [{}]}, "mark": mark, "encoding": {"y": {"datum": 0}}}
 
 
 def config(look: Look) -> Spec:

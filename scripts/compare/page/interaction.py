@@ -1,11 +1,11 @@
 """The charts of the page: what `compare.png` shows and more, to be read, hidden and zoomed.
 
-All of that is in the specification, as parameters (https://vega.github.io/vega-lite/docs/parameter)
-that follow controls of HTML and the pointer. `page.js` only hands it to the library and says how
-wide the page is.
+All of that is in the specification, as parameters that follow HTML's controls and the pointer
+(https://vega.github.io/vega-lite/docs/parameter.html). `page.js` hands it to the library and says
+how wide the page is.
 
-A parameter with `on` takes its value from events, in the language of Vega's signals: Vega-Lite
-hands that on as it is. Its own selections would draw a cell around every point to find the nearest.
+A parameter with `on` takes its value from events, as Vega's signals do; Vega-Lite passes that on.
+Its own way to find the point nearest to the pointer draws a shape around every point of the data.
 """
 
 import json
@@ -28,61 +28,95 @@ from scripts.compare.curves import (
 )
 from scripts.compare.runs import Run
 
+# Pixels.
 HEIGHT = 210
+AXIS = 48
+"""The labels of the vertical axis."""
+BESIDE = AXIS + 10
+"""What a chart needs beside its curves: the axis, and half a label at the other end."""
 READOUT = 58
-"""Pixels that a number over a chart takes; so many stand in a row on a phone:"""
+"""A number over a chart; a phone has room for"""
 IN_A_ROW = 5
 
-HERE = "clamp(invert('x', x(group())), shown[0], shown[1])"
-"""Where the pointer is, on the horizontal axis."""
+NOTHING: Spec = {"values": [{}]}
+"""Data of one row, for what is drawn once."""
+
+POINTER = "clamp(invert('x', x(group())), shown[0], shown[1])"
+"""Where the pointer is on the horizontal axis."""
+NOT_TOUCH = "[event.pointerType !== 'touch']"  # a finger scrolls the page
 
 NEAREST: list[Spec] = [
-    {"calculate": "abs(datum.x - place)", "as": "far"},
+    {"calculate": "abs(datum.x - spot)", "as": "far"},
     {"joinaggregate": [{"op": "min", "field": "far", "as": "least"}]},
     {"filter": "datum.far === datum.least"},
 ]
-"""The rows at the logged step that is nearest to `place`."""
+"""The rows at the logged step that is nearest to `spot`."""
 
 
 def make_charts(runs: Sequence[Run], baseline: Arm) -> Spec:
-    """All charts of the page, in Vega-Lite."""
-    data = make_data(runs, baseline)
+    """All charts of the page, in Vega-Lite; `page.js` adds how many columns, and how wide."""
     shown = ",".join(f"show{place}" for place in range(len(runs)))
-    data["transform"] += [
+    spec = make_data(runs, baseline)
+    spec["transform"] += [
         {"calculate": "datum[axis]", "as": "x"},
-        {"filter": f"[{shown}][datum.run] && isValid(datum.x)"},
-        {"filter": "inrange(datum.x, shown)"},
+        {"filter": f"[{shown}][datum.place] && isValid(datum.x) && inrange(datum.x, shown)"},
     ]
     look = config(SCREEN)
-    look["axisY"] = {"minExtent": 48, "maxExtent": 48}  # so that the charts stand in line
-    look["title"] |= {"dx": -48, "offset": 8, "fontSize": 14}
+    look["title"] |= {"dx": -AXIS, "offset": 8, "fontSize": 14}
+    look["axisY"] = {"minExtent": AXIS, "maxExtent": AXIS}  # so that the charts stand in line
     look["view"]["continuousHeight"] = HEIGHT
-    return {
-        "params": _parameters(runs),
-        **data,
+    look |= {"background": None, "padding": 0, "legend": {"disable": True}}
+    return spec | {
+        "description": "Charts of the runs by tokens or steps",
+        "params": [*_shown_runs(runs), *_axis(runs), *_zoom(), *_reading(runs)],
         "concat": [_chart(chart, runs, baseline) for chart in choose_charts(runs)],
         "resolve": {"scale": {"x": "shared"}},
         "bounds": "flush",
-        "config": look | {"background": None, "padding": 0, "legend": {"disable": True}},
+        "spacing": {"column": BESIDE + 16, "row": 85 + 15 * _readout_rows(runs)},
+        "config": look,
+        "usermeta": {"beside": BESIDE},
     }
 
 
-def _parameters(runs: Sequence[Run]) -> list[Spec]:
-    """What controls and the pointer change. Later ones are made of earlier ones."""
-    steps = sorted({row["progress/step"] for run in runs for row in run.rows})
-    apart = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1)
-    tokens = sorted(value for run in runs for value in run.finite("progress/tokens"))
-    ends = {"step": [steps[0], steps[-1]], "tokens": [tokens[0], tokens[-1]] if tokens else [0, 1]}
+def _control(signal: str, value: object, where: str, /, **bind: Any) -> Spec:
+    """A parameter that a control in the element `where` changes."""
+    return {"name": signal, "value": value, "bind": {**bind, "element": f"#{where}"}}
+
+
+def _shown_runs(runs: Sequence[Run]) -> list[Spec]:
     return [
-        *(
-            _control(f"show{place}", True, "legend", input="checkbox", name=run.name)
-            for place, run in enumerate(runs)
-        ),
-        _control(
-            "axis", "tokens", "tools", input="radio", options=["tokens", "step"], name="x axis"
-        ),
-        {"name": "steps", "value": ends["step"]},
+        _control(f"show{place}", True, "legend", input="checkbox", name=run.name)
+        for place, run in enumerate(runs)
+    ]
+
+
+def _steps(runs: Sequence[Run]) -> list[int]:
+    """All that were logged, in order."""
+    return sorted({row["progress/step"] for run in runs for row in run.rows})
+
+
+def _axis(runs: Sequence[Run]) -> list[Spec]:
+    """`axis`, what is drawn across; `whole`, from where to where that goes; `steps`, in steps."""
+    steps = _steps(runs)
+    tokens = [value for run in runs for value in run.finite("progress/tokens")] or [0.0]
+    ends = {
+        name: [low, high] if low < high else [low - 1, high + 1]
+        for name, low, high in (
+            ("tokens", min(tokens), max(tokens)),
+            ("step", steps[0], steps[-1]),
+        )
+    }
+    return [
+        _control("axis", "tokens", "tools", input="radio", name="x axis", options=[*ends]),
         {"name": "whole", "expr": f"({json.dumps(ends)})[axis]"},
+        {"name": "steps", "value": ends["step"]},
+    ]
+
+
+def _zoom() -> list[Spec]:
+    """`brush`, what is being dragged over; `zoom`, what then was; `shown`, what charts show."""
+    begun = f"rect:pointerdown{NOT_TOUCH}"
+    return [
         {
             "name": "zoom",
             "value": None,
@@ -91,128 +125,134 @@ def _parameters(runs: Sequence[Run]) -> list[Spec]:
                 {"events": "view:dblclick", "update": "null"},
                 {
                     "events": "window:pointerup",
-                    "update": "brush && abs(span(brush)) > span(shown) / 50 "
-                    "? [min(brush[0], brush[1]), max(brush[0], brush[1])] : zoom",
+                    "update": "brush && abs(span(brush)) > span(shown) / 50 ? "
+                    "[min(brush[0], brush[1]), max(brush[0], brush[1])] : zoom",
                 },
             ],
         },
         {"name": "shown", "expr": "zoom || whole"},
-        # Steps and tokens grow together, so that a place on one axis is a place on the other.
-        {
-            **_control(
-                "at", steps[-1], "tools", input="range", min=steps[0], max=steps[-1], step=apart,
-                name="read at step",
-            ),
-            "on": [
-                {
-                    "events": "rect:pointermove, rect:pointerdown",
-                    "update": f"steps[0] + {apart} * round(({HERE} - whole[0]) / (span(whole) || 1)"
-                    f" * span(steps) / {apart})",
-                }
-            ],
-        },
-        {
-            "name": "place",
-            "expr": "whole[0] + (at - steps[0]) / (span(steps) || 1) * span(whole)",
-        },
         {
             "name": "brush",
             "value": None,
             "on": [
-                {"events": "rect:pointerdown[event.pointerType !== 'touch']", "update": f"[{HERE}, {HERE}]"},
+                {"events": begun, "update": f"[{POINTER}, {POINTER}]"},
                 {
-                    "events": "[rect:pointerdown[event.pointerType !== 'touch'], window:pointerup]"
-                    " > rect:pointermove",
-                    "update": f"[brush[0], {HERE}]",
+                    "events": f"[{begun}, window:pointerup] > rect:pointermove",
+                    "update": f"[brush[0], {POINTER}]",
                 },
                 {"events": "window:pointerup", "update": "null"},
             ],
         },
-    ]  # fmt: skip
+    ]
 
 
-def _control(name: str, value: object, place: str, /, **bind: Any) -> Spec:
-    return {"name": name, "value": value, "bind": {**bind, "element": f"#{place}"}}
+def _reading(runs: Sequence[Run]) -> list[Spec]:
+    """`at`, the step that is read off, of pointer or slider; `spot`, its place on the axis.
+
+    Tokens grow with the steps, so a share of one axis is the same share of the other.
+    """
+    steps = _steps(runs)
+    apart = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1)
+    pointed = f"({POINTER} - whole[0]) / span(whole) * span(steps)"
+    slider = {"min": steps[0], "max": steps[-1], "step": apart}
+    return [
+        {
+            **_control("at", steps[-1], "tools", input="range", name="read at step", **slider),
+            "on": [
+                {
+                    "events": "rect:pointermove, rect:pointerdown",
+                    "update": f"steps[0] + {apart} * round({pointed} / {apart})",
+                }
+            ],
+        },
+        {"name": "spot", "expr": "whole[0] + (at - steps[0]) / span(steps) * span(whole)"},
+    ]
 
 
 def _chart(chart: Chart, runs: Sequence[Run], baseline: Arm) -> Spec:
     ends = [{"expr": "shown[0]"}, {"expr": "shown[1]"}]
     x = across("x") | {"scale": {"domain": ends, "nice": False}}
-    y = up(chart.column)
-    color = colors(runs, SCREEN)
+    y, color = up(chart.column), colors(runs, SCREEN)
     here = [*NEAREST, {"filter": f"isValid(datum.{chart.column})"}]
-    across_all = {"x": _at("shown[0]"), "x2": _at("shown[1]")}
-    dot = {"type": "point", "filled": True, "opacity": 1, "size": 60}
+    rule: Spec = {"type": "rule", "color": SCREEN.soft_ink}
+    dot: Spec = {"type": "point", "filled": True, "opacity": 1, "size": 60}
+    brush: Spec = {"type": "rect", "color": "var(--link)", "opacity": {"expr": "brush ? 0.15 : 0"}}
+    name: Spec = {
+        "type": "text", "text": {"expr": "axis"}, "align": "right", "fontSize": 12,
+        "color": SCREEN.soft_ink, "y": HEIGHT, "dy": 34,
+    }  # fmt: skip
     return {
         "title": title_of(chart, runs, baseline),
         "layer": [
             *curves(chart, runs, SCREEN, x, y),
-            {
-                "transform": NEAREST,
-                "mark": {"type": "rule", "color": SCREEN.soft_ink},
-                "encoding": {"x": x},
-            },
+            {"data": NOTHING, "mark": name, "encoding": {"x": _at("shown[1]")}},
+            {"transform": NEAREST, "mark": rule, "encoding": {"x": x}},
             {"transform": here, "mark": dot, "encoding": {"x": x, "y": y, "color": color}},
-            {
-                "transform": here,
-                "mark": {
-                    "type": "text", "align": "right", "fontSize": 12, "fontWeight": "bold",
-                    "dx": {"expr": f"{READOUT} * (datum.run % {IN_A_ROW} - {min(len(runs), IN_A_ROW) - 1})"},
-                    "dy": {"expr": f"-10 - 15 * floor(datum.run / {IN_A_ROW})"},
-                    "y": 0,
-                },
-                "encoding": {
-                    "x": _at("shown[1]"),
-                    "text": {"field": chart.column, "type": "quantitative", "format": chart.form},
-                    "color": color,
-                },
-            },
-            {
-                "data": {"values": [{}]},
-                "mark": {
-                    "type": "text", "text": {"expr": "axis"}, "align": "right", "fontSize": 12,
-                    "color": SCREEN.soft_ink, "y": HEIGHT, "dy": 34,
-                },
-                "encoding": {"x": _at("shown[1]")},
-            },
-            {
-                "data": {"values": [{}]},
-                "mark": {"type": "rect", "color": "var(--link)", "opacity": {"expr": "brush ? 0.15 : 0"}},
-                "encoding": {
-                    "x": _at("(brush || shown)[0]"),
-                    "x2": _at("(brush || shown)[1]"),
-                },
-            },
-            _tooltip(chart, runs, across_all),
+            _readout(chart, runs) | {"transform": here},
+            {"data": NOTHING, "mark": brush, "encoding": _band("(brush || shown)")},
+            _tooltip(chart, runs),
         ],
+    }
+
+
+def _at(expression: str) -> Spec:
+    """A place on the horizontal axis."""
+    return {"datum": {"expr": expression}, "type": "quantitative"}
+
+
+def _band(ends: str) -> Spec:
+    """From one place on the horizontal axis to another, as high as the chart."""
+    return {"x": _at(f"{ends}[0]"), "x2": _at(f"{ends}[1]")}
+
+
+def _readout_rows(runs: Sequence[Run]) -> int:
+    return 1 + (len(runs) - 1) // IN_A_ROW
+
+
+def _readout(chart: Chart, runs: Sequence[Run]) -> Spec:
+    """The numbers over a chart, in the runs' colours and order."""
+    last = min(len(runs), IN_A_ROW) - 1
+    return {
+        "mark": {
+            "type": "text", "align": "right", "fontSize": 12, "fontWeight": "bold", "y": 0,
+            "dx": {"expr": f"{READOUT} * (datum.place % {IN_A_ROW} - {last})"},
+            "dy": {"expr": f"15 * floor(datum.place / {IN_A_ROW}) - {15 * _readout_rows(runs) - 5}"},
+        },
+        "encoding": {
+            "x": _at("shown[1]"),
+            "text": {"field": chart.column, "type": "quantitative", "format": chart.form},
+            "color": colors(runs, SCREEN),
+        },
     }  # fmt: skip
 
 
-def _at(place: str) -> Spec:
-    """A place on the horizontal axis that an expression gives."""
-    return {"datum": {"expr": place}, "type": "quantitative"}
+def _tooltip(chart: Chart, runs: Sequence[Run]) -> Spec:
+    """An unseen sheet over the chart that takes the pointer, and names the runs' values.
 
-
-def _tooltip(chart: Chart, runs: Sequence[Run], across_all: Spec) -> Spec:
-    """An unseen sheet over the chart, which takes the pointer and tells all values of one step."""
-    pivot: list[Spec] = [
-        {"calculate": "'y' + datum.run", "as": "who"},
-        {"pivot": "who", "value": chart.column, "groupby": ["step", "tokens"]},
-    ]
-    texts: list[Spec] = [
-        {
-            "calculate": f"isValid(datum.y{place}) ? format(datum.y{place}, '{chart.form}') : '-'",
-            "as": f"text{place}",
-        }
+    A field called `title` is the tooltip's head; those without text are left out by `page.js`.
+    """
+    texts = {
+        f"text{place}": f"isValid(datum.y{place}) ? format(datum.y{place}, '{chart.form}') : ''"
         for place in range(len(runs))
-    ]
-    told = [
-        {"field": "step", "title": "step", "type": "quantitative", "format": ","},
-        {"field": "tokens", "title": "tokens", "type": "quantitative", "format": ","},
-        *({"field": f"text{i}", "title": run.name, "type": "nominal"} for i, run in enumerate(runs)),
-    ]
+    }
+    where = "axis === 'step' ? 'step ' + format(datum.x, ',') : format(datum.x, ',') + ' tokens'"
     return {
-        "transform": [*NEAREST, *pivot, *texts],
+        "transform": [
+            *NEAREST,
+            {"calculate": "'y' + datum.place", "as": "column"},
+            {"pivot": "column", "value": chart.column, "groupby": ["x"]},
+            {"calculate": where, "as": "where"},
+            *({"calculate": text, "as": name} for name, text in texts.items()),
+        ],
         "mark": {"type": "rect", "opacity": 0, "cursor": "crosshair"},
-        "encoding": {**across_all, "tooltip": told},
+        "encoding": {
+            **_band("shown"),
+            "tooltip": [
+                {"field": "where", "title": "title", "type": "nominal"},
+                *(
+                    {"field": name, "title": run.name, "type": "nominal"}
+                    for name, run in zip(texts, runs, strict=True)
+                ),
+            ],
+        },
     }

@@ -1,20 +1,18 @@
 // Hands the charts' specification to Vega-Lite, and says how wide the page is.
 const specification = JSON.parse(document.getElementById("specification").textContent);
-const figure = document.getElementById("charts");
-const holder = figure.appendChild(document.createElement("div"));
-const BESIDE = 48 + 10; // pixels: the labels of an axis, and half a label at the other end
-const BETWEEN = 16;
+const charts = document.getElementById("charts");
+const holder = charts.appendChild(document.createElement("div"));
+const { beside } = specification.usermeta;
 let view, width;
 
 async function draw() {
-  if (figure.clientWidth === width) return;
-  width = figure.clientWidth;
+  if (charts.clientWidth === width) return;
+  width = charts.clientWidth;
   const columns = width > 700 && specification.concat.length > 1 ? 2 : 1;
+  const room = (width - beside - (columns - 1) * specification.spacing.column) / columns;
   specification.columns = columns;
-  specification.spacing = { column: BESIDE + BETWEEN, row: 100 };
-  const room = (width - (columns - 1) * BETWEEN) / columns;
-  specification.config.view.continuousWidth = room - BESIDE;
-  specification.config.title.limit = room;
+  specification.config.view.continuousWidth = room;
+  specification.config.title.limit = room + beside;
   if (view) {
     // What was hidden or zoomed stays so when the page is turned or resized.
     for (const param of specification.params) if (!param.expr) param.value = view.signal(param.name);
@@ -28,8 +26,9 @@ async function draw() {
   view.tooltip(async (handler, event, item, value) => {
     await new Promise(requestAnimationFrame);
     await view.runAsync();
-    show(handler, event, item, value && item.mark.items[0].tooltip);
+    const told = Object.entries((value && item.mark.items[0].tooltip) || {});
+    show(handler, event, item, told.length ? Object.fromEntries(told.filter(([, text]) => text)) : null);
   });
   await view.resize().runAsync(); // another handler: another drawing
 }
-new ResizeObserver(lodashDebounce(draw, 100, { leading: true })).observe(figure);
+new ResizeObserver(lodashDebounce(draw, 100, { leading: true })).observe(charts);
