@@ -19,7 +19,7 @@ from scripts.compare.runs import Run
 Spec = dict[str, Any]
 """Vega-Lite, or a part of it."""
 
-DASHES = ([], [7, 4], [2, 3], [9, 3, 2, 3])
+DASHES: tuple[list[int], ...] = ([], [7, 4], [2, 3], [9, 3, 2, 3])
 """Of runs of one path, in turn."""
 
 
@@ -132,12 +132,21 @@ def make_data(runs: Sequence[Run], baseline: Arm) -> Spec:
 
 
 def title_of(chart: Chart, runs: Sequence[Run], baseline: Arm) -> str:
-    if chart is LOSS and any(run.series("loss/valid") for run in runs):
+    if chart is LOSS and _validated(runs):
         return f"{chart.title} (dots: validation)"
     if chart.column == "gap":
         return f"Gap of the training loss to {baseline.name}, %"
     emulated = chart.column == "speed" and on_cpu(runs)
     return f"{chart.title} (CPU, emulated)" if emulated else chart.title
+
+
+def _validated(runs: Sequence[Run]) -> bool:
+    return any(run.finite("loss/valid") for run in runs)
+
+
+def axes_of(runs: Sequence[Run]) -> list[str]:
+    """The columns that can be drawn across, the usual one first."""
+    return ["tokens", "step"] if any(run.finite("progress/tokens") for run in runs) else ["step"]
 
 
 def across(field: str, title: str | None = None) -> Spec:
@@ -180,7 +189,7 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}, "encoding": line}]
     if chart.column == "gap":
         layers.insert(0, zero_line(look))
-    if chart is LOSS:
+    if chart is LOSS and _validated(runs):
         dot = {"type": "point", "filled": True, "opacity": 1, "size": 40}
         dots = {"x": x, "y": {**y, "field": VALID}, "color": colors(runs, look)}
         layers.append(
@@ -204,6 +213,8 @@ def config(look: Look) -> Spec:
             "titleFontWeight": "normal", "labelPadding": 6,
         },
         "axisX": {"grid": False},
-        "title": {"anchor": "start", "frame": "group", "color": look.ink, "fontSize": 15, "offset": 12},
+        "title": {
+            "anchor": "start", "frame": "group", "color": look.ink, "fontSize": 15, "offset": 12,
+        },
         "legend": {"labelColor": look.ink, "labelFontSize": 12, "labelLimit": 0},
     }  # fmt: skip

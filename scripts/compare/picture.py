@@ -10,6 +10,7 @@ from scripts.compare.curves import (
     PAPER,
     Spec,
     across,
+    axes_of,
     choose_charts,
     config,
     curves,
@@ -24,7 +25,7 @@ PANELS = ("loss", "gap")
 
 def make_picture(runs: Sequence[Run], baseline: Arm) -> Spec:
     """The panels side by side, in Vega-Lite; the legend below them, where it hides no curve."""
-    x = across("tokens", "tokens")
+    x = across(axes_of(runs)[0], axes_of(runs)[0])
     panels = [
         {
             "title": title_of(chart, runs, baseline),

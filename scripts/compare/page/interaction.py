@@ -8,6 +8,7 @@ A parameter with `on` takes its value from events, as Vega's signals do; Vega-Li
 Its own way to find the point nearest to the pointer draws a shape around every point of the data.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from scripts.compare.curves import (
     Chart,
     Spec,
     across,
+    axes_of,
     choose_charts,
     colors,
     config,
@@ -37,6 +39,8 @@ BESIDE = AXIS + 10
 READOUT = 58
 """A number over a chart; a phone has room for"""
 IN_A_ROW = 5
+
+PADDING = {"top": 4, "right": 0, "bottom": 4, "left": 0}
 
 NOTHING: Spec = {"values": [{}]}
 """Data of one row, for what is drawn once."""
@@ -65,7 +69,7 @@ def make_charts(runs: Sequence[Run], baseline: Arm) -> Spec:
     look["title"] |= {"dx": -AXIS, "offset": 8, "fontSize": 14}
     look["axisY"] = {"minExtent": AXIS, "maxExtent": AXIS}  # so that the charts stand in line
     look["view"]["continuousHeight"] = HEIGHT
-    look |= {"background": None, "padding": 0, "legend": {"disable": True}}
+    look |= {"background": None, "padding": PADDING, "legend": {"disable": True}}
     return spec | {
         "description": "Charts of the runs by tokens or steps",
         "params": [*_shown_runs(runs), *_axis(runs), *_zoom(), *_reading(runs)],
@@ -74,7 +78,7 @@ def make_charts(runs: Sequence[Run], baseline: Arm) -> Spec:
         "bounds": "flush",
         "spacing": {"column": BESIDE + 16, "row": 85 + 15 * _readout_rows(runs)},
         "config": look,
-        "usermeta": {"beside": BESIDE},
+        "usermeta": {"beside": BESIDE, "names": [run.name for run in runs]},
     }
 
 
@@ -97,20 +101,23 @@ def _steps(runs: Sequence[Run]) -> list[int]:
 
 def _axis(runs: Sequence[Run]) -> list[Spec]:
     """`axis`, what is drawn across; `whole`, from where to where that goes; `steps`, in steps."""
-    steps = _steps(runs)
-    tokens = [value for run in runs for value in run.finite("progress/tokens")] or [0.0]
-    ends = {
-        name: [low, high] if low < high else [low - 1, high + 1]
-        for name, low, high in (
-            ("tokens", min(tokens), max(tokens)),
-            ("step", steps[0], steps[-1]),
-        )
+    values: dict[str, list[float]] = {
+        "step": [*_steps(runs)],
+        "tokens": [value for run in runs for value in run.finite("progress/tokens")],
     }
+    ends = {name: _ends(found) for name, found in values.items() if found}
+    names = axes_of(runs)
     return [
-        _control("axis", "tokens", "tools", input="radio", name="x axis", options=[*ends]),
+        _control("axis", names[0], "tools", input="radio", name="x axis", options=names),
         {"name": "whole", "expr": f"({json.dumps(ends)})[axis]"},
         {"name": "steps", "value": ends["step"]},
     ]
+
+
+def _ends(values: Sequence[float]) -> list[float]:
+    """From where to where an axis goes; of one value, around it."""
+    low, high = min(values), max(values)
+    return [low, high] if low < high else [low - 1, high + 1]
 
 
 def _zoom() -> list[Spec]:
@@ -152,7 +159,7 @@ def _reading(runs: Sequence[Run]) -> list[Spec]:
     Tokens grow with the steps, so a share of one axis is the same share of the other.
     """
     steps = _steps(runs)
-    apart = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1)
+    apart = min((b - a for a, b in itertools.pairwise(steps)), default=1)
     pointed = f"({POINTER} - whole[0]) / span(whole) * span(steps)"
     slider = {"min": steps[0], "max": steps[-1], "step": apart}
     return [
@@ -212,16 +219,19 @@ def _readout_rows(runs: Sequence[Run]) -> int:
 def _readout(chart: Chart, runs: Sequence[Run]) -> Spec:
     """The numbers over a chart, in the runs' colours and order."""
     last = min(len(runs), IN_A_ROW) - 1
+    highest = 15 * _readout_rows(runs) - 5
+    # Nearer to the colour of text: letters are thinner than curves.
+    inks = [f"color-mix(in oklab, {SCREEN.color(run.path)} 70%, {SCREEN.ink})" for run in runs]
     return {
         "mark": {
             "type": "text", "align": "right", "fontSize": 12, "fontWeight": "bold", "y": 0,
+            "color": {"expr": f"{json.dumps(inks)}[datum.place]"},
             "dx": {"expr": f"{READOUT} * (datum.place % {IN_A_ROW} - {last})"},
-            "dy": {"expr": f"15 * floor(datum.place / {IN_A_ROW}) - {15 * _readout_rows(runs) - 5}"},
+            "dy": {"expr": f"15 * floor(datum.place / {IN_A_ROW}) - {highest}"},
         },
         "encoding": {
             "x": _at("shown[1]"),
             "text": {"field": chart.column, "type": "quantitative", "format": chart.form},
-            "color": colors(runs, SCREEN),
         },
     }  # fmt: skip
 
@@ -229,7 +239,8 @@ def _readout(chart: Chart, runs: Sequence[Run]) -> Spec:
 def _tooltip(chart: Chart, runs: Sequence[Run]) -> Spec:
     """An unseen sheet over the chart that takes the pointer, and names the runs' values.
 
-    A field called `title` is the tooltip's head; those without text are left out by `page.js`.
+    A field called `title` is the tooltip's head. `page.js` names the others, as it is not every
+    name of a run that can be the name of a field, and leaves out those without text.
     """
     texts = {
         f"text{place}": f"isValid(datum.y{place}) ? format(datum.y{place}, '{chart.form}') : ''"
@@ -250,8 +261,8 @@ def _tooltip(chart: Chart, runs: Sequence[Run]) -> Spec:
             "tooltip": [
                 {"field": "where", "title": "title", "type": "nominal"},
                 *(
-                    {"field": name, "title": run.name, "type": "nominal"}
-                    for name, run in zip(texts, runs, strict=True)
+                    {"field": name, "title": f"{place}", "type": "nominal"}
+                    for place, name in enumerate(texts)
                 ),
             ],
         },

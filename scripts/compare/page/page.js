@@ -2,12 +2,13 @@
 const specification = JSON.parse(document.getElementById("specification").textContent);
 const charts = document.getElementById("charts");
 const holder = charts.appendChild(document.createElement("div"));
-const { beside } = specification.usermeta;
+const { beside, names } = specification.usermeta;
 let view, width;
 
 async function draw() {
   if (charts.clientWidth === width) return;
   width = charts.clientWidth;
+  charts.ariaBusy = "true";
   const columns = width > 700 && specification.concat.length > 1 ? 2 : 1;
   const room = (width - beside - (columns - 1) * specification.spacing.column) / columns;
   specification.columns = columns;
@@ -26,9 +27,15 @@ async function draw() {
   view.tooltip(async (handler, event, item, value) => {
     await new Promise(requestAnimationFrame);
     await view.runAsync();
-    const told = Object.entries((value && item.mark.items[0].tooltip) || {});
-    show(handler, event, item, told.length ? Object.fromEntries(told.filter(([, text]) => text)) : null);
+    show(handler, event, item, value ? named(item.mark.items[0].tooltip) : value);
   });
   await view.resize().runAsync(); // another handler: another drawing
+  charts.ariaBusy = "false";
+}
+
+// Runs by their names instead of their places; the space keeps a run called "title" from being one.
+function named(tooltip) {
+  const told = Object.entries(tooltip).filter(([, text]) => text);
+  return Object.fromEntries(told.map(([key, text]) => [key in names ? `${names[key]} ` : key, text]));
 }
 new ResizeObserver(lodashDebounce(draw, 100, { leading: true })).observe(charts);

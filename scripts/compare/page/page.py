@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'">
 <title>{title}</title><style>
 {css}</style></head><body>
 <h1>Runs compared: {title}</h1>
@@ -39,7 +41,8 @@ the middle half of the logged steps.</p>{table}</section>
 <section id="curves"><h2>Curves</h2>
 <div class="controls"><span id="legend" class="controls"></span>
 <span id="tools" class="controls"></span></div>
-<p class="small">Point at a chart to read it, or move the slider; untick a run to hide it; drag to zoom, double-click to see all again.</p>
+<p class="small">Point at a chart to read it, or move the slider; untick a run to hide it; drag to
+zoom, double-click to see all.</p>
 <div id="charts"></div>
 <noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
 it.</p></noscript></section>
