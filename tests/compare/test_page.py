@@ -347,10 +347,32 @@ def test_curves_can_be_hidden_and_zoomed(browser: Any, page_file: Path) -> None:
 def test_a_finger_reads_and_does_not_zoom(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file, size="phone") as page:
         box = plot(page)
-        page.touchscreen.tap(box["x"] + box["width"] * 5 / 19, box["y"] + 80)
+        y = box["y"] + 80
+        page.touchscreen.tap(box["x"] + box["width"] * 5 / 19, y)
         wait_until(page, f"{READ} === '60'")
         assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", 5)
+        fingers = page.context.new_cdp_session(page)
+        for kind, places in (("Start", (5,)), ("Move", (7, 9, 11)), ("End", ())):
+            for place in places or (None,):
+                x = box["x"] + box["width"] * (place or 0) / 19
+                points = [] if place is None else [{"x": x, "y": y}]
+                fingers.send(
+                    "Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points}
+                )
+        wait_until(page, f"{READ} === '120'")
+        assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", 11)
         assert page.eval_on_selector_all(CURVES, COUNT) == [19] * 24
+
+
+def test_the_page_may_not_ask_a_network(browser: Any, page_file: Path) -> None:
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(page_file.as_uri())
+    answer = "fetch('http://127.0.0.1:9/').then(() => 'loaded', () => 'refused')"
+    assert page.evaluate(answer) == "refused"
+    assert any("Content Security Policy" in text for text in said)
+    page.close()
 
 
 def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None:
