@@ -80,17 +80,20 @@ def choose_charts(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in CHARTS if chart is LOSS or has_values(chart)]
 
 
+def _columns(runs: Sequence[Run]) -> list[str]:
+    return ["place", "step", "tokens", VALID, *(chart.column for chart in choose_charts(runs))]
+
+
 def make_rows(runs: Sequence[Run], baseline: Arm) -> str:
     """A line of CSV for each logged step of each run; empty where a value is missing or not finite.
 
     `place` is the run's among `runs`. Seven digits are more than a screen shows.
     """
-    charts = choose_charts(runs)
+    metrics = ["progress/tokens", "loss/valid", *(chart.metric for chart in choose_charts(runs))]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["place", "step", "tokens", VALID, *(chart.column for chart in charts)])
+    rows.writerow(_columns(runs))
     for place, run in enumerate(runs):
-        metrics = ["progress/tokens", "loss/valid", *(chart.metric for chart in charts)]
         columns = [run.series(name) if name else _gaps(run, baseline) for name in metrics]
         for row in run.rows:
             step = row["progress/step"]
@@ -117,13 +120,12 @@ def _gaps(run: Run, baseline: Arm) -> Mapping[int, float]:
 
 def make_data(runs: Sequence[Run], baseline: Arm) -> Spec:
     """The table as Vega-Lite's `data` and the `transform` that gives each row its run's name."""
-    columns = ["place", "step", "tokens", VALID, *(chart.column for chart in choose_charts(runs))]
     # As data, so that no name is ever read as an expression.
     names = {"values": [{"place": place, "run": run.name} for place, run in enumerate(runs)]}
     return {
         "data": {
             "values": make_rows(runs, baseline),
-            "format": {"type": "csv", "parse": dict.fromkeys(columns, "number")},
+            "format": {"type": "csv", "parse": dict.fromkeys(_columns(runs), "number")},
         },
         "transform": [
             {"lookup": "place", "from": {"data": names, "key": "place", "fields": ["run"]}}
@@ -188,7 +190,7 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
     }
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}, "encoding": line}]
     if chart.column == "gap":
-        layers.insert(0, zero_line(look))
+        layers.insert(0, _zero_line(look))
     if chart is LOSS and _validated(runs):
         dot = {"type": "point", "filled": True, "opacity": 1, "size": 40}
         dots = {"x": x, "y": {**y, "field": VALID}, "color": colors(runs, look)}
@@ -198,12 +200,13 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
     return layers
 
 
-def zero_line(look: Look) -> Spec:
+def _zero_line(look: Look) -> Spec:
     mark = {"type": "rule", "strokeDash": [4, 3], "color": look.soft_ink}
     return {"data": {"values": [{}]}, "mark": mark, "encoding": {"y": {"datum": 0}}}
 
 
 def config(look: Look) -> Spec:
+    """Colours and sizes of axes, titles and legends: Vega-Lite's `config`."""
     return {
         "font": look.font,
         "view": {"stroke": None},
