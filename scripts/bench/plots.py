@@ -9,20 +9,19 @@ whisker goes from the slowest to the fastest. One layer: where its time goes, by
 
 import argparse
 import hashlib
+import html
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+import vl_convert
 
 from scripts.bench.results import Result, Row, rows_to_show
 from scripts.bench.tables import best_stock, failure, machine_name, training_name
+from scripts.compare.curves import PAPER, Spec, config
 
-OURS, STOCK = "#0072B2", "#8A8A94"
+OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
 PART_COLORS = {
     "quantize": "#4e79a7",
     "dispatch": "#76b7b2",
@@ -47,75 +46,96 @@ def plot(source: Path, picture: Path) -> None:
     result: Result = json.loads(source.read_text(encoding="utf-8"))
     is_training = any("step_ms" in row for row in rows_to_show(result))
     if is_training:
-        figure = _training(result)
+        panels = _training(result)
     elif any("forward_parts_ms" in row for row in result["rows"]):
-        figure = _layer(result)
+        panels = _layer(result)
     else:
         raise ValueError(f"{source} has no measurements of training steps or of a layer")
-    about: dict[str, str | None] = {"Date": None}
-    if is_training:
-        about["Description"] = _mark(source)
+    look = config(PAPER)
+    look["title"] |= {"fontSize": 12, "fontWeight": "normal", "offset": 6}
+    look["axisX"] |= {"labelFlush": False, "tickCount": 6}
+    look["axisY"] = {"labelLimit": 0, "labelColor": PAPER.ink}
+    look["legend"] |= {"orient": "top", "columns": 5, "title": None}
+    spec = {"vconcat": panels, "config": look, "background": "white", "padding": 8}
     picture.parent.mkdir(parents=True, exist_ok=True)
-    fonts = "none" if is_training else "path"  # none: text stays text
-    # The same figures give the same file.
-    with mpl.rc_context({"svg.hashsalt": source.stem, "svg.fonttype": fonts}):
-        figure.savefig(picture, dpi=150, metadata=about if picture.suffix == ".svg" else None)
+    if picture.suffix == ".svg":
+        svg = vl_convert.vegalite_to_svg(spec)
+        mark = f"<desc>{html.escape(_mark(source))}</desc>" if is_training else ""
+        picture.write_text(svg.replace(">", f">{mark}", 1), encoding="utf-8")
+    else:
+        picture.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
 
 
 # Training steps: scripts/bench/train.py
 
 
-def _training(result: Result) -> Figure:
+def _training(result: Result) -> list[Spec]:
     """A panel for each routing and sitting, a bar for each row."""
     rows = rows_to_show(result)
     measured = [row for row in rows if "step_ms" in row]
     kinds = list(dict.fromkeys((row.get("routing"), row.get("sitting")) for row in measured))
-    panels = [
-        [row for row in rows if (row.get("routing"), row.get("sitting")) == kind] for kind in kinds
-    ]
-    heights = [len(panel) for panel in panels]
-    figure = Figure(figsize=(8, 1.1 + 0.34 * sum(heights) + 0.4 * len(panels)))
-    figure.set_layout_engine("constrained")
-    figure.set_facecolor("white")  # on a dark page too
-    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for axes, panel, kind in zip(all_axes[:, 0], panels, kinds, strict=True):
-        _bars(axes, panel)
+    most = max(row["tflops_per_gpu"]["max"] for row in measured)
+    dotted = any(row["stack"] != "ours" for row in measured)
+    axis = f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
+    panels = []
+    for kind in kinds:
         routing, sitting = kind
         title = [f"{routing} routing"] if routing else []
         title += [f"sitting {sitting}"] if len({kind[1] for kind in kinds}) > 1 else []
-        axes.set_title(", ".join(title), fontsize=9, loc="left")
-        if stock := best_stock(rows, panel[0]):
-            axes.axvline(stock["tflops_per_gpu"]["median"], color="#333333", lw=1, ls=":", zorder=0)
-    most = max(row["tflops_per_gpu"]["max"] for row in measured)
-    dotted = any(row["stack"] != "ours" for row in measured)
-    last = all_axes[-1, 0]
-    last.set_xlim(0, most * 1.12)
-    last.set_xlabel(
-        f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
-    )
-    return figure
+        panel = [row for row in rows if (row.get("routing"), row.get("sitting")) == kind]
+        stock = best_stock(rows, panel[0])
+        layers = _bars(
+            panel, stock["tflops_per_gpu"]["median"] if stock else None,
+            {"scale": {"domainMax": most}, "title": axis if kind == kinds[-1] else None},
+        )  # fmt: skip
+        panels.append({"title": ", ".join(title), "width": 320, "height": {"step": 26}} | layers)
+    return panels
 
 
-def _bars(axes: Axes, rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
-        if "step_ms" not in row:
-            axes.text(0, place, f" {failure(row)}", va="center", fontsize=8.5, color="#9b2c1f")
-            continue
-        speed = row["tflops_per_gpu"]
-        reach = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
-        axes.barh(
-            place, speed["median"], height=0.72, color=OURS if row["stack"] == "ours" else STOCK,
-            xerr=reach, error_kw={"ecolor": "black", "elinewidth": 1.2, "capsize": 3},
-        )  # fmt: skip
-        label = f"{speed['median']:,.1f}"
-        axes.annotate(
-            label, (speed["max"], place), xytext=(5, 0), textcoords="offset points",
-            va="center", fontsize=8.5, bbox={"color": "white", "pad": 0.5},
-        )  # fmt: skip
+def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
+    """Bars with whiskers and figures, and a dotted line at `best`; `across` is the axis of all."""
     names = [f"{training_name(row)}, micro-batch {row['micro_batch']}" for row in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=8.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    values = []
+    for place, row in enumerate(rows):
+        color = OURS if row["stack"] == "ours" else STOCK
+        if "step_ms" in row:
+            speed = row["tflops_per_gpu"]
+            shown = {**speed, "text": f"{speed['median']:,.1f}", "ink": PAPER.ink}
+        else:
+            shown = {"max": 0, "text": failure(row), "ink": FAILED}
+        values.append({"place": place, "color": color, **shown})
+
+    def x(field: str) -> Spec:
+        return {"field": field, "type": "quantitative", **across}
+
+    def as_it_is(field: str) -> Spec:
+        return {"field": field, "type": "nominal", "scale": None}
+
+    # By their places, since two rows may share a name.
+    axis = {"labelExpr": f"{json.dumps(names)}[datum.value]"}
+    y = {"field": "place", "type": "ordinal", "title": None, "axis": axis}
+    bar = {"type": "bar", "height": 18}
+    whisker = {"type": "errorbar", "ticks": {"size": 8}, "color": "black"}
+    dotted = {"type": "rule", "strokeDash": [2, 2], "color": "#333333"}
+    text = {"type": "text", "align": "left", "dx": 6, "fontSize": 12}
+    halo = text | {"stroke": "white", "strokeWidth": 4}  # the dotted line crosses no figure
+    figure = {"x": x("max"), "text": {"field": "text"}}
+    line = {"mark": dotted, "encoding": {"y": None, "x": {"datum": best}}}
+    return {
+        "data": {"values": values},
+        "encoding": {"y": y},
+        "layer": [
+            {"mark": bar, "encoding": {"x": x("median"), "color": as_it_is("color")}},
+            *([line] if best else []),
+            {
+                "transform": [{"filter": "isValid(datum.median)"}],
+                "mark": whisker,
+                "encoding": {"x": x("min"), "x2": {"field": "max"}},
+            },
+            {"mark": halo, "encoding": figure},
+            {"mark": text, "encoding": {**figure, "color": as_it_is("ink")}},
+        ],
+    }
 
 
 def alt_text(result: Result) -> str:
@@ -144,38 +164,39 @@ def _mark(source: Path) -> str:
 # One MoE layer: scripts/bench/layer.py
 
 
-def _layer(result: Result) -> Figure:
+def _layer(result: Result) -> list[Spec]:
     """A panel for each shape, a bar for each path; its pieces are the medians of the parts."""
     rows = [row for row in result["rows"] if "error" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure = Figure(figsize=(9, 0.9 + 1.5 * len(shapes)), layout="constrained")
-    all_axes = figure.subplots(len(shapes), 1, squeeze=False)
-    for axes, shape in zip(all_axes[:, 0], shapes, strict=True):
-        _stacked_bars(axes, [row for row in rows if row["shape"] == shape])
-    all_axes[-1, 0].set_xlabel("milliseconds, forward and backward")
-    handles = [Rectangle((0, 0), 1, 1, color=color) for color in PART_COLORS.values()]
-    labels = [part.replace("_", " ") for part in PART_COLORS]
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
-    figure.text(0.995, 0.002, machine_name(result), ha="right", fontsize=7, color="0.4")
-    return figure
+    panels = [_stacked_bars([row for row in rows if row["shape"] == shape]) for shape in shapes]
+    axis = f"milliseconds, forward and backward, on {machine_name(result)}"
+    panels[-1]["encoding"]["x"]["title"] = axis
+    return panels
 
 
-def _stacked_bars(axes: Axes, rows: Sequence[Row]) -> None:
+def _stacked_bars(rows: Sequence[Row]) -> Spec:
     first = rows[0]
-    axes.set_title(
-        f"{first['shape']}: hidden {first['hidden']}, experts {first['experts']} x {first['ffn']}, "
-        f"top {first['top_k']}, {first['rows_per_expert']} rows an expert",
-        fontsize=9, loc="left",
-    )  # fmt: skip
-    paths = [row["path"] for row in rows]
-    left = [0.0] * len(rows)
-    for part, color in PART_COLORS.items():
-        widths = [_both_passes(row, part) for row in rows]
-        axes.barh(paths, widths, left=left, color=color)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    names = {part: part.replace("_", " ") for part in PART_COLORS}
+    scale = {"domain": [*names.values()], "range": [*PART_COLORS.values()]}
+    values = [
+        {"path": row["path"], "part": name, "ms": _both_passes(row, part), "place": place}
+        for row in rows
+        for place, (part, name) in enumerate(names.items())
+    ]
+    return {
+        "title": f"{first['shape']}: hidden {first['hidden']}, experts {first['experts']} x "
+        f"{first['ffn']}, top {first['top_k']}, {first['rows_per_expert']} rows an expert",
+        "data": {"values": values},
+        "width": 640,
+        "height": {"step": 21},
+        "mark": {"type": "bar", "height": 17},
+        "encoding": {
+            "y": {"field": "path", "type": "nominal", "sort": None, "title": None},
+            "x": {"field": "ms", "type": "quantitative", "title": None},
+            "color": {"field": "part", "type": "nominal", "scale": scale},
+            "order": {"field": "place", "type": "quantitative"},
+        },
+    }
 
 
 def _both_passes(row: Row, part: str) -> float:

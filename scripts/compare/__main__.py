@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,7 +22,7 @@ from rich.table import Table
 from scripts import terminal
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.page.page import make_html
-from scripts.compare.picture import draw_gaps, draw_losses, save_png
+from scripts.compare.picture import save_png
 from scripts.compare.reading import reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
@@ -107,10 +106,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     runs = [run for arm in arms for run in arm.runs]  # repeats side by side
     baseline = arm_of(arms, first)
     table = make_table(runs, baseline)
-    draws: list[Callable[[Axes], None]] = [lambda axes: draw_losses(axes, runs)]
-    if len(runs) > 1:
-        draws.append(lambda axes: draw_gaps(axes, runs, baseline))
-    save_png(out / "compare.png", draws)
+    save_png(out / "compare.png", runs, baseline)
     page = make_html(runs, arms, baseline, table, out)
     (out / "compare.html").write_text(page, encoding="utf-8")
     data = make_json(runs, arms, baseline, table)

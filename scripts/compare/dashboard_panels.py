@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
+from scripts.compare.curves import Spec, across, up
 from train.profiling.step import PARTS
 
 TOKENS, STEP = "progress/tokens", "progress/step"
@@ -111,7 +111,7 @@ def gap_panel(chart: str, baseline: str) -> Panel:
 
 # W&B fills in ${field:...} and ${string:...}, and hands over one row per run and logged step. A
 # panel of W&B's own draws each run for itself, so the join of the runs has to be made here.
-GAP_CHART: dict[str, Any] = {
+GAP_CHART: Spec = {
     "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
     "title": "Gap of the training loss to ${string:baseline}, %",
     "data": {"name": "wandb"},
@@ -133,8 +133,8 @@ GAP_CHART: dict[str, Any] = {
     ],
     "mark": {"type": "line", "point": True},
     "encoding": {
-        "x": {"field": "tokens", "type": "quantitative", "title": "tokens"},
-        "y": {"field": "gap", "type": "quantitative", "title": "gap, %"},
+        "x": across("tokens", "tokens"),
+        "y": up("gap", "gap, %"),
         "color": {"field": "run", "type": "nominal"},
     },
 }

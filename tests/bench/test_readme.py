@@ -1,6 +1,7 @@
 """Tables and pictures between markers: from files of results, never out of date here."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -244,6 +245,16 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes() == drawn
     assert run(tmp_path, text)[0] == 0
     assert "126.0" in picture.read_text()
+
+
+def test_rows_of_one_name_have_bars_of_their_own(tmp_path: Path) -> None:
+    write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000)])
+    assert run(tmp_path, PICTURE)[0] == 0
+    svg = (tmp_path / "images" / "train_x.svg").read_text()
+    assert len(re.findall(r'aria-roledescription="bar"', svg)) == 2
+    assert len(re.findall(r">ours bf16, micro-batch \d+</text>", svg)) == 2
+    for figure in ("100.0", "90.0"):
+        assert f">{figure}</text>" in svg
 
 
 def test_same_figures_give_the_same_picture(tmp_path: Path) -> None:

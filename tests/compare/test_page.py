@@ -1,11 +1,12 @@
 """The comparison's page in a real headless browser: light and dark, desktop and phone."""
 
+import itertools
 import json
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tests.support.chromium import chromium
 from tests.support.made_up_runs import write_gpu_run, write_run
 
 SPEEDS = {"bf16": 41000, "fp8_baseline": 43800, "fp8_compact": 43900, "fp8_direct": 47800}
+CURVES = "#charts .mark-line path"
+READ = "document.querySelector('#tools input[type=range]').nextSibling.textContent"
+COUNT = "all => all.map((path) => path.getAttribute('d').split('L').length - 1)"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
@@ -52,7 +56,7 @@ class Opened:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
-        self.page.wait_for_selector("#charts path.curve")
+        self.page.wait_for_selector("#charts[aria-busy=false]")
 
     def __enter__(self) -> Any:
         return self.page
@@ -99,6 +103,34 @@ CONTRASTS = """(strokes) => {
 }"""
 
 
+# Of the curves of a chart, without the width of their strokes, and of the chart.
+EXTENTS = """(chart) => {
+  const sheet = [...chart.querySelectorAll(".mark-rect path")].at(-1).getBBox();
+  return [...chart.querySelectorAll(".mark-line path")].map((curve) => {
+    const box = curve.getBBox();
+    return [box.x, box.y, box.width, box.height, sheet.width, sheet.height];
+  });
+}"""
+Box = dict[str, float]
+
+
+def inside(box: Box, frame: Box) -> bool:
+    return all(
+        box[start] >= frame[start] - 1 and box[start] + box[size] <= frame[start] + frame[size] + 1
+        for start, size in (("x", "width"), ("y", "height"))
+    )
+
+
+def apart(one: Box, other: Box) -> bool:
+    """Whether neither text lies on the other; lines of text may touch."""
+    return (
+        one["x"] + one["width"] <= other["x"]
+        or other["x"] + other["width"] <= one["x"]
+        or one["y"] + one["height"] <= other["y"] + 2
+        or other["y"] + other["height"] <= one["y"] + 2
+    )
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_can_be_seen(
@@ -115,36 +147,32 @@ def test_page_can_be_seen(
         contrasts = page.evaluate(CONTRASTS)
         assert len(contrasts) > 150
         assert min(contrasts)[0] >= 4.5, min(contrasts)
-        curves = page.evaluate(CONTRASTS, "path.curve")
+        curves = page.evaluate(CONTRASTS, CURVES)
         assert len(curves) == 24  # six charts of four runs
         assert min(curves)[0] >= 3, min(curves)
 
-        # Every chart has four curves of as many points as the run has lines, inside its frame.
-        charts = page.query_selector_all("figure.chart")
-        assert len(charts) == 6
+        # Every chart has four curves of as many points as the run has lines, inside the drawing.
+        frame = page.query_selector("#charts svg").bounding_box()
+        assert frame["width"] <= room
+        charts = [page.query_selector(f"#charts .concat_{place}_group") for place in range(6)]
         for chart in charts:
-            frame = chart.query_selector("svg").bounding_box()
-            assert frame["width"] > 300
-            assert frame["height"] > 150
-            drawn = chart.query_selector_all("path.curve")
-            assert [curve.get_attribute("data-run") for curve in drawn] == list(SPEEDS)
+            drawn = chart.query_selector_all(".mark-line path")
+            assert [curve.get_attribute("aria-label") for curve in drawn] == list(SPEEDS)
             for curve in drawn:
-                numbers = re.findall(r"[ML]([\d.-]+) ([\d.-]+)", curve.get_attribute("d"))
-                assert len(numbers) == 20
-                assert all(0 <= float(x) <= frame["width"] for x, _ in numbers)
-                assert all(0 <= float(y) <= frame["height"] for _, y in numbers)
-        # No text of an axis lies on another.
-        for chart in charts:
-            boxes = [text.bounding_box() for text in chart.query_selector_all("svg text")]
-            for index, one in enumerate(boxes):
-                for other in boxes[index + 1 :]:
-                    apart = (
-                        one["x"] + one["width"] <= other["x"]
-                        or other["x"] + other["width"] <= one["x"]
-                        or one["y"] + one["height"] <= other["y"] + 2
-                        or other["y"] + other["height"] <= one["y"] + 2
-                    )
-                    assert apart, "labels of an axis overlap"
+                assert len(re.findall(r"[ML]", curve.get_attribute("d"))) == 20
+            for x, y, width, height, plot_width, plot_height in chart.evaluate(EXTENTS):
+                assert plot_width > 290
+                assert width == pytest.approx(plot_width, abs=1)
+                assert x == pytest.approx(0, abs=1)
+                assert y >= -0.1
+                assert y + height <= plot_height + 0.1
+        # A title, five numbers or more along each axis, its name, and four that are read off.
+        texts = [text for text in page.query_selector_all("#charts svg text") if text.inner_html()]
+        assert len(texts) > 6 * (1 + 4 + 4 + 1 + 4)
+        boxes = [text.bounding_box() for text in texts]
+        assert [box for box in boxes if not inside(box, frame)] == []
+        for one, other in itertools.combinations(boxes, 2):
+            assert apart(one, other), "texts of the charts overlap"
 
         # The pixels themselves: the curves' colours are there.
         colours = set(Image.open(picture).convert("RGB").getdata())
@@ -215,41 +243,136 @@ def test_step_parts_are_stacked_to_scale(browser: Any, page_file: Path) -> None:
         assert len(set(colours)) == len(colours) == 14
 
 
-def test_curves_can_be_read_hidden_and_zoomed(browser: Any, page_file: Path) -> None:
+def readouts(page: Any, chart: int) -> list[str]:
+    """The numbers over a chart."""
+    groups = page.query_selector_all("#charts .mark-text.role-mark")
+    found = [[t.inner_html() for t in group.query_selector_all("text")] for group in groups]
+    return [texts for texts in found if texts not in (["tokens"], ["step"])][chart]
+
+
+def plot(page: Any) -> Box:
+    """Where the curves of the first chart are; scrolled to."""
+    sheet = page.query_selector_all("#charts .concat_0_group .mark-rect path")[-1]
+    sheet.scroll_into_view_if_needed()
+    return sheet.bounding_box()
+
+
+def tooltip(page: Any) -> tuple[str, dict[str, str]]:
+    """Its head, and a value by the name of a run."""
+    tip = page.wait_for_selector("#vg-tooltip-element.visible")
+    rows = [row.inner_text().split("\t") for row in tip.query_selector_all("tr")]
+    values = {name.strip(): value.strip() for name, value in rows}
+    return tip.query_selector("h2").inner_text(), values
+
+
+def logged(page_file: Path, metric: str, place: int) -> Any:
+    """What each run logged in a line of its metrics, as it is shown: with four digits behind."""
+    folders = [page_file.parent.parent / path for path in SPEEDS]
+    lines = [(folder / "metrics.jsonl").read_text().splitlines()[place] for folder in folders]
+    return pytest.approx([json.loads(line)[metric] for line in lines], abs=1.01e-4)
+
+
+def numbers(texts: Iterable[str]) -> list[float]:
+    return [float(text.replace(",", "")) for text in texts]
+
+
+def wait_until(page: Any, condition: str) -> None:
+    page.wait_for_function(condition, timeout=10_000)
+
+
+def test_curves_are_read_by_pointer_and_keyboard(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as page:
-        svg = page.query_selector("figure.chart svg")
-        svg.scroll_into_view_if_needed()
-        box = svg.bounding_box()
-        page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 60)
-        tip = page.query_selector("figure.chart .tip")
-        said = tip.inner_text().split("\n")
-        assert said[0] == "6,400 tokens"
-        shown = dict(zip(said[1::2], said[2::2], strict=True))
-        rows = (page_file.parent.parent / "bf16" / "metrics.jsonl").read_text().splitlines()
-        loss = float(re.findall(r'"loss/train": ([\d.]+)', rows[-1])[0])
-        assert float(shown["bf16"]) == pytest.approx(loss, abs=1e-4)
-        assert set(shown) == set(SPEEDS)
+        # What is read off is the end, until somebody asks.
+        assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", -1)
+        curve = plot(page)
+        middle = curve["x"] + curve["width"] * 9 / 19 + 2  # at the tenth of twenty points
+        page.mouse.move(middle - 100, curve["y"] + 60)
+        page.mouse.move(middle, curve["y"] + 60)
+        wait_until(page, "document.querySelector('#vg-tooltip-element h2')?.innerText[0] === '3'")
+        head, values = tooltip(page)
+        assert head == "3,200 tokens"
+        assert list(values) == list(SPEEDS)
+        assert numbers(values.values()) == logged(page_file, "loss/train", 9)
+        assert readouts(page, 0) == list(values.values())
+        speeds = logged(page_file, "throughput/tokens_per_sec", 9)
+        speeds.abs = 0.501
+        assert numbers(readouts(page, 2)) == speeds
 
-        hide = "#legend button:has-text('fp8_direct')"
-        page.click(hide)
-        assert len(page.query_selector_all("path.curve")) == 18
-        assert page.get_attribute(hide, "aria-pressed") == "false"
-        page.click(hide)
+        page.click("#tools input[value=step]")
+        page.focus("#tools input[type=range]")
+        page.keyboard.press("ArrowLeft")
+        wait_until(page, f"{READ} === '90'")
+        assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", 8)
 
-        whole = page.get_attribute("path.curve", "d").count("L")
-        page.mouse.move(box["x"] + 60 + box["width"] * 0.2, box["y"] + 60)
+
+def test_curves_can_be_hidden_and_zoomed(browser: Any, page_file: Path) -> None:
+    def points() -> int:
+        return page.get_attribute(CURVES, "d").count("L")
+
+    with Opened(browser, page_file) as page:
+        hide = "#legend label:has-text('fp8_direct') input"
+        page.uncheck(hide)
+        wait_until(page, f"document.querySelectorAll('{CURVES}').length === 18")
+        assert "fp8_direct" not in page.eval_on_selector_all(
+            CURVES, "all => all.map((path) => path.ariaLabel)"
+        )
+        assert len(readouts(page, 0)) == 3
+
+        box = plot(page)
+        whole = points()
+        assert whole == 19
+        page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + 60)
         page.mouse.down()
-        page.mouse.move(box["x"] + 60 + box["width"] * 0.5, box["y"] + 60)
+        page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 60)
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
         page.mouse.up()
-        zoomed = page.get_attribute("path.curve", "d").count("L")
+        wait_until(page, f"document.querySelector('{CURVES}').getAttribute('d').length < 150")
+        zoomed = points()
         assert 2 <= zoomed < whole / 2
-        page.click("#reset")
-        assert page.get_attribute("path.curve", "d").count("L") == whole
+        # All charts show the same part; and they do so when the window has another width.
+        assert set(page.eval_on_selector_all(CURVES, COUNT)) == {zoomed}
+        page.set_viewport_size({"width": 600, "height": 900})
+        wait_until(page, "document.querySelector('#charts svg').clientWidth < 600")
+        page.wait_for_selector("#charts[aria-busy=false]")
+        assert page.eval_on_selector_all(CURVES, COUNT) == [zoomed] * 18
+        assert not page.is_checked(hide)
+        assert page.query_selector_all("#legend input")[0].is_checked()
 
-        page.click("#tools button:has-text('x axis')")
-        svg.focus()
-        page.keyboard.press("ArrowRight")
-        assert tip.inner_text().startswith("step 10")
+        page.check(hide)
+        box = plot(page)
+        page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + 100)
+        wait_until(page, f"({COUNT})([...document.querySelectorAll('{CURVES}')])[23] === 19")
+
+
+def test_a_finger_reads_and_does_not_zoom(browser: Any, page_file: Path) -> None:
+    with Opened(browser, page_file, size="phone") as page:
+        box = plot(page)
+        y = box["y"] + 80
+        page.touchscreen.tap(box["x"] + box["width"] * 5 / 19, y)
+        wait_until(page, f"{READ} === '60'")
+        assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", 5)
+        fingers = page.context.new_cdp_session(page)
+        for kind, places in (("Start", (5,)), ("Move", (7, 9, 11)), ("End", ())):
+            for place in places or (None,):
+                x = box["x"] + box["width"] * (place or 0) / 19
+                points = [] if place is None else [{"x": x, "y": y}]
+                fingers.send(
+                    "Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points}
+                )
+        wait_until(page, f"{READ} === '120'")
+        assert numbers(readouts(page, 0)) == logged(page_file, "loss/train", 11)
+        assert page.eval_on_selector_all(CURVES, COUNT) == [19] * 24
+
+
+def test_the_page_may_not_ask_a_network(browser: Any, page_file: Path) -> None:
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(page_file.as_uri())
+    answer = "fetch('http://127.0.0.1:9/').then(() => 'loaded', () => 'refused')"
+    assert page.evaluate(answer) == "refused"
+    assert any("Content Security Policy" in text for text in said)
+    page.close()
 
 
 def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None:
@@ -267,12 +390,19 @@ def test_on_a_cpu_no_path_is_called_faster(browser: Any, tmp_path: Path) -> None
         assert page.query_selector("#routing") is None
 
 
-def test_names_do_not_break_out(browser: Any, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "x<script><b>&", "bf16", config={"run": {"name": "a"}})
+@pytest.mark.parametrize("name", ["x<script><b>&", "a\"'\\b {x} ${y}[0]", "title"])
+def test_names_do_not_break_out(browser: Any, tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "a", "bf16").rename(tmp_path / name)
     assert main([str(folder)]) == 0
     with Opened(browser, tmp_path / "compare" / "compare.html") as page:
-        assert page.inner_text("#legend button") == "x<script><b>&"
+        assert page.inner_text("#legend label") == name
         assert page.query_selector("#legend b") is None
+        box = plot(page)
+        page.mouse.move(box["x"] + 50, box["y"] + 50)
+        page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 50)
+        wait_until(page, "document.querySelector('#vg-tooltip-element h2')?.innerText[0] === '6'")
+        assert tooltip(page) == ("6,400 tokens", {name: "3.0000"})
+        assert page.query_selector("#vg-tooltip-element b") is None
 
 
 @pytest.mark.slow

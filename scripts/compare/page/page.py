@@ -1,33 +1,31 @@
 """The page of a comparison: one file, nothing from the network.
 
-What needs no script is HTML from `sections.py` and `parts.py`. `page.js` draws the curves from the
-data that is put into the page. The drawing is our own, since it is little, and a charting library
-inside every page would be much.
+What needs no script is HTML from `sections.py` and `parts.py`. The curves are drawn by Vega-Lite,
+which is put into the page with the specification of `interaction.py`.
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+
+import vl_convert
 
 from scripts.compare.arms import Arm
-from scripts.compare.colors import COLORS, WIDE
+from scripts.compare.colors import COLORS
 from scripts.compare.page import parts, sections
 from scripts.compare.page.html import Html, fill, join
-from scripts.compare.reading import on_cpu, partner, reading, warnings
+from scripts.compare.page.interaction import make_charts
+from scripts.compare.reading import reading, warnings
 from scripts.compare.runs import Run
 from scripts.compare.table import Row
 
 HERE = Path(__file__).parent
 
-Values = dict[int, float]
-"""By step."""
-
-
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'">
 <title>{title}</title><style>
 {css}</style></head><body>
 <h1>Runs compared: {title}</h1>
@@ -43,8 +41,9 @@ the middle half of the logged steps.</p>{table}</section>
 <section id="curves"><h2>Curves</h2>
 <div class="controls"><span id="legend" class="controls"></span>
 <span id="tools" class="controls"></span></div>
-<p class="small">Point at a curve to read it, click a run to hide it, drag to zoom.</p>
-<div id="charts" class="charts"></div>
+<p class="small">Point at a chart to read it, or move the slider; untick a run to hide it; drag to
+zoom, double-click to see all.</p>
+<div id="charts"></div>
 <noscript><p class="warn">The curves need JavaScript; compare.png shows the losses without
 it.</p></noscript></section>
 {breakdown}
@@ -53,43 +52,11 @@ it.</p></noscript></section>
 {differences}</section>
 <section id="method"><h2>How it is counted</h2>{method}</section>
 <section id="origin"><h2>Where it comes from</h2>{origin}</section>
-<script type="application/json" id="data">{data}</script>
+<script type="application/json" id="specification">{charts}</script>
 <script>
 {script}</script>
 </body></html>
 """
-
-
-class Curve(TypedDict):
-    """A run as `page.js` knows it, with its x values."""
-
-    index: int
-    name: str
-    path: str
-    step: list[int]
-    tokens: list[float | None]
-    repeat: int
-    """How many runs of the same path come before it."""
-    under: bool
-    """Drawn wide, below the others."""
-
-
-class Chart(TypedDict):
-    """What is drawn in one pair of axes: y values for each run."""
-
-    title: str
-    unit: str
-    zero: bool
-    """Whether there is a line at 0."""
-    series: list[list[float | None]]
-    dots: NotRequired[list[list[float | None]]]
-
-
-class Data(TypedDict):
-    """What the page's script draws."""
-
-    runs: list[Curve]
-    charts: list[Chart]
 
 
 def make_html(
@@ -103,12 +70,12 @@ def make_html(
         fill("<li>{line}</li>", line=join(line.split(" %"), space))
         for line in reading(runs, arms, baseline)
     )
-    # A name must not end the script that the data is in.
-    data = json.dumps(make_data(runs, baseline), allow_nan=False).replace("<", "\\u003c")
+    # A name must not end the script that it is in.
+    charts = json.dumps(make_charts(runs, baseline), allow_nan=False).replace("<", "\\u003c")
     return fill(
         TEMPLATE,
         title=" / ".join(dict.fromkeys(run.path for run in runs)),
-        css=Html(path_colors() + css),
+        css=Html(path_colors() + run_colors(runs) + css),
         summary=sections.summary(runs),
         notes=join(fill('<p class="warn">{note}</p>', note=note) for note in warnings(runs)),
         verdicts=sections.verdicts(runs, arms, baseline),
@@ -119,8 +86,8 @@ def make_html(
         differences=sections.differences(runs),
         method=sections.method(runs, baseline),
         origin=sections.origin(runs, out),
-        data=Html(data),
-        script=Html(script),
+        charts=Html(charts),
+        script=Html(vl_convert.javascript_bundle(script)),
     )
 
 
@@ -131,77 +98,9 @@ def path_colors() -> str:
     return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
-def make_data(runs: Sequence[Run], baseline: Arm) -> Data:
-    """Lists of one run are equally long; None stands where a step has no value, or none that is
-    finite.
-    """
-    steps = [[row["progress/step"] for row in run.rows] for run in runs]
-
-    def gaps(run: Run) -> Values:
-        ours, theirs = run.series("loss/train"), partner(run, baseline).series("loss/train")
-        return {
-            step: (loss - theirs[step]) / theirs[step] * 100
-            for step, loss in ours.items()
-            if theirs.get(step)
-        }
-
-    def metric(name: str) -> Callable[[Run], Values]:
-        return lambda run: run.series(name)
-
-    emulated = " (CPU, emulated)" if on_cpu(runs) else ""
-    wanted: list[tuple[str, str, Callable[[Run], Values]]] = [
-        ("Training loss", "", metric("loss/train")),
-        (f"Gap of the training loss to {baseline.name}, %", " %", gaps),
-        (f"Tokens per second{emulated}", "", metric("throughput/tokens_per_sec")),
-        ("Peak GPU memory, GiB", " GiB", metric("memory/peak_allocated_gib")),
-        ("Busiest expert over the mean", "", metric("moe/max_expert_load")),
-        ("Gradient norm", "", metric("optim/grad_norm")),
-    ]
-    charts: list[Chart] = []
-    for title, unit, values in wanted:
-        if len(runs) == 1 and values is gaps:
-            continue
-        found = [values(run) for run in runs]
-        if not any(map(math.isfinite, (v for one in found for v in one.values()))):
-            continue
-        chart: Chart = {
-            "title": title,
-            "unit": unit,
-            "zero": values is gaps,
-            "series": _lists(found, steps),
-        }
-        if title == "Training loss":
-            valid = [run.series("loss/valid") for run in runs]
-            if any(valid):
-                chart["title"] = "Training loss (dots: validation)"
-                chart["dots"] = _lists(valid, steps)
-        charts.append(chart)
-    described: list[Curve] = []
-    for index, run in enumerate(runs):
-        tokens = run.series("progress/tokens")
-        described.append(
-            {
-                "index": index,
-                "name": run.name,
-                "path": run.path,
-                "step": steps[index],
-                "tokens": [_number(tokens.get(step, math.nan)) for step in steps[index]],
-                "repeat": sum(other.path == run.path for other in runs[:index]),
-                "under": run.path == WIDE,
-            }
-        )
-    return {"runs": described, "charts": charts}
-
-
-def _lists(found: Sequence[Values], steps: Sequence[Sequence[int]]) -> list[list[float | None]]:
-    return [
-        [_number(values.get(step, math.nan)) for step in own]
-        for values, own in zip(found, steps, strict=True)
-    ]
-
-
-def _number(value: float) -> float | None:
-    """Seven digits are more than a screen shows; tokens are whole. JSON has no NaN."""
-    if not math.isfinite(value):
-        return None
-    return int(value) if value == int(value) else float(f"{value:.7g}")
+def run_colors(runs: Sequence[Run]) -> str:
+    """CSS: the colour of the run that a control is for, as --run."""
+    return "".join(
+        f"#legend > :nth-child({place}) {{ --run: var(--{run.path}) }}\n"
+        for place, run in enumerate(runs, start=1)
+    )
