@@ -17,13 +17,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from scripts import terminal
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import draw_gaps, draw_losses, save_png
+from scripts.compare.printed import print_table
 from scripts.compare.reading import reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
@@ -62,16 +61,6 @@ def make_json(
             for index, run in enumerate(runs)
         ],
     }
-
-
-def print_table(console: Console, runs: Sequence[Run], table: Sequence[Row]) -> None:
-    shown = Table()
-    shown.add_column("run", no_wrap=True)
-    for run in runs:
-        shown.add_column(escape(run.name), justify="right", overflow="fold", min_width=6)
-    for row in table:
-        shown.add_row(escape(row.label), *(escape(cell.text) for cell in row.cells))
-    console.print(shown)
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -121,7 +110,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         console.print(f"- {text}", markup=False)
     for text in warnings(runs):
         console.print(f"! {text}", markup=False)
-    console.print(f"{out / 'compare.html'}  {out / 'compare.png'}", markup=False, soft_wrap=True)
+    for name in ("compare.html", "compare.png"):
+        console.print(str(out / name), markup=False, soft_wrap=True)
     return 0
 
 
