@@ -1,4 +1,4 @@
-"""The table of a comparison on a terminal, in which no cell wraps, however narrow the terminal is."""
+"""The table of a comparison on a terminal. No cell wraps, however narrow the terminal is."""
 
 import re
 from collections.abc import Sequence

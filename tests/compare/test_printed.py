@@ -58,9 +58,9 @@ def test_runs_that_do_not_fit_beside_each_other_go_below(tmp_path, width):
     tables = sum(line.startswith("final train loss") for line in lines)
     assert tables > 1
     for label, *cells in rows:
-        here = [line.removeprefix(label).split() for line in lines if line.startswith(label)]
+        here = [line.removeprefix(label) for line in lines if line.startswith(label)]
         assert len(here) == tables
-        assert sum(here, []) == " ".join(cells).split()
+        assert " ".join(here).split() == " ".join(cells).split()
 
 
 def test_a_wide_terminal_gets_whole_names(tmp_path):

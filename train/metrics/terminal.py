@@ -14,7 +14,6 @@ from train.metrics import flops
 from train.parallel import Ranks
 from train.preflight import resolve_dtype
 
-
 WIDTH = 100
 """Columns that a printed line takes at most, unless it is a single word such as a long path."""
 INDENT = 10
