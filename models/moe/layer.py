@@ -16,7 +16,7 @@ from models.moe.runtime import GPTConfig
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router, whose choice stays the lists that its top-k makes.
+    """megatron-core's top-k router, which returns its choice as the lists that its top-k makes.
 
     `entropy` is a float32 scalar on the device: of the last training batch's probabilities over
     all experts, mean of tokens, 1 where every expert is as likely. It costs a few small kernels,

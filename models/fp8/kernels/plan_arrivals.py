@@ -1,4 +1,4 @@
-"""Which tokens come to this rank, and in which order, planned on the device in two launches.
+"""Which tokens arrive at this rank, and in which order, planned on the device in two launches.
 
 Every rank's tokens are cut into chunks, and a program has one of them, twice:
 
@@ -6,9 +6,9 @@ Every rank's tokens are cut into chunks, and a program has one of them, twice:
     place   what earlier chunks have, which each program adds up for itself, and the position within
             the chunk: that is a token's row, and everything known of it is written there
 
-A token that does not come is given a row too, behind all that do, so that every row is written once
-by whoever owns it and nothing has to be filled first. For 2 ranks of 16,384 tokens and 8 experts
-each, 8 MB are moved in all: what costs is the two launches.
+A token that does not come gets a row too, after all that do, so that every row is written once by
+the program that owns it and nothing has to be filled first. For 2 ranks of 16,384 tokens and 8
+experts each, 8 MB are moved in all: the cost is the two launches.
 
 Nothing waits: how many arrive stays on the device, `ends[-1]`.
 """

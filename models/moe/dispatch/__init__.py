@@ -1,4 +1,4 @@
-"""What moves tokens between ranks: one interface, three implementations, and who is taken where."""
+"""What moves tokens between ranks: one interface, three implementations, and the choice of one."""
 
 import os
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -13,15 +13,15 @@ from models.fp8.tensor import BlockScaledTensor, Layout, ceil_div
 from models.moe.dispatch.all_to_all import AllToAll
 
 Handle = TypeVar("Handle")
-"""The way of one dispatch, which the backward pass and combine take again."""
+"""The routing of one dispatch, which combine and the backward pass reuse."""
 
 Rows = TypeVar("Rows", Tensor, BlockScaledTensor)
-"""Rows of tokens as they travel: in high precision, or in FP8 with their scales."""
+"""Rows of tokens as they are sent: in high precision, or in FP8 with their scales."""
 
 V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
-"""Paths for which `auto` and `deep_ep` take DeepEP v2 where both versions can run; for the others
-v1. `fp8_fused` is there because v2 alone expands. Another one belongs here when v2 has been
-measured to be faster for it."""
+"""Paths for which `auto` and `deep_ep` choose DeepEP v2 where both versions can run; the others get
+v1. `fp8_fused` is here because only v2 expands. Add a path once v2 has been measured to be faster
+for it."""
 
 
 class Dispatcher(Protocol[Handle]):
@@ -38,10 +38,10 @@ class Dispatcher(Protocol[Handle]):
         """Why the host waits in each first `dispatch` whatever `wait` says; None if it does not."""
 
     def mark(self) -> Any:
-        """The count behind `bytes_sent` as it is now, without waiting for it."""
+        """The current count behind `bytes_sent`, without waiting for it."""
 
     def rewind(self, mark: Any) -> None:
-        """Count on from there."""
+        """Continue counting from there."""
 
     def dispatch(
         self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
@@ -79,7 +79,8 @@ def can_expand(dispatcher: Dispatcher) -> TypeGuard[ExpandingDispatcher]:
 def choose(
     model: ModelConfig, moe: MoEConfig, device: str, group: dist.ProcessGroup, ops: Operations
 ) -> tuple[Dispatcher, str]:
-    """DeepEP where `moe.dispatch` and this machine allow it, else all_to_all; which, for the user.
+    """DeepEP where `moe.dispatch` and this machine allow it, else all_to_all; and a line for the
+    user.
 
     All ranks of the group together, as DeepEP allocates its buffer with all of them.
     """
