@@ -1,4 +1,4 @@
-"""A run's folder before anything is written into it: what is in the way there is one line."""
+"""Checks a run's folder before anything is written into it; one line names what is in the way."""
 
 import errno
 import os

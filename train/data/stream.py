@@ -74,7 +74,7 @@ class Stream(IterableDataset):
     def epoch(self, number: int) -> Iterator[np.ndarray]:
         """One pass over this rank's documents: sequences, integers [seq_len + 1]."""
         self.sequences.set_epoch(number)
-        # Not a plain loop over them, which shuffles otherwise in a worker process than outside.
+        # Not a plain loop over them, which shuffles differently in a worker process.
         for rows in self.sequences.iter(batch_size=1):
             yield np.asarray(rows["tokens"][0])
 

@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit, for whoever compares two results."""
+"""The machine, the versions and the commit, so that two results can be compared."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def describe_environment(device: torch.device, world_size: int) -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as CUDA reports it, or the CPU's as the system does."""
+    """The GPU's name as CUDA reports it, or the CPU's as the system reports it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
@@ -64,8 +64,8 @@ def commit() -> str | None:
     if said := os.environ.get("SOURCE_COMMIT"):
         return said
     name = _git("describe", "--always", "--abbrev=12")
-    # Not `describe --dirty`, which writes the index: killed in between, it would leave a lock there
-    # that is in the way of everybody.
+    # Not `describe --dirty`, which writes the index: if killed, it would leave a lock that blocks
+    # every later git command.
     changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     return f"{name}-dirty" if name and changes else name or None
 

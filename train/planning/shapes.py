@@ -12,7 +12,8 @@ from models.moe.room import PARTS, SPARE
 from train.config import Config
 
 UNEVEN = 1.2
-"""Assumed where the router chooses: the fullest rank of a group gets so many times its share."""
+"""An assumption where the router chooses: the most loaded rank of a group gets this many times its
+share."""
 
 BYTES = {"fp32": 4, "bf16": 2}
 
