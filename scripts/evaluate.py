@@ -31,10 +31,10 @@ from train.data.batches import Batch, Corpus, make_batch
 def loss_of(
     found: Trained, device: str, path: str | None, whole: bool, batches: int | None
 ) -> dict[str, Any]:
-    """Over validation sequences, or with `whole` over all: `loss` (nats a token), `bits_per_byte`
+    """Evaluate validation sequences, or with `whole` all: `loss` (nats a token), `bits_per_byte`
     (absent where the tokens stand for no text), `tokens`, `bytes`, and what was computed how.
 
-    batches: at most so many micro-batches of `whole`. Raises ConfigError.
+    batches: at most this many micro-batches of `whole`. Raises ConfigError.
     """
     config = found.config
     tokenizer = found.fitting_tokenizer()
@@ -66,7 +66,7 @@ def loss_of(
 
 
 def check_batch(config: Config) -> None:
-    """Raises ConfigError where micro-batches do not make up the global batch."""
+    """Raises ConfigError where micro-batches do not divide the global batch."""
     train = config.train
     if config.global_batch(1) % train.micro_batch:
         raise ConfigError(
@@ -100,7 +100,7 @@ def with_data(found: Trained, source: str | None, keys: list[str], batches: int 
     if found.weights is None and source is None and not {"data.path", "data.name"} & set(given):
         raise ConfigError(
             f"{found.path} does not say what it was validated on; name text with --data, or the "
-            "training's with data.path=... or data.name=..."
+            "run's with data.path=... or data.name=..."
         )
     return found.with_keys(keys)
 
@@ -158,11 +158,11 @@ def positive(text: str) -> int:
     with suppress(ValueError):
         if int(text) > 0:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.evaluate",
         description=__doc__,

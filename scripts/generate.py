@@ -1,8 +1,9 @@
-"""Complete a prompt with a model that scripts.export has written, on a GPU or a CPU:
+"""Complete a prompt with a model written by scripts.export, on a GPU or a CPU:
 
     python -m scripts.generate model.safetensors "def " [--tokens 200] [--temperature 0.8]
 
-Every token is predicted from all before it, without a cache: short, and slow for long texts.
+Every token is predicted from all tokens before it, without a cache: simple code, but slow for long
+texts.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def _number(kind: type[Number], most: float) -> Callable[[str], Number]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.generate",
         description=__doc__,
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
     options = parser.parse_args(arguments)
-    # What of the prompt is no UTF-8 comes as characters that nothing can encode.
+    # Bytes of the prompt that are not UTF-8 arrive as surrogates, which cannot be encoded.
     prompt = options.prompt.encode("utf-8", "replace").decode()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

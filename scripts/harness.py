@@ -1,6 +1,7 @@
 """Tasks of EleutherAI's lm_eval on a trained model, through lm_eval's own class for transformers.
 
-A model that is not in Hugging Face's layout is exported first, so what others load is evaluated.
+A model that is not in Hugging Face's layout is exported first, so the exported model is what is
+evaluated.
 """
 
 import importlib.util
@@ -57,7 +58,7 @@ def evaluate(
 
 @contextmanager
 def _exported(found: Trained) -> Iterator[Path]:
-    """A folder for transformers, as long as it is looked at."""
+    """A folder for transformers, which exists inside the `with`."""
     assert found.weights is not None
     with tempfile.TemporaryDirectory(prefix="evaluate-") as parent:
         folder = Path(parent) / "hf"
@@ -70,7 +71,7 @@ def _figures(row: dict[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in row.items()
-        if "," in name and isinstance(value, int | float)  # how many examples there were has none
+        if "," in name and isinstance(value, int | float)  # the number of examples has none
     }
 
 

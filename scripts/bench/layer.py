@@ -6,11 +6,10 @@
     python -m scripts.bench.layer --plot docs/results/moe_layer.json    # the picture alone
 
 The layer is `Experts` alone (scripts/bench/layer_setup.py), with even routing and without router,
-FSDP or optimizer. Weights and activations are BF16. Paths take turns: a round is one call that is
-not timed and a few that are, for each path, and one more with timers between its parts. Times are
-CUDA events around forward and around backward, so they hold the host's work too where the GPU waits
-for it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only
-copy.
+FSDP or optimizer. Weights and activations are BF16. Paths alternate: a round is, for each path, one
+call that is not timed, a few that are, and one more with timers between its parts. Times are CUDA
+events around forward and around backward, so they include the host's work where the GPU waits for
+it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only copy.
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
@@ -135,7 +134,7 @@ def bench(
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes free on the fullest of the ranks' GPUs, so that all take the same shape."""
+    """Free bytes on the rank's GPU with the fewest, so that all ranks choose the same shape."""
     if device.type != "cuda":
         return None
     free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)

@@ -6,23 +6,23 @@
         [--minutes 25] [--sitting NAME] [--out docs/results] [key=value ...]
 
 Stacks are named as scripts/bench/stacks.py says. All have the same ranks, shape, batches, AdamW and
-routing. Each runs in processes of its own (scripts/bench/measure.py), so that none starts from
-another's memory or leaves it anything:
+routing. Each runs in processes of its own (scripts/bench/measure.py), so that none is affected by
+another's memory:
 
 1. Each is screened once, at the micro-batches of `--screen`.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
-   rotated, and turned round every second time, so that it favours nobody.
+   rotated, and reversed every second time, so that it favours no stack.
 
-Writes `train_<config>.json` after every process. What is there already is not measured again: with
-`--minutes` a long plan is spread over several sittings, on one machine each. Every sitting measures
-the anchors too, and rows say whose they are: speeds are compared within a sitting.
+Writes `train_<config>.json` after every process. What has been measured is not measured again: with
+`--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
+measures the anchors, and rows name their sitting: speeds are compared within a sitting.
 
 Natural routing (`--routings natural`) trains the real router on the config's text and drops
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,
 on random tokens.
 
-A stack that fails gets a row with `error`, and the others go on. Exit codes: 0 done, or the minutes
-are over; 2 bad input, said in one line.
+A stack that fails gets a row with `error`, and the others continue. Exit codes: 0 done, or the
+minutes are over; 2 bad input, reported in one line.
 """
 
 import argparse
@@ -52,11 +52,11 @@ from train.config import Config, ConfigError, check_world
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN_STEPS, SCREEN_WARMUP = 5, 6
 PROCESS_MINUTES = 1.5
-"""What to leave for a process that has not run yet."""
+"""Minutes to reserve for a process that has not run yet."""
 
 
 class Sitting:
-    """One stretch of time on one machine: starts processes, and writes down what they find."""
+    """A session on one machine: starts processes, and records their results."""
 
     def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
         self.arguments, self.content, self.path = arguments, content, path
@@ -65,7 +65,7 @@ class Sitting:
         self.longest = PROCESS_MINUTES * 60
 
     def is_over(self) -> bool:
-        """Whether the next process might not end within the minutes."""
+        """Whether the next process may not end within the minutes."""
         minutes = self.arguments.minutes
         return minutes and time.monotonic() - self.began + self.longest > minutes * 60
 
@@ -153,7 +153,7 @@ class Sitting:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Whatever of it is still there: a rank that hangs keeps its GPU's memory."""
+    """Kill what is left of it: a rank that hangs keeps its GPU's memory."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -162,7 +162,7 @@ def _end(process: subprocess.Popen) -> None:
 def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:
     """The stacks in this repeat's order: rotated by one each time, and every second time backward.
 
-    In twice as many repeats as there are stacks, each is before any other as often as after it.
+    In twice as many repeats as there are stacks, each runs before any other as often as after it.
     """
     start = repeat // 2 % len(specs)
     order = [*specs[start:], *specs[:start]]
@@ -201,7 +201,7 @@ def bench(arguments: argparse.Namespace) -> int:
     sitting = Sitting(arguments, content, path)
     for routing in arguments.routings:
         if not measure_routing(sitting, specs, anchors, routing, configs):
-            print(f"{arguments.minutes} minutes are over; the same command goes on")
+            print(f"{arguments.minutes} minutes are over; the same command continues")
             break
     table(content, sitting.name, path)
     return 0
@@ -214,7 +214,7 @@ def measure_routing(
     routing: str,
     configs: dict[tuple[Spec, str], Config],
 ) -> bool:
-    """What is missing of one routing; whether there was time for all of it."""
+    """Measure what is missing of one routing; returns whether there was time for all of it."""
     gpus, content = sitting.arguments.gpus, sitting.content
     for spec in specs:
         if any(train_rows.is_of(row, spec, routing, gpus) for row in content["screening"]):
@@ -256,7 +256,7 @@ def measure_routing(
 
 def table(content: dict[str, Any], sitting: str, path: Path) -> None:
     """What this sitting measured, for the terminal."""
-    # Into a log file the table goes whole, whatever width a terminal would have.
+    # A log file gets the whole table, whatever the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 150)
     shown = Table(title=f"{path}, sitting {sitting}")
     for name in ("stack", "routing", "micro-batch", "repeats", "ms/step", "from", "to",

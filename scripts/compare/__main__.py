@@ -1,4 +1,4 @@
-"""Lay runs side by side: one table, `compare.png`, `compare.json`, a self-contained `compare.html`.
+"""Compare runs: one table, `compare.png`, `compare.json`, a self-contained `compare.html`.
 
     python -m scripts.compare runs/A runs/B [...] [--out DIR] [--baseline NAME]
     python -m scripts.compare --group GROUP [--runs DIR]
@@ -64,10 +64,10 @@ def make_json(
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.compare",
-        description="Lay runs side by side: one table, compare.png and compare.html.",
+        description="Compare runs: one table, compare.png and compare.html.",
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/NAME")
     parser.add_argument("--group", help="all runs of this experiment (run.group), below --runs")

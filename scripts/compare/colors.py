@@ -1,4 +1,5 @@
-"""A colour for each path, by its place in the list of paths: a new one has its own without an edit.
+"""A colour for each path, by its place in the list of paths: a new path gets its own without an
+edit.
 
 The first are Okabe and Ito's, told apart by the colour-blind too.
 """

@@ -58,7 +58,7 @@ class Plan:
 def plans(
     config: Config, gpus: int, node: int, machine: Machine, rates: Rates, fit: Fit
 ) -> list[Plan]:
-    """One for each path. Raises ConfigError where so many GPUs cannot run the config."""
+    """One for each path. Raises ConfigError where this many GPUs cannot run the config."""
     check_world(config, gpus)
     found = []
     for path in PATH_NAMES:

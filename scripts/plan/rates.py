@@ -1,4 +1,4 @@
-"""How fast kernels are, from what was measured: `kernels.json`, `step_kernels.json` and, for what
+"""How fast kernels are, from measurements: `kernels.json`, `step_kernels.json` and, for what
 waiting costs, `moe_layer.json`."""
 
 import json
@@ -37,14 +37,14 @@ class Rates:
     stock_fp8: float
     """Dense GEMMs of cuBLAS in FP8, of which TransformerEngine's for all experts reach a share."""
     moving: float
-    """What a kernel reaches that moves bytes."""
+    """Rate of a kernel that only moves bytes."""
     optimizer: float
-    """What AdamW and the gradient's norm reach."""
+    """Rate of AdamW and the gradient's norm."""
     dispatch: float
     """DeepEP's kernels over NVLink, the wait for other ranks in it."""
     wait_ms: float
-    """Of a layer that waits for the count of its rows: what permuting takes longer in the forward
-    pass, where it waits, than in the backward pass."""
+    """Of a layer that waits for the count of its rows: how much longer permuting takes in the
+    forward pass, where it waits, than in the backward pass."""
 
 
 @cache

@@ -15,7 +15,7 @@ WAITING = ("waiting for counts",)
 LINKS = ("dispatch, NVLink", "dispatch, network", "gather and reduce, waited for")
 
 ONCE = ("optimizer", "weights prepared", "FSDP's copies")
-"""Beside these nothing else runs."""
+"""Nothing else runs during these."""
 
 BACKWARD = 2 / 3
 """Of a micro-batch's time, about, that its backward pass takes."""
@@ -88,7 +88,7 @@ def gemm_rates(shape: Shape, rates: Rates, fit: Fit) -> tuple[float, float]:
 
 
 def waited(shape: Shape, machine: Machine, seconds: float) -> float:
-    """What a step waits for gathering and reducing, beyond the pass that each runs beside;
+    """What a step waits for gathering and reducing, beyond the pass that each overlaps with;
     `seconds` are those that a micro-batch computes."""
     speeds = {
         "all": _speed(shape, machine, 1),

@@ -1,4 +1,4 @@
-"""What a micro-batch, or a step, makes a GPU compute and move: FLOPs and bytes, counted."""
+"""FLOPs and bytes that a micro-batch or a step costs a GPU, counted."""
 
 from models.fp8.tensor import BLOCK
 from train.planning.shapes import Shape
@@ -9,7 +9,8 @@ HALF, FULL = 2, 4
 
 
 def flops(shape: Shape) -> dict[str, float]:
-    """Of a micro-batch, forward and backward, by what carries it out. Padding is computed too."""
+    """Of a micro-batch, forward and backward, by the kernel that runs it. Padding is computed
+    too."""
     model, layers, tokens = shape.model, shape.model.num_layers, shape.tokens
     hidden = model.hidden_size
     shared = 3 * hidden * (shape.moe.shared_ffn_hidden_size or 0)
@@ -110,7 +111,8 @@ def copied_bytes(shape: Shape) -> float:
 
 def dispatched(shape: Shape) -> dict[str, float]:
     """Bytes that a rank sends to others of its group in a micro-batch, both passes, by where they
-    go: `node` or `network`. Tokens and gradients out in the path's format, home in BF16."""
+    go: `node` or `network`. Tokens and gradients are dispatched in the path's format and combined
+    in BF16."""
     hidden = shape.model.hidden_size
     out = HALF if shape.linear == "bf16" else FP8
     trips = 2 * out + 2 * HALF + (out if shape.moe.recompute else 0)
@@ -120,7 +122,8 @@ def dispatched(shape: Shape) -> dict[str, float]:
 
 
 def out_bytes(shape: Shape) -> float:
-    """Of `dispatched`, what `moe/dispatched_mib` counts: the ways out, in a micro-batch."""
+    """Of `dispatched`, what `moe/dispatched_mib` counts: dispatch without combine, in a
+    micro-batch."""
     total = sum(dispatched(shape).values())
     out = HALF if shape.linear == "bf16" else FP8
     ways = 3 if shape.moe.recompute else 2
