@@ -45,7 +45,7 @@ def validation_loss(model_file: Path, config_file: Path) -> float:
 
 
 def test_the_file_is_the_model(run_dir, tmp_path, capsys):
-    """By its validation loss, which the training has logged."""
+    """By its validation loss, which the run has logged."""
     file = tmp_path / "model.safetensors"
     assert export([str(run_dir), "--out", str(file)]) == 0
     assert "weights of a after step 40" in capsys.readouterr().out

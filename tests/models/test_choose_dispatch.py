@@ -165,7 +165,7 @@ def test_between_nodes_it_needs_what_is_switched_off(machine):
 
 
 class Made:
-    """In the place of a dispatcher's class: what it was made with."""
+    """Instead of a dispatcher's class: what it was made with."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments

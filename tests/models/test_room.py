@@ -19,8 +19,8 @@ EVEN, MOST, STEP = 1024, 4096, 64
 
 
 def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
-    """P of the second of three layers in steps in which it needs so many rows on this rank, and the
-    others hardly any; or, after it has lost rows, `misled` more."""
+    """P of the second of three layers in steps in which it needs this many rows on this rank, and
+    the others hardly any; or, after it has lost rows, `misled` more."""
     found = []
     for need in needs:
         with room.open(wait=False):
@@ -85,7 +85,7 @@ GEMMS, SPLITS = "its GEMMs want it", "all_to_all wants it"
         ("default", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
         ("default", "cuda", None, SPLITS, None, False, f"every layer waits .* as {SPLITS}"),
         ("auto", "cpu", None, SPLITS, None, True, "what was needed lately"),
-        ("auto", "cuda", None, SPLITS, None, True, f"waits all the same, as {SPLITS}"),
+        ("auto", "cuda", None, SPLITS, None, True, f"waits anyway, as {SPLITS}"),
         ("auto", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
         (1.5, "cuda", None, None, 1.5, False, r"capacity=1.5: bf16 drops rows .* another function"),
         (1.5, "cuda", GEMMS, None, None, False, f"ignored, as {GEMMS}: .* another function"),

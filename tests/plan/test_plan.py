@@ -50,7 +50,7 @@ def test_what_is_dispatched_is_what_training_counted():
 
 
 def test_flops_are_those_of_mfu():
-    """Without padding and capacity, but for embedding rows, router and norms."""
+    """Without padding and capacity, except for embedding rows, router and norms."""
     one = shape("moe.capacity=null", "parallel.expert_parallel=1", ranks=1)
     padding = one.even / one.rows
     counted = work.flops(one)
@@ -223,7 +223,7 @@ def test_no_number_of_gpus(capsys):
         with pytest.raises(SystemExit) as ended:
             main([BENCH, "--gpus", wrong])
         assert ended.value.code == 2
-    assert "is no number of GPUs" in capsys.readouterr().err
+    assert "is not a number of GPUs" in capsys.readouterr().err
 
 
 def test_without_a_fit(monkeypatch, tmp_path: Path, capsys):

@@ -1,4 +1,4 @@
-"""What makes a training fail, planted in a rank before it starts."""
+"""What makes a run fail, planted in a rank before it starts."""
 
 import ctypes
 import time

@@ -47,12 +47,13 @@ def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 120):
 def run_main(
     world_size: int, main: Callable[[list[str]], int], argv: list[str], timeout: float = 180
 ) -> list[int]:
-    """A command's `main(argv)` on so many ranks, as torchrun would start them; their exit codes."""
+    """A command's `main(argv)` on this many ranks, as torchrun would start them; their exit
+    codes."""
     return _run(world_size, _main, (main, argv), timeout)
 
 
 def run_train(world_size: int, argv: list[str], timeout: float = 180) -> list[int]:
-    """`python -m train ARGV` on so many ranks, as torchrun would start them; their exit codes."""
+    """`python -m train ARGV` on this many ranks, as torchrun would start them; their exit codes."""
     return run_main(world_size, main, argv, timeout)
 
 
@@ -75,7 +76,7 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
     """Start all ranks and tell them where to meet; they do as long as the result is kept.
 
     Only then, since a meeting point has a thread, which answers the first rank while the last is
-    being forked: that one would wait for ever for a lock of the C library that the thread held.
+    being forked: that one would wait forever for a lock of the C library that the thread held.
     """
     if _other_threads():
         gc.collect()  # such as a data loader that nobody uses any more, and its threads with it
@@ -84,7 +85,7 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
             time.sleep(0.01)
     threads = _other_threads()
     assert not threads, (
-        f"{threads} of an earlier test run in this process: a copy of it would wait for ever for "
+        f"{threads} of an earlier test run in this process: a copy of it would wait forever for "
         "what they hold; such tests come last, in tests/conftest.py"
     )
     # What was dropped here and not collected yet is not the copies' to clean up: a store's end
@@ -170,7 +171,7 @@ def _alone(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> An
 
 
 class Training:
-    """A training in the background, one process a rank, to do harm to.
+    """A run in the background, one process a rank, to do harm to.
 
     `plant(rank)` runs in each process first. What they print goes to the file `log`.
     """

@@ -41,7 +41,7 @@ REPEATED = (
 
 
 def argv(folder: Path, name: str, *overrides: str) -> list[str]:
-    """Of a training in `folder/name`."""
+    """Of a run in `folder/name`."""
     return [*TINY, f"run.dir={folder}", f"run.name={name}", *overrides]
 
 

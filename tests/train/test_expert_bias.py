@@ -1,4 +1,4 @@
-"""`moe.expert_bias` over a training: what it brings, what it counts, and that it is kept."""
+"""`moe.expert_bias` over a run: what it brings, what it counts, and that it is kept."""
 
 from pathlib import Path
 

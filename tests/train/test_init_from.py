@@ -185,9 +185,9 @@ CONFIGS = {
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         ({"router_sparkle": 3}, "router_sparkle=3"),
-        ({"model_type": "llama"}, "model_type='llama' is no model of this kind"),
+        ({"model_type": "llama"}, "model_type='llama' is not a model of this kind"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-        ({"num_attention_heads": "many"}, "num_attention_heads='many' is no number"),
+        ({"num_attention_heads": "many"}, "num_attention_heads='many' is not a number"),
     ],
     "mixtral": [
         ({"sliding_window": 4096}, "sliding_window=4096"),
@@ -325,7 +325,7 @@ def test_files_that_do_not_fit_are_one_line(folder, tmp_path):
     assert f"{file.name} cannot be read" in refused(copy)
     index = copy / "model.safetensors.index.json"
     index.write_text("[]")
-    assert "is no index of weights" in refused(copy)
+    assert "is not an index of weights" in refused(copy)
     index.unlink()
     assert "has neither model.safetensors.index.json nor model.safetensors" in refused(copy)
     (copy / "config.json").write_text("{")

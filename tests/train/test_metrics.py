@@ -243,7 +243,7 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_on_a_full_disk_all_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Disk:
-        """Has room for so many bytes; takes a part of what is too much."""
+        """Has room for this many bytes; takes a part of what is too much."""
 
         def __init__(self, file: Any, room: int) -> None:
             self.file, self.name, self.room = file, file.name, room

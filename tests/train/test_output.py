@@ -1,4 +1,4 @@
-"""A log that goes away: the training goes on, saves, and ends as it would have."""
+"""A log that goes away: training continues, saves, and ends as it would have."""
 
 import os
 import signal

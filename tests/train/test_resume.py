@@ -1,4 +1,4 @@
-"""A run that goes on is the run that never stopped, bit for bit."""
+"""A run that continues is the run that never stopped, bit for bit."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_name_its_data_is_loaded_with_a_warning(tmp_p
     sign(saved)
     with Training(1, argv(tmp_path, "a", *keys, "train.steps=2"), tmp_path / "log") as training:
         assert training.exit_codes() == [0]
-    assert "did not note its data: whether this is the same cannot be" in training.log.read_text()
+    assert "did not record its data: it may be other data than now" in training.log.read_text()
 
 
 @pytest.mark.slow

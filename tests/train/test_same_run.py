@@ -202,4 +202,4 @@ def test_what_is_loaded_is_compared(tmp_path, saved):
     log = training.log.read_text()
     assert "train.seed: 5 there, 0 now" in log
     assert "Traceback" not in log
-    assert checkpoints(run_dir) == [2, 4], "nothing is renamed by a training that does not start"
+    assert checkpoints(run_dir) == [2, 4], "nothing is renamed by a run that does not start"

@@ -101,7 +101,7 @@ def many_files(rank: int) -> None:
 
 
 def test_several_files_a_rank(tmp_path):
-    """Written at once, and whole; a run goes on from them as from one."""
+    """Written at once, and whole; a run resumes from them as from one."""
     keys = argv(tmp_path, "a", "train.steps=4", "checkpoint.every=2")
     with Training(2, keys, tmp_path / "log", many_files) as training:
         assert training.exit_codes() == [0, 0]

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -32,10 +33,10 @@ METRICS = {
 
 
 def printed(columns: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All that a run of many steps prints on a terminal of so many columns, or into a file."""
+    """All that a run of many steps prints on a terminal of that many columns, or into a file."""
     out = io.StringIO()
 
-    def console(**options: bool) -> Console:
+    def console(**options: Any) -> Console:
         tty = columns is not None
         return Console(file=out, width=columns, force_terminal=tty, no_color=True, **options)
 

@@ -218,7 +218,7 @@ def test_a_tokenizer_of_the_hub(folder, monkeypatch):
     tokenizer = load_tokenizer("user/name")
     assert tokenizer.eod == tokenizer.vocab_size - 1
     with pytest.raises(
-        ConfigError, match="no such file or folder here, and not to be had"
+        ConfigError, match="no such file or folder here, and not available"
     ) as error:
         load_tokenizer("user/other")
     assert "\n" not in str(error.value)
