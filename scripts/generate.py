@@ -80,7 +80,8 @@ def _number(kind: type[Number], most: float) -> Callable[[str], Number]:
             value = kind(text)
             if 0 <= value <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from 0 to {most:g}")
+        number = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number} from 0 to {most:g}")
 
     return read_number
 

@@ -99,7 +99,7 @@ def test_bfloat16_is_the_same_numbers_rounded(tmp_path):
     about = json.loads((tmp_path / "bfloat16" / "config.json").read_text())
     assert about["torch_dtype"] == "bfloat16"
     rights = {path.stat().st_mode for path in (tmp_path / "bfloat16").iterdir()}
-    assert len(rights) == 1, "whoever may read one file may read all"
+    assert len(rights) == 1, "all files have the same permissions"
 
 
 @pytest.fixture(scope="module", params=[QWEN, MIXTRAL])

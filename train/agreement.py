@@ -78,17 +78,17 @@ def _agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
         store.set("told", json.dumps(told))
         said = [_hear(peers, f"said by {other}", other) for other in others]
         mark.unlink(missing_ok=True)
-        store.set("came of it", reason or next(filter(None, said), ""))
+        store.set("result", reason or next(filter(None, said), ""))
     else:
         first: Told = json.loads(_hear(peers, "told", 0))
         store.set(
             f"said by {rank}", difference(first, told, rank) or not_shared(first, config, rank)
         )
         told["finished"] = first["finished"]
-    reason = _hear(peers, "came of it", 0)
+    reason = _hear(peers, "result", 0)
     store.set(f"heard by {rank}", "")
     if rank == 0:  # which may hold the store, and must not end before the others have heard
-        store.wait([f"heard by {other}" for other in others] or ["came of it"])
+        store.wait([f"heard by {other}" for other in others] or ["result"])
     if reason:
         raise ConfigError(reason)
     return told["finished"]

@@ -111,7 +111,7 @@ class Room:
     def ran_out(self) -> bool:
         """Whether a layer of any rank lost rows in the last attempt; the same on every rank.
 
-        Remembers what was needed if none did: what comes after lost rows is routed otherwise. On a
+        Remembers what was needed if none did: after lost rows later layers route differently. On a
         GPU waits for what `send` has queued, not for the backward pass behind it.
         """
         assert self._on_host is not None, "`send` comes first"

@@ -11,7 +11,7 @@ REPEAT_MAY_DIFFER = ("run.", "tracking.", "train.seed")
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration, run once or more."""
+    """One side of a comparison: a configuration, run once or more."""
 
     name: str
     runs: list[Run]

@@ -118,7 +118,7 @@ def _other_functions(runs: Sequence[Run]) -> str | None:
     return (
         f"The runs computed different functions: with moe.capacity={' and '.join(capacity)} "
         f"{', '.join(dropped)}{others}. A number is another function than auto or null, and only "
-        "in paths that heed it: those that launch one GEMM an expert do not, nor any on a CPU. "
+        "in paths that apply it: those that launch one GEMM an expert do not, nor any on a CPU. "
         "Their losses and speeds are not of the same work; leave moe.capacity out, or raise it "
         "until nothing is dropped."
     )

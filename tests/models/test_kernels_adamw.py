@@ -1,4 +1,4 @@
-"""The optimizer's kernels: within rounding of AdamW in float64, and quantized as by themselves."""
+"""The optimizer's kernels: within rounding of float64, and quantized as by the quantize kernels."""
 
 import itertools
 

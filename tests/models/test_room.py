@@ -132,7 +132,7 @@ def test_the_table_of_what_deep_ep_v2_would_take():
         most = ranks * tokens * min(top_k, local) + local * 127
         most = -(-most // 128) * 128
         fp8 = hidden * 33 // 32
-        # A row in BF16, and what travels with it: experts, weights, numbers, to a multiple of 32.
+        # A row in BF16, and what is sent with it: experts, weights, numbers, to a multiple of 32.
         row = hidden * 2 + -(-(top_k * 8 + (1 + top_k) * 4) // 32) * 32
         sizes = [rows * fp8, most * fp8, ranks * tokens * row]
         want = [ranks, local, rows, most, *(round(size / 2**20) for size in sizes)]

@@ -157,7 +157,7 @@ def test_micro_batches_fill_the_global_batch():
 def test_many_gpus_have_the_same_work_each():
     config = load("configs/qwen3_30b_a3b.yaml")
     found = scaled(config, 16, 8, (4, 8, 64, 1024, 2048), H100, measured(), fitted())
-    assert list(found) == [8, 64, 1024, 2048], "4 are no whole group of experts"
+    assert list(found) == [8, 64, 1024, 2048], "4 are not a whole group of experts"
     for of_paths in found.values():
         assert [plan.path for plan in of_paths] == list(PATH_NAMES)
         assert {plan.shape.micro_batches for plan in of_paths} == {4}

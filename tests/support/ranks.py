@@ -216,7 +216,7 @@ class Training:
             time.sleep(0.002)
 
     def exit_codes(self, timeout: float = 60) -> list[int]:
-        """Of all ranks, once they have ended by themselves; minus a signal's number if killed."""
+        """Of all ranks, once they have ended; minus a signal's number if killed."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))

@@ -199,7 +199,7 @@ def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     assert str(path) in line
 
 
-# What is no text
+# What is not text
 
 
 @pytest.mark.parametrize(

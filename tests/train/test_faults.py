@@ -311,7 +311,7 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
-    """No thread of it runs, so it cannot speak, and whoever waits for it does."""
+    """No thread of it runs, so it cannot report, and the rank that waits for it does."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5")
     with Training(2, keys, tmp_path / "log", hang_with_the_lock({stuck})) as training:
         codes = training.exit_codes()

@@ -115,7 +115,7 @@ def slow_save(rank: int) -> None:
 
 
 def test_a_limit_on_cpu_time(tmp_path):
-    """`ulimit -S -t`: the system says so again after every second of it, and that is no second
+    """`ulimit -S -t`: the system says so again after every second of it, and that is not a second
     request."""
 
     def busy_save(rank: int) -> None:

@@ -111,7 +111,7 @@ def test_hash_is_stable_after_use_and_after_pickling(trained):
 
 
 def test_bytes_of_text_are_counted(trained):
-    """Whole documents exactly, whatever their tokens; ends of documents are no text."""
+    """Whole documents exactly, whatever their tokens; ends of documents are not text."""
     text = "for i in range(3): dürfen 世界 🙂\n"
     for tokenizer in (ByteTokenizer(), load_tokenizer(str(trained[0]))):
         (ids,) = tokenizer.encode([text])

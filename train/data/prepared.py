@@ -1,9 +1,9 @@
 """A folder of tokens that were made of text once: what is in it, and whether it can be read.
 
-    prepared.json               what was read, how, and how much came of it
+    prepared.json               what was read, how, and how much it gave
     train-00003-000.arrow       tokens of documents to train on: unit 3 of the text, its part 0
     valid-00003-000.arrow       those of documents held out
-    tokenizer.json              where the tokens are no bytes, with tokenizer_config.json
+    tokenizer.json              where tokens are not bytes, with tokenizer_config.json
     unfinished/                 while it is being made, by `train.data.prepare`
 
 All parts of a side, in order of their names, are one stream, which `train.data.tokens` cuts into

@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the tokens; `eod` and what is no valid text are left out or replaced."""
+        """Text of the tokens; `eod` is left out and invalid text replaced."""
         ...
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -160,7 +160,7 @@ class FileTokenizer:
             encoded = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the Rust library is no Exception
+        except BaseException as error:  # a panic of the Rust library is not an Exception
             if len(pieces) > 1:  # find the one
                 return [ids for piece in pieces for ids in self._encode([piece])]
             begin = pieces[0][:60] if isinstance(pieces[0], str) else pieces[0]

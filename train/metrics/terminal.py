@@ -26,7 +26,7 @@ class Progress:
     """Rank 0's terminal. The bar is for terminals only; a log file gets the lines."""
 
     def __init__(self, steps: int, first_step: int) -> None:
-        # Paths are printed as they are: `[/b]` and `:x:` are no markup.
+        # Paths are printed as they are: `[/b]` and `:x:` are not markup.
         self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         terminal = self.console.is_terminal
         self.width = min(WIDTH, self.console.width) if terminal else WIDTH

@@ -103,4 +103,4 @@ class StopRequest:
 
 
 def _nothing(*_: object) -> None:
-    """Instead of what the signal would do by default."""
+    """Replaces the signal's default action."""

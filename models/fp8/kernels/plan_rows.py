@@ -6,8 +6,8 @@ A counting sort of the `R * T` expert ids. They are cut into chunks of a few doz
     scan    each expert:  running sum of that over the chunks, in place -> totals [E + 1]
     place   each chunk:   expert's start + what earlier chunks have + position in the chunk
 
-The last row of `counts` is for ids that are no expert's: an error, found on the way. Every id is
-read twice and its row written once, 24 bytes in all and about 3 MB for 16,384 rows of 8 slots, so
+The last row of `counts` is for ids that belong to no expert, an error that is found here. Every id
+is read twice and its row written once, 24 bytes in all and about 3 MB for 16,384 rows of 8 slots:
 the cost is launches. Plain PyTorch needs about twenty, a sort among them.
 
 `place` also writes the inverse, for each permuted row the slot that it is copied from. With it
