@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **unused) -> None:
-        """As megatron-core calls a norm."""
+        """Called by megatron-core, as any norm."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device="cuda"))

@@ -32,7 +32,7 @@ from train.data import hf_tokenizer
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 PREFIX = "training.model."
-"""Of the model's weights in a checkpoint, beside the optimizer's."""
+"""Prefix of the names of the model's weights in a checkpoint."""
 
 
 class Model(NamedTuple):

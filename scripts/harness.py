@@ -67,7 +67,7 @@ def _exported(found: Trained) -> Iterator[Path]:
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
-    """Of `{"acc,none": 0.3, "alias": "x"}` the numbers; a filter called none is not named."""
+    """The numbers of `{"acc,none": 0.3, "alias": "x"}`; a filter called none is not named."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in row.items()

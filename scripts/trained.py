@@ -49,7 +49,7 @@ class Trained:
         return found
 
     def with_keys(self, keys: list[str]) -> "Trained":
-        """With `section.key=value` overrides of its config. Raises ConfigError."""
+        """The same with `section.key=value` overrides of its config. Raises ConfigError."""
         return replace(self, config=with_keys(self.config, keys)) if keys else self
 
 

@@ -61,7 +61,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Or Python, on its way out, looks for cycles in all that was imported: two seconds."""
+    """Freeze objects, or Python at exit looks for cycles in all that was imported: two seconds."""
     gc.freeze()
 
 

@@ -49,7 +49,7 @@ class Told(TypedDict):
     finished: bool
     """Whether the run has completed its last step, as rank 0 finds it."""
     token: str
-    """In a file that rank 0 has written into the run's folder."""
+    """Content of a file that rank 0 has written into the run's folder."""
 
 
 def agree(peers: Peers, config: Config, corpus: Corpus) -> bool:

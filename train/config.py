@@ -37,11 +37,11 @@ from models.config import (
 from train import config_file
 
 MOST = 2**31 - 1
-"""Of what is counted in sequences."""
+"""Upper limit of what is counted in sequences."""
 
 
 SMALLEST_SHARE = 1e-4
-"""Of a source in a mixture."""
+"""Smallest share of a source in a mixture."""
 
 
 class ConfigError(Exception):

@@ -72,7 +72,7 @@ class Ending(NamedTuple):
     """How this rank's process ends after an error."""
 
     line: str | None
-    """To print; None where another rank prints it."""
+    """The line to print; None where another rank prints it."""
     exit_code: int | None
     """None: the error is unexpected, and its traceback is wanted."""
     patience_s: float = 0.0

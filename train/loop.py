@@ -377,9 +377,9 @@ def sum_losses(
     config: Config,
     device: torch.device,
 ) -> torch.Tensor:
-    """Of batches on the host: the sum of the tokens' losses, how many tokens they were, and, with a
-    tokenizer, how many bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid
-    an infinity."""
+    """Evaluate batches on the host: the sum of the tokens' losses, the number of tokens, and, with
+    a tokenizer, the bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid an
+    infinity."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
     with model.runtime.uncounted():  # logged metrics are of training only
         for batch in batches:
@@ -395,8 +395,8 @@ def sum_losses(
 
 
 def means(total: torch.Tensor) -> dict[str, float]:
-    """From what `sum_losses` returned: the mean loss of a token, and bits per byte of text, which
-    are comparable across tokenizers."""
+    """The mean loss of a token and bits per byte of text, which are comparable across tokenizers,
+    from what `sum_losses` returned."""
     loss, tokens, text_bytes = total.tolist()
     found = {"loss/valid": loss / tokens}
     if text_bytes:

@@ -16,7 +16,7 @@ from models.moe.experts import Prepared
 from train.config import OptimConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""As `optim.grad_dtype` and `optim.first_moment_dtype` name them."""
+"""Dtypes by their names in `optim.grad_dtype` and `optim.first_moment_dtype`."""
 
 
 class OwnAdamW(torch.optim.AdamW):
@@ -172,8 +172,8 @@ def clip_gradients(
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, float32, as PyTorch's `get_total_norm`, whose norm of gradients in
-    bfloat16 would be one too."""
+    """The common norm of all gradients in float32, as PyTorch's `get_total_norm`, whose result for
+    bfloat16 gradients would be bfloat16."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

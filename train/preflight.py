@@ -23,7 +23,7 @@ SHARED_MEMORY = Path("/dev/shm")
 """Where data workers put their batches; a container has 64 MB of it by default."""
 
 BYTES_PER_TOKEN = 3 * 8
-"""Of a batch: three int64 a token."""
+"""Bytes of a batch per token: three int64."""
 
 
 def check(config: Config) -> None:

@@ -148,7 +148,7 @@ class _QuantizedWeights:
 
 
 class Fp8Linear(_QuantizedWeights, SwigluApart[BlockScaledWeights, BlockScaledTensor]):
-    """As TransformerEngine's GroupedLinear with its block-scaling recipe.
+    """The arithmetic of TransformerEngine's GroupedLinear with its block-scaling recipe.
 
     Each operand is quantized twice from high precision, along the sum of either GEMM that it is
     in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
@@ -168,7 +168,7 @@ class Fp8Linear(_QuantizedWeights, SwigluApart[BlockScaledWeights, BlockScaledTe
 
 
 class DirectLinear(_QuantizedWeights):
-    """Nothing is quantized twice, and for wgrad nothing is quantized at all.
+    """A linear layer that quantizes nothing twice, and nothing for wgrad.
 
     fprop and dgrad are FP8 GEMMs, and what computes their input writes it in FP8 at once, with
     scales where this machine's GEMM reads them, `ops.GEMM_LAYOUT`. wgrad sums over tokens, along

@@ -63,7 +63,7 @@ class GroupedColumns:
 
 
 class TEGroupedLinear(UpdatesThenQuantizes[GroupedWeights, GroupedColumns]):
-    """As `TELinear`: one quantize kernel and one GEMM for all experts.
+    """As `TELinear`, with one quantize kernel and one GEMM for all experts.
 
     A `Linear`, see `models/fp8/linear.py`. Rows of an expert must be a multiple of 128, as a block
     of scales must not span two experts. Rows after the last expert's are neither read nor written.

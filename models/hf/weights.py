@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
     theirs: str
     shape: tuple[int, ...]
-    """Of theirs."""
+    """Shape of theirs."""
     ours: str
     expert: int | None = None
     """The expert, where theirs has a tensor for each."""

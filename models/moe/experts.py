@@ -27,7 +27,7 @@ class Experts(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         **unused,
     ) -> None:
-        """As megatron-core's MoELayer calls it."""
+        """Called by megatron-core's MoELayer."""
         super().__init__()
         self.runtime = config.moe_runtime
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
@@ -88,7 +88,7 @@ class Saved(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of activations."""
+        """Bytes of activations."""
         return sum(t.nbytes for t in (self.h, self.x, self.a) if t is not None)
 
 

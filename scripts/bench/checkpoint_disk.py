@@ -147,7 +147,7 @@ def works(
 
 
 def _slowest(seconds: float) -> float:
-    """Of all ranks."""
+    """The largest of all ranks' seconds."""
     t = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return float(t)

@@ -136,7 +136,8 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of forward and backward on a rank: 2 + 4 for each token and weight that it meets."""
+        """FLOPs of forward and backward on a rank: 2 + 4 for each token and weight that it
+        meets."""
         weights = 3 * self.shape.hidden * self.shape.ffn
         return 6 * self.tokens * self.shape.top_k * weights
 

@@ -63,12 +63,12 @@ class Window:
     """Peak memory of tensors, on the rank with the most; None on a CPU."""
     final_loss: float
     dropped_rows: int = 0
-    """On all ranks, in all steps of the window."""
+    """Rows dropped on all ranks, in all steps of the window."""
     redone_steps: int = 0
     """Steps of the window that were repeated for lack of room (`moe.capacity=auto`); their time is
     included."""
     step_joules: float | None = None
-    """Of all GPUs, per step; None where it is not measured."""
+    """Energy of all GPUs, per step; None where it is not measured."""
 
     def figures(self) -> dict[str, Any]:
         """For JSON, units in the names."""

@@ -116,7 +116,7 @@ class Pair:
         return found.tolist()
 
     def relayouts(self, which: int) -> float:
-        """Of scales, in a layer's forward and backward pass."""
+        """Relayouts of scales in a layer's forward and backward pass."""
         counts = self.stack.model.runtime.counts
         counts.reset()
         self.step(which)
@@ -125,8 +125,8 @@ class Pair:
 
 
 def differences(times: torch.Tensor) -> Row:
-    """From milliseconds [blocks, 4] in `ORDER`: how much less the second path takes than the
-    first."""
+    """How much less the second path takes than the first, from milliseconds [blocks, 4] in
+    `ORDER`."""
     first = (times[:, 0] + times[:, 3]) / 2
     second = (times[:, 1] + times[:, 2]) / 2
     saved, mean = first - second, float(first.mean())

@@ -52,7 +52,7 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
 }
-"""Of the flag `environment`: Megatron-Bridge's for H100s."""
+"""Variables of the flag `environment`: Megatron-Bridge's for H100s."""
 PATH_FLAGS = (*VARIANTS, *FLAG_KEYS, "per_expert", "environment")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = (

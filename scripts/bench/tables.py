@@ -17,7 +17,7 @@ COMPARED = (
     "kept for backward, MiB/layer",
     "dispatched MiB/step",
 )
-"""Of a comparison, what holds on any machine."""
+"""Rows of a comparison that hold on any machine."""
 
 
 class InputError(Exception):

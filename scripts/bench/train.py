@@ -105,7 +105,7 @@ class Sitting:
         self.write()
 
     def version(self, spec: Spec) -> str | None:
-        """Of the stack."""
+        """The version of the stack."""
         origin = self.content["sittings"].get(self.name, {})
         if spec.stack == "ours":
             return origin.get("commit")

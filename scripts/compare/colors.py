@@ -14,11 +14,11 @@ class Color(NamedTuple):
     """One path's, as #rrggbb."""
 
     paper: str
-    """In `compare.png`, black on white."""
+    """The colour in `compare.png`, black on white."""
     light: str
-    """On the page: where Okabe and Ito's is too pale for thin lines, a darker one."""
+    """The colour on the page: a darker one where Okabe and Ito's is too pale for thin lines."""
     dark: str
-    """On the page of a dark screen."""
+    """The colour on a dark page."""
 
 
 CHOSEN = (

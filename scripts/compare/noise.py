@@ -17,7 +17,7 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 DIGITS = 3
-"""To which ratios are shown, so that what is shown and the verdict never disagree."""
+"""Decimals of a shown ratio; the verdict uses them too, so that the two never disagree."""
 
 FEWEST = 5
 """Fewest intervals of a run for a verdict: with less, the ends of their range mean little."""

@@ -15,11 +15,12 @@ class Machine:
     memory: float
     """Bytes, as CUDA reports them."""
     bandwidth: float
-    """Of its memory, the vendor's figure."""
+    """Memory bandwidth, the vendor's figure."""
     nvlink: float
-    """To the other GPUs of its node, the vendor's figure."""
+    """Bandwidth to the other GPUs of its node, the vendor's figure."""
     network: float
-    """To other nodes: one adapter of 400 Gbit/s a GPU, an assumption of the cluster."""
+    """Bandwidth to other nodes: one adapter of 400 Gbit/s per GPU, an assumption about the
+    cluster."""
 
 
 MACHINES = {
@@ -32,7 +33,7 @@ MEASURED_ON = MACHINES["h200"]
 memory, and GEMMs and attention do not scale, as both have the same tensor cores."""
 
 COLLECTIVE_SHARE = 0.75
-"""Of a link, what NCCL's gather and reduce reach. An assumption."""
+"""Share of a link's bandwidth that NCCL's gather and reduce reach. An assumption."""
 
 ASSUMPTIONS = (
     "NVLink 450 GB/s and the network 50 GB/s a GPU and direction (the vendors' figures, one "

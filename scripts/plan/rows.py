@@ -94,7 +94,8 @@ def _training(path: Path) -> Iterator[Measured]:
 def _shape(
     tree: dict[str, Any], row: Row, routing: str, flags: tuple[str, ...], **model: int
 ) -> Shape | None:
-    """As `scripts.bench.stacks.config_of` makes the config; None for keys of another version."""
+    """The shape of the config that `scripts.bench.stacks.config_of` makes; None for keys of another
+    version."""
     tree = json.loads(json.dumps(tree))
     tree["moe"]["path"] = row["path"]
     if routing == "natural":
@@ -124,7 +125,7 @@ def _name(path: Path, row: Row, routing: str, flags: tuple[str, ...]) -> str:
 
 
 def _losses(path: Path) -> Iterator[Measured]:
-    """Of moe_small.json: training runs on one GPU."""
+    """The rows of moe_small.json: training runs on one GPU."""
     result = _read(path)
     for row in result["rows"]:
         tree = result["config"]
@@ -144,8 +145,8 @@ def _losses(path: Path) -> Iterator[Measured]:
 
 
 def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
-    """Of moe_layer.json, in time: one layer's experts, with even routing. Those of the stock GEMMs
-    were launched one by one there, which is not planned."""
+    """The rows of moe_layer.json, time only: one layer's experts, with even routing. Those of the
+    stock GEMMs were launched one by one there, which is not planned."""
     result, tree = _read(path), _read(config_from)["config"]
     for row in result["rows"]:
         if "error" in row or row["gpus"] != 1:
@@ -172,7 +173,7 @@ def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
 
 
 def _pairs(path: Path, config_from: Path) -> Iterator[Measured]:
-    """Of pairs.json, whose rows say how they differ from the benchmark's config on one GPU."""
+    """The rows of pairs.json, which say how they differ from the benchmark's config on one GPU."""
     result, tree = _read(path), _read(config_from)["config"]
     seen = set()
     for row in result["rows"]:

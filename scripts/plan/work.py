@@ -9,8 +9,7 @@ HALF, FULL = 2, 4
 
 
 def flops(shape: Shape) -> dict[str, float]:
-    """Of a micro-batch, forward and backward, by the kernel that runs it. Padding is computed
-    too."""
+    """FLOPs of a micro-batch, forward and backward, by kind of kernel. Padding is computed too."""
     model, layers, tokens = shape.model, shape.model.num_layers, shape.tokens
     hidden = model.hidden_size
     shared = 3 * hidden * (shape.moe.shared_ffn_hidden_size or 0)
@@ -58,12 +57,12 @@ def streamed(shape: Shape) -> float:
 
 
 def optimizer_bytes(shape: Shape) -> float:
-    """Of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
+    """Bytes of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
     return shape.stored * (7 * FULL + FULL)
 
 
 def prepared_bytes(shape: Shape) -> float:
-    """Of casting or quantizing experts' weights once a step."""
+    """Bytes of casting or quantizing experts' weights once a step."""
     count = shape.model.num_layers * shape.experts
     if shape.linear == "bf16" and shape.replicas > 1:
         return 0.0  # as they were gathered
@@ -98,8 +97,8 @@ def reduced_bytes(shape: Shape) -> dict[str, float]:
 
 
 def copied_bytes(shape: Shape) -> float:
-    """Of FSDP's own copies in a step: casts, what is gathered into place, gradients into float32
-    and into one buffer. Also where there is one rank."""
+    """Bytes of FSDP's own copies in a step: casts, what is gathered into place, gradients into
+    float32 and into one buffer. Also where there is one rank."""
     whole = shape.model.num_layers * shape.dense + shape.root
     if shape.replicas > 1:
         whole += shape.model.num_layers * shape.experts
@@ -122,7 +121,7 @@ def dispatched(shape: Shape) -> dict[str, float]:
 
 
 def out_bytes(shape: Shape) -> float:
-    """Of `dispatched`, what `moe/dispatched_mib` counts: dispatch without combine, in a
+    """The part of `dispatched` that `moe/dispatched_mib` counts: dispatch without combine, in a
     micro-batch."""
     total = sum(dispatched(shape).values())
     out = HALF if shape.linear == "bf16" else FP8

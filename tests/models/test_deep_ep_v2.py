@@ -198,7 +198,7 @@ def both(trips: Trips, call: Callable[[Trip], Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
-    """Of both precisions, for each way to say how many rows there are, lost rows included."""
+    """In both precisions, for each way to give the number of rows, lost rows included."""
     v2, other = ranks.v2(), ranks.all_to_all()
     for tokens, only in cases(ranks.size):
         batch = ranks.batch(tokens[ranks.rank], seed, only)

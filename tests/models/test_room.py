@@ -1,4 +1,4 @@
-"""How much room the experts get, and what is said of it."""
+"""How much room the experts get, and what is said about it."""
 
 import re
 from dataclasses import replace

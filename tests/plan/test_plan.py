@@ -50,7 +50,7 @@ def test_what_is_dispatched_is_what_training_counted():
 
 
 def test_flops_are_those_of_mfu():
-    """Without padding and capacity, except for embedding rows, router and norms."""
+    """Without padding and capacity; embedding rows, router and norms are left out."""
     one = shape("moe.capacity=null", "parallel.expert_parallel=1", ranks=1)
     padding = one.even / one.rows
     counted = work.flops(one)

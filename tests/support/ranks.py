@@ -171,7 +171,7 @@ def _alone(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> An
 
 
 class Training:
-    """A run in the background, one process a rank, to do harm to.
+    """A run in the background, one process a rank, to be harmed.
 
     `plant(rank)` runs in each process first. What they print goes to the file `log`.
     """
@@ -216,7 +216,7 @@ class Training:
             time.sleep(0.002)
 
     def exit_codes(self, timeout: float = 60) -> list[int]:
-        """Of all ranks, once they have ended; minus a signal's number if killed."""
+        """Exit codes of all ranks, once they have ended; minus a signal's number if killed."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -236,7 +236,7 @@ def _training(
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    # pytest has its own in their place.
+    # pytest has replaced them by its own.
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     logging.getLogger().handlers.clear()
     faulthandler.enable(handle)
@@ -258,7 +258,8 @@ def _be_rank(rank: int, world_size: int, ports: Any) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-    # No torchrun ends the others when one has ended, so that nobody need let another speak first.
+    # Without torchrun no rank is ended when another has ended, so none need let another report
+    # first.
     failure.PATIENCE_S = 0.1
 
 

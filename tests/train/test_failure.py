@@ -1,4 +1,4 @@
-"""How an error is said: the line, the exit code, and who speaks first."""
+"""How an error is reported: the line, the exit code, and which rank reports first."""
 
 import errno
 

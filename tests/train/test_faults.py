@@ -1,4 +1,4 @@
-"""Each fault, made to happen: it ends in a run that continues, or in one clear line."""
+"""Each fault, provoked: it ends in a run that continues, or in one clear line."""
 
 import json
 import os
@@ -325,7 +325,7 @@ def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
 
 @pytest.mark.slow
 def test_all_ranks_hang_with_pythons_lock(tmp_path):
-    """Nobody can say a line; every process ends, with its stack on the terminal."""
+    """No rank can print a line; every process ends, with its stack on the terminal."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5", "parallel.expert_parallel=1")
     with Training(1, keys, tmp_path / "log", hang_with_the_lock({0})) as training:
         assert training.exit_codes() == [-signal.SIGALRM]
@@ -334,7 +334,7 @@ def test_all_ranks_hang_with_pythons_lock(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_too(tmp_path):
-    """SIGSTOP, as of a machine that is gone: it cannot even say where it is."""
+    """SIGSTOP, like a machine that is gone: the rank cannot even report where it is."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=4")
     with Training(2, keys, tmp_path / "log", quick_watchdog) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)

@@ -58,7 +58,7 @@ def keys_of(run_dir: Path, name: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
 def test_files_are_as_they_are_on_the_hub_or_packed(models, kind, layout):
-    """So that the tests below see both; transformers might change what it writes."""
+    """The tests below need both layouts; transformers might change what it writes."""
     folder = models / kind / layout / "model"
     last = {"qwen3_moe": "mlp.experts.3.up_proj.weight"}.get(
         kind, "block_sparse_moe.experts.3.w3.weight"
@@ -145,7 +145,7 @@ def test_round_trip_is_bit_for_bit(models, tmp_path, kind, layout, ranks, ep):
 
 @pytest.mark.parametrize("kind", hf_config.FAMILIES)
 def test_the_first_loss_is_that_of_transformers(models, tmp_path, kind):
-    """So that what is trained is the model, and not only its numbers in some order."""
+    """What is trained is the model, not only its numbers in some order."""
     folder = models / kind / "packed" / "model"
     argv = [str(yaml_of(folder)), *keys_of(tmp_path, "a", "train.global_batch=2")]
     assert run_train(1, argv) == [0]

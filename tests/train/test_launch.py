@@ -88,7 +88,7 @@ def test_a_meeting_point_that_is_nowhere(tmp_path, monkeypatch, capsys, host):
 
 @pytest.fixture
 def silent_port():
-    """Of an address where nobody listens."""
+    """The port of an address where nothing listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]

@@ -327,7 +327,7 @@ def test_crash_while_dropping_lines_loses_nothing(
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_a_metrics_file_that_is_removed_while_it_is_written(tmp_path, caplog, moved):
-    """Or what comes after it would go where nobody finds it."""
+    """Otherwise later lines would be lost."""
     path = tmp_path / "a" / "metrics.jsonl"
     path.parent.mkdir()
     file = MetricsFile(path)

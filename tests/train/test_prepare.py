@@ -158,7 +158,7 @@ def test_losses_are_those_of_a_run_on_the_text_and_a_run_goes_on_from_one_to_the
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Of a few files, and in parts of few characters; in this process alone."""
+    """Make units of a few files, with parts of few characters; in this process only."""
     monkeypatch.setattr(sources, "UNIT", 3000)
     monkeypatch.setattr(units, "PART", 500)
     monkeypatch.setattr(units, "TOGETHER", 200)

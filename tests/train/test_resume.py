@@ -252,7 +252,7 @@ def test_a_save_before_the_first_update_changes_nothing(tmp_path, monkeypatch, k
 
 
 def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
-    """As after NaN, whose line says: lower optim.lr. What the keys come to is what is trained."""
+    """As after NaN, whose line says: lower optim.lr. The new keys take effect."""
     keys = ["parallel.expert_parallel=1", "train.steps=4", "checkpoint.every=2"]
     train(tmp_path, "a", 1, *keys, "optim.schedule=constant", "optim.weight_decay=0")
     for name, more, says in (

@@ -21,12 +21,12 @@ REQUIRED = (METADATA, CONFIG, ABOUT)
 """Every checkpoint has these, beside the files of its ranks."""
 
 EMPTY = hashlib.sha256().hexdigest()
-"""Of an empty file, as a power cut leaves one that was not synced."""
+"""Checksum of an empty file, which a power cut leaves of one that was not synced."""
 
 _OURS = re.compile(r"\.metadata|config\.yaml|training\.json|__\d+_\d+\.distcp|rank_\d+\.pt")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 MOST_THREADS = 8
-"""Of one rank: more make no disk faster."""
+"""Most threads of one rank: more make no disk faster."""
 _CHUNK = 1 << 24
 """Bytes read and hashed at a time."""
 _WRITE_CHUNK = 1 << 26
@@ -78,7 +78,7 @@ class HashingStream:
             self._file.close()
 
     def hexdigest(self) -> str:
-        """Of all that was written."""
+        """SHA-256 of all that was written."""
         return self._hash.hexdigest()
 
 

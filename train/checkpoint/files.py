@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 _UNFINISHED = ".unfinished"
 _TEMPORARY = re.compile(r"config\.yaml\.tmp|rank_\d+\.checksums\.sha256")
-"""In the name of a checkpoint that did not become whole; the second in older versions."""
+"""Names of temporary files in a checkpoint that did not become whole; the second is of older
+versions."""
 
 
 def folder_of(run_dir: Path) -> Path:

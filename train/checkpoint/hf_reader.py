@@ -161,7 +161,7 @@ def load(weights: Source, model: GPT, speaks: bool) -> None:
 
 
 def _copy(tensors: safe_open, piece: Piece, weight: Tensor, rank: int) -> None:
-    """Into `weight`, one of ours, as far as the rank holds it."""
+    """Copy a tensor into `weight`, one of ours, as far as the rank holds it."""
     begin, end = rank * len(weight), (rank + 1) * len(weight)
     if not piece.of_experts:
         found = tensors.get_tensor(piece.theirs)

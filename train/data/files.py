@@ -120,7 +120,7 @@ def _kind_of_named(path: str, file: Path) -> str:
 
 
 def _suffix(path: Path | str) -> str:
-    """In lower case, without that of a compression."""
+    """A file's suffix in lower case, without that of a compression."""
     name = Path(path).name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from train.config import Config
 
 Order = Callable[[int], int]
-"""From a sample's number, counted from the start of the run, to a place in the data."""
+"""Maps a sample's number, counted from the start of the run, to a place in the data."""
 
 BLOCK = 1 << 16
 """Samples of a mixture of which each source has its exact share."""
@@ -68,8 +68,8 @@ class Mixed:
 
 
 class Spread:
-    """As Mixed, but not random: each source's samples are evenly spread and in their own order, so
-    the first few have the same shares. For validation."""
+    """Like Mixed, but not random: each source's samples are evenly spread and in their own order,
+    so the first few have the same shares. For validation."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
         self.sizes, self.shares = sizes, shares(weights)

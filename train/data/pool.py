@@ -113,7 +113,7 @@ _shared: tuple[Function, Any, Any]
 
 
 def _begin(function: Function, shared: Any, counter: Any, parent: int) -> None:
-    """In a process, before its first job."""
+    """Set up a process before its first job."""
     global _shared
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed while this process imported what it needs

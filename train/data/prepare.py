@@ -39,7 +39,7 @@ class Text:
 
     units: tuple[Unit, ...]
     about: str
-    """In words."""
+    """What is read, in words."""
     identity: tuple[str, ...]
     """Names, sizes and times of the files, as far as they are known."""
 
@@ -186,7 +186,7 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 
 def _surveys(work: Work) -> Survey | None:
-    """Of all units, where all are known."""
+    """The survey of all units, if all are known."""
     if not all(work.survey_of(number).exists() for number in work.numbers):
         return None
     return joined([work.read_survey(number) for number in work.numbers])

@@ -27,7 +27,7 @@ from train.data.tokens import Sequences
 NAME = "prepared.json"
 UNFINISHED = "unfinished"
 PLAN = "plan.json"
-"""In `unfinished`: what the folder is to hold."""
+"""A file in `unfinished`: what the folder is to hold."""
 
 VERSION = 3
 """Increase it when what is prepared changes: the cache would keep serving what the old code made,
@@ -77,7 +77,7 @@ def is_prepared(path: str | Path | None) -> bool:
 
 
 def folder_of(path: str | Path | None) -> Path:
-    """As `data.path` is meant."""
+    """The folder that `data.path` names."""
     assert path is not None
     return Path(path).expanduser()
 

@@ -43,7 +43,8 @@ def quiet() -> None:
 
 
 def sources_of(config: Config) -> list[Config]:
-    """Of a mixture, a config for each source, with its path alone; otherwise the config itself."""
+    """A config for each source of a mixture, with its path alone; without a mixture the config
+    itself."""
     data = config.data
     return [
         config.model_copy(update={"data": data.model_copy(update={"path": path, "mixture": {}})})

@@ -97,7 +97,7 @@ def joined(surveys: list[Survey]) -> Survey:
 
 
 def limit_of(fraction: float, documents: Survey) -> int:
-    """Of the places of held-out documents, which are as many as `fraction` says.
+    """The limit below which documents are held out, as many as `fraction` says.
 
     A single document, such as one long text file, is all training: its last sequences are held out
     when it is cut into sequences.

@@ -99,7 +99,7 @@ class Sequences:
 
     @property
     def tokens(self) -> int:
-        """In the whole stream."""
+        """Tokens in the whole stream."""
         return int(self._starts[-1])
 
     def part(self, first: int, count: int) -> "Sequences":

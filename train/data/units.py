@@ -47,7 +47,7 @@ class Work:
     units: tuple[Unit, ...]
     tokenizer: Tokenizer
     limit: int = 0
-    """Of the split."""
+    """The limit of the split."""
     part: int = PART
 
     @property

@@ -24,7 +24,7 @@ from train.metrics.tracking import Tracker
 log = logging.getLogger(__name__)
 
 LOGGED = "steps"
-"""In `wandb/artifacts/`: the steps that were logged, one a line."""
+"""A file in `wandb/artifacts/`: the steps that were logged, one a line."""
 
 
 class Artifacts:
@@ -51,7 +51,7 @@ class Artifacts:
                 self._log(path)
 
     def finish(self) -> None:
-        """At the end of the run: log what is left, and wait for the upload."""
+        """Log what is left at the end of the run, and wait for the upload."""
         self.look()
         if self._wanted == "last":
             for path in finished(self._checkpoints)[-1:]:

@@ -27,7 +27,7 @@ class Environment(TypedDict):
 
 
 def describe_environment(device: torch.device, world_size: int) -> Environment:
-    """Of this process and its `world_size` ranks."""
+    """Describe this process and its `world_size` ranks."""
     return {
         "device": device.type,
         "device_name": device_name(device),
@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, CUDA (where PyTorch has it), and the packages that results depend on."""
+    """Versions of Python, CUDA (where PyTorch has it), and the packages that results depend on."""
     found = {"python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Of one run; closed by `finish`, or by `give_up` where the run ends early."""
+    """Records the metrics of one run; closed by `finish`, or by `give_up` where the run ends
+    early."""
 
     def __init__(
         self, config: Config, run_dir: Path, environment: Environment, first_step: int

@@ -24,10 +24,10 @@ class Gathered(TypedDict):
     auxiliary: dict[str, torch.Tensor]
     counts: dict[str, Count]
     relayouts: NotRequired[dict[str, int]]
-    """In checkpoints from before they were one of the counts."""
+    """Only in older checkpoints, where they were not yet one of the counts."""
     bytes_sent: int
     redone: NotRequired[int]
-    """Not in checkpoints from before `moe.capacity=auto`."""
+    """Missing in checkpoints from before `moe.capacity=auto`."""
 
 
 class Mark(NamedTuple):
@@ -106,7 +106,7 @@ class StepMetrics:
         self.runtime.dispatcher.rewind(mark.sent)
 
     def _buffers(self) -> list[torch.Tensor]:
-        """Of the MoE layers: the expert load, and whatever else a router keeps count of."""
+        """Counters of the MoE layers: the expert load, and whatever else a router counts."""
         return [buffer for layer in self.layers for buffer in layer.buffers()]
 
     def state(self) -> Gathered:

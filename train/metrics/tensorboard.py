@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
-"""In the run's folder."""
+"""Name of the folder in the run's folder."""
 
 FLUSH_S = 10
 """Seconds after which what was logged is on disk."""

@@ -52,6 +52,6 @@ def _router(shape: Shape) -> dict[str, int]:
 
 
 def _shared(shape: Shape, value: int) -> dict[str, int]:
-    """Of a shared expert: what its SwiGLU reads, and what it writes."""
+    """What a shared expert keeps: what its SwiGLU reads and writes."""
     ffn = shape.moe.shared_ffn_hidden_size
     return {"shared expert": shape.tokens * 3 * ffn * value} if ffn else {}

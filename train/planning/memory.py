@@ -131,5 +131,5 @@ def _prepared(shape: Shape) -> float:
 
 
 def budget(memory_bytes: float) -> float:
-    """Of a GPU with so much memory, what the plan may take."""
+    """The bytes that a plan may use of a GPU with this much memory."""
     return USABLE * memory_bytes

@@ -20,7 +20,7 @@ from models.moe.runtime import Runtime
 from train.profiling.timer import Timer
 
 STEPS = ("quantize", "dispatch", "permute", "up_projection")
-"""Of the five steps, those that take time: 3 only wraps what arrived. In backward, step 5 is
+"""Those of the five steps that take time: 3 only wraps what arrived. In backward, step 5 is
 `dgrad`: the gradient follows the same steps to the first GEMM that it meets."""
 
 PARTS = (
@@ -128,7 +128,7 @@ class _Gemm:
 
 
 class _StandIn:
-    """In an object's place: some functions are others, the rest is the object's own."""
+    """Stands in for an object: some functions are replaced, the rest is the object's own."""
 
     def __init__(self, target: Any, wrappers: Mapping[str, Wrapper]) -> None:
         self._target = target

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Moment = torch.cuda.Event | float
-"""On a GPU's stream, or seconds by the clock."""
+"""An event on a GPU's stream, or seconds by the clock."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def end_with_torchrun() -> None:
-    """In a rank: SIGTERM, on which it saves, when torchrun ends. Nothing without torchrun: a run
-    outlives the shell that started it."""
+    """Have this rank get SIGTERM, on which it saves, when torchrun ends. Does nothing without
+    torchrun: a run outlives the shell that started it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)

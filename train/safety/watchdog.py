@@ -133,7 +133,7 @@ class Watchdog:
         os._exit(1)
 
     def _present(self) -> "dict[int, Position]":
-        """Of the ranks that wrote down where they are."""
+        """Positions of the ranks that wrote down where they are."""
         found = {}
         for rank in range(self.world_size):
             with suppress(OSError):
@@ -160,7 +160,7 @@ class Position(NamedTuple):
 
 
 def position(text: str) -> Position | None:
-    """From a rank's file in `stalled/`; None where nothing has been written but the host."""
+    """Read a rank's file in `stalled/`; None where only the host has been written."""
     host, _, stacks = text.partition("\n")
     # The newest thread comes first and its last call on top, so that the main thread is the last.
     main_thread = re.split(r"^(?:Current thread|Thread) 0x.*$", stacks, flags=re.MULTILINE)[-1]

@@ -18,7 +18,7 @@ _ended: list[object] = []
 
 
 def begin() -> None:
-    """In a worker, before it reads anything."""
+    """Set up a worker before it reads anything."""
     end_with_parent(signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
@@ -34,7 +34,7 @@ def _cannot_hand_over(error: Exception, batch: object) -> None:
 
 
 def end(batches: object) -> None:
-    """In the rank, when training is over: end its workers now, whatever they read."""
+    """End this rank's workers when training is over, whatever they are reading."""
     # PyTorch's own clean-up would take locks with which a worker may have been killed.
     _ended.append(batches)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler sees a fault

@@ -96,7 +96,7 @@ def _count_arrivals_kernel(
 
 @triton.jit
 def _sum_of_first(ptr, count, size, SPAN: tl.constexpr):
-    """Of `size` numbers, the sum of the first `count`, and of all."""
+    """The sum of the first `count` of `size` numbers, and of all of them."""
     before = tl.zeros([], tl.int32)
     total = tl.zeros([], tl.int32)
     for start in range(0, size, SPAN):

@@ -129,7 +129,8 @@ def why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None
 def _first_that_can(
     model: ModelConfig, moe: MoEConfig, ranks: int
 ) -> tuple[DeepEPName | None, dict[DeepEPName, str]]:
-    """Of the versions that `moe.dispatch` allows, and why those before it can't run here."""
+    """The version to use, of those that `moe.dispatch` allows, and why those before it can't run
+    here."""
     versions: tuple[DeepEPName, ...] = ("deep_ep_v1", "deep_ep_v2")
     if moe.path in V2_FIRST:
         versions = versions[::-1]

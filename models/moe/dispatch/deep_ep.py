@@ -71,7 +71,7 @@ def half_of_the_multiprocessors() -> int:
 
 
 class CountsBytes:
-    """Of a dispatcher: data and scales that left for other ranks, counted on the device."""
+    """A dispatcher's counter of data and scales sent to other ranks, on the device."""
 
     def __init__(self, ranks: int, rank: int, device: str) -> None:
         self.ranks = ranks

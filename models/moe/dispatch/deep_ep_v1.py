@@ -250,7 +250,7 @@ class DeepEPv1(CountsBytes):
 
 
 def _as_argument(tensors: tuple[Tensor, ...], top_k: int = 1) -> Tensor | tuple[Tensor, Tensor]:
-    """As `as_argument`; ValueError also for what v1's kernels don't take."""
+    """As `as_argument`; raises ValueError also for what v1's kernels don't take."""
     argument = as_argument(tensors)
     data = tensors[0]
     if (problem := _unfit(data.shape[1], data.element_size(), top_k)) is not None:

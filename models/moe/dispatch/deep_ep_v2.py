@@ -97,7 +97,7 @@ class DeepEPv2(CountsBytes):
 
     @property
     def buffer_bytes(self) -> int:
-        """Of GPU memory, outside PyTorch's allocator."""
+        """Bytes of GPU memory, outside PyTorch's allocator."""
         return self._buffer.num_bytes
 
     @property

@@ -36,7 +36,7 @@ class Trip:
         row_alignment: int,
         max_rows: int | None = None,
     ) -> None:
-        """With `max_rows` the host does not wait to know P: it is `max_rows`, a multiple of the
+        """max_rows: if given, the host does not wait to know P: it is `max_rows`, a multiple of the
         alignment, and copies beyond it are dropped."""
         self.dispatcher = dispatcher
         self.ops = ops
