@@ -32,7 +32,7 @@ FreeOnResume = Annotated[T, FREE_ON_RESUME]
 """Marks a key, or a whole section, that may change when a run is resumed: its type is otherwise T.
 A change of any other key makes it another run, which is refused."""
 
-SAID_ON_RESUME = "may change on resume, which is said"
+SAID_ON_RESUME = "may change on resume, reported at the start"
 SaidOnResume = Annotated[T, SAID_ON_RESUME]
 """As FreeOnResume, for a key that affects training: the start of the run reports the change."""
 
@@ -168,7 +168,7 @@ class MoEConfig(Section):
     """Balance the load with a bias for each expert, which is added to the router's logits where
     experts are chosen and nowhere else (Wang et al., arXiv:2408.15664): after each step it rises
     where an expert got less than the mean of all ranks' tokens, and falls where it got more.
-    Instead of the load-balancing loss, with `aux_loss_coeff` at 0, or beside it."""
+    It replaces the load-balancing loss if `aux_loss_coeff` is 0, and otherwise adds to it."""
     bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0)
     """With `expert_bias`: how much a bias changes in a step, so a short run needs a larger value
     than a long one; 0 leaves the biases unchanged."""
@@ -180,7 +180,7 @@ class MoEConfig(Section):
     @field_validator("capacity", mode="before")
     @classmethod
     def _check_capacity(cls, value: Any) -> Any:
-        """Here, or the line would name each kind of value that it is not."""
+        """Checked here, or the error would name every type that the value is not."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value in DROPLESS or (is_number and math.isfinite(value) and value >= 1):
             return value

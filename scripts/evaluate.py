@@ -5,8 +5,9 @@
     python -m scripts.evaluate FOLDER data.path=my/folder         # Hugging Face's, as exported
     python -m scripts.evaluate runs/NAME --tasks hellaswag,arc_easy --out result.json
 
-By default on the validation sequences of its own config, `train.valid_batches` global batches of
-them: what training logs as `loss/valid` and `loss/valid_bpb`. Other keys of the config can follow.
+By default it evaluates validation sequences of the model's own config, `train.valid_batches` global
+batches of them: what training logs as `loss/valid` and `loss/valid_bpb`. Other config keys can
+follow.
 """
 
 import argparse
@@ -169,17 +170,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL|RUN")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="such as train.micro_batch=1")
-    parser.add_argument("--data", metavar="PATH", help="local text, every document of it")
+    parser.add_argument(
+        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=1"
+    )
+    parser.add_argument("--data", metavar="PATH", help="evaluate every document of this local text")
     parser.add_argument(
         "--batches", type=positive, metavar="N",
-        help="global batches of validation (train.valid_batches); of --data, micro-batches (all)",
+        help="validation batches (train.valid_batches); with --data, micro-batches (all)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
-    parser.add_argument("--tasks", metavar="TASK,TASK", help="of lm_eval, on the HF export")
+    parser.add_argument("--path", help="moe.path to compute with (default: the model's own)")
+    parser.add_argument(
+        "--tasks", metavar="TASK,TASK", help="tasks of lm_eval, run on the HF export"
+    )
     parser.add_argument("--limit", type=positive, help="examples of each task (all)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the same as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result as JSON")
     options = parser.parse_intermixed_args(arguments)
     try:
         return run(options)

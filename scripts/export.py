@@ -216,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--format", choices=("native", "hf"), default="native", help="one file, or a folder"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights; with hf (float32)"
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights, for --format hf (float32)"
     )
     options = parser.parse_args(arguments)
     try:

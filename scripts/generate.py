@@ -93,17 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="a file that scripts.export has written")
+    parser.add_argument("model", type=Path, help="a file written by scripts.export")
     parser.add_argument("prompt")
     parser.add_argument(
-        "--tokens", type=_number(int, 1e9), default=200, help="how many at most (200)"
+        "--tokens", type=_number(int, 1e9), default=200, help="most tokens to add (200)"
     )
     parser.add_argument(
-        "--temperature", type=_number(float, 1e9), default=0.8, help="0: the likeliest (0.8)"
+        "--temperature",
+        type=_number(float, 1e9),
+        default=0.8,
+        help="0 takes the likeliest token (0.8)",
     )
     parser.add_argument("--seed", type=_number(int, 2**63 - 1), default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
+    parser.add_argument("--path", help="moe.path to compute with (default: the model's own)")
     options = parser.parse_args(arguments)
     # Bytes of the prompt that are not UTF-8 arrive as surrogates, which cannot be encoded.
     prompt = options.prompt.encode("utf-8", "replace").decode()

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="with config.json and .safetensors files")
+    parser.add_argument("folder", type=Path, help="a folder with config.json and .safetensors")
     parser.add_argument("--out", type=Path, required=True, help="the .yaml file to write")
     options = parser.parse_args(arguments)
     try:

@@ -2,7 +2,7 @@
 
     python -m scripts.prepare_data configs/NAME.yaml --out FOLDER [--workers N] [key=value ...]
 
-Local text, or a data set of the hub. Killed or out of room, the same command continues where it
+Local text, or a data set of the hub. Killed or out of space, the same command continues where it
 stopped, and ends with the same bytes, whatever the number of processes. A run on the folder trains
 on the same sequences as one on the text itself, for any model.seq_len.
 """
@@ -159,8 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, or one begun before")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder, or an unfinished one"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )

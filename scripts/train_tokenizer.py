@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE tokenizer on the training text of a config.",
     )
     parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+    )
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("tokenizer.json"))
     parser.add_argument(

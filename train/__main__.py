@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/demo_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=50")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=50"
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:

@@ -111,7 +111,7 @@ class OptimConfig(Section):
     @field_validator("prepare_weights", mode="before")
     @classmethod
     def _check_prepare_weights(cls, value: object) -> object:
-        """Here, or the line would name each kind of value that it is not."""
+        """Checked here, or the error would name every type that the value is not."""
         if value in (True, False, "auto"):
             return value
         raise ValueError(f"{value!r} is neither auto, true nor false")
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     log_every: FreeOnResume[PositiveInt] = 10
     """Steps between two lines of metrics."""
     valid_every: FreeOnResume[NonNegativeInt] = 100
-    """Steps between two validations; 0 for none. The last step is always validated otherwise."""
+    """Steps between two validations; 0 for none. Otherwise the last step is always validated."""
     valid_batches: FreeOnResume[PositiveInt] = 8
     """Batches of the global batch's size in one validation."""
     warmup_steps: FreeOnResume[NonNegativeInt] = 3

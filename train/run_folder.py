@@ -11,7 +11,7 @@ from train.config import ConfigError
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", run_lock.NAME)
 FOLDERS = ("stalled",)
-"""What a run writes there, beside its checkpoints."""
+"""What a run writes there, in addition to its checkpoints."""
 
 
 def check(run_dir: Path) -> None:

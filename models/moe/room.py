@@ -95,8 +95,8 @@ class Room:
     def send(self) -> None:
         """After the attempt's last forward pass, with all ranks: the largest needs to the host.
 
-        Before the backward pass, on the stream that computes: beside DeepEP's kernels a collective
-        of NCCL can wait forever, and they for it.
+        Before the backward pass, on the stream that computes: concurrently with DeepEP's kernels a
+        collective of NCCL can wait forever, and they for it.
         """
         assert self._needed is not None, "no layer has noted what it needed"
         dist.all_reduce(self._needed, dist.ReduceOp.MAX)
@@ -112,7 +112,7 @@ class Room:
         """Whether a layer of any rank lost rows in the last attempt; the same on every rank.
 
         Remembers what was needed if none did: after lost rows later layers route differently. On a
-        GPU waits for what `send` has queued, not for the backward pass behind it.
+        GPU waits for what `send` has queued, not for the backward pass after it.
         """
         assert self._on_host is not None, "`send` comes first"
         if self._copied is not None:

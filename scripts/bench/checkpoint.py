@@ -39,8 +39,10 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="measure this disk instead")
-    parser.add_argument("--gb", type=float, default=2.0, help="on every rank (2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="has the state")
+    parser.add_argument("--gb", type=float, default=2.0, help="GB of state on every rank (2)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the state is"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="with --disk: where the result goes")
     options = parser.parse_args()

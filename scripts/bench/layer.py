@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
     parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
-    parser.add_argument("--tokens", type=int, default=16384, help="of each GPU (default 16384)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
     dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
     parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")

@@ -344,13 +344,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
-    parser.add_argument("stack", help="such as bf16, fp8_direct:prepare, stock:bf16")
+    parser.add_argument("stack", help="a stack, such as bf16, fp8_direct:prepare, stock:bf16")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--micro-batches", type=positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--steps", type=positive, default=20, help="timed steps")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--warmup", type=positive, default=5, help="untimed steps before")
     parser.add_argument("--trace", type=Path, metavar="FILE.json.gz",
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)

@@ -237,8 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="A,B")
     parser.add_argument("--micro-batch", type=positive, help="default: the config's")
-    parser.add_argument("--blocks", type=positive, default=40, help="of four steps")
-    parser.add_argument("--warmup", type=positive, default=4, help="steps of each path before them")
+    parser.add_argument("--blocks", type=positive, default=40, help="blocks of four steps")
+    parser.add_argument(
+        "--warmup", type=positive, default=4, help="untimed steps of each path before"
+    )
     parser.add_argument("--out", type=Path, help="add the figures to this JSON file")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.blocks < 2:

@@ -297,18 +297,22 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all stacks")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides for all stacks"
+    )
     parser.add_argument("--gpus", type=positive, required=True, help="ranks, on this machine")
     parser.add_argument("--stacks", default=DEFAULT_STACKS, help="default: %(default)s")
-    parser.add_argument("--anchors", default="", help="measured in every sitting")
+    parser.add_argument("--anchors", default="", help="stacks measured in every sitting")
     parser.add_argument("--routings", type=_routings, default=["balanced"])
     parser.add_argument("--screen", type=positive_list, default=[1, 2, 4, 8], metavar="N,N")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
-    parser.add_argument("--minutes", type=float, help="begin no process that might end later")
-    parser.add_argument("--process-minutes", type=float, default=6, help="at most, of a process")
-    parser.add_argument("--sitting", help="its name; default: the time")
+    parser.add_argument("--warmup", type=positive, default=5, help="untimed steps before")
+    parser.add_argument("--minutes", type=float, help="start no process that might end later")
+    parser.add_argument(
+        "--process-minutes", type=float, default=6, help="most minutes of a process"
+    )
+    parser.add_argument("--sitting", help="name of this sitting; default: the time")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_intermixed_args(argv)
     return or_one_line(lambda: bench(arguments))

@@ -96,12 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/moe_small.yaml")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="such as train.micro_batch=8")
     parser.add_argument(
-        "--gpus", type=count, metavar="N", help="of the run (parallel.expert_parallel)"
+        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=8"
     )
-    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="M", help="(8)")
-    parser.add_argument("--machine", choices=MACHINES, default="h100", help="(h100)")
+    parser.add_argument(
+        "--gpus", type=count, metavar="N", help="GPUs of the run (parallel.expert_parallel)"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=count, default=8, metavar="M", help="GPUs of a node (8)"
+    )
+    parser.add_argument(
+        "--machine", choices=MACHINES, default="h100", help="GPU to plan for (h100)"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.png|svg")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -26,7 +26,7 @@ def flops(shape: Shape) -> dict[str, float]:
 
 
 def moved(shape: Shape) -> float:
-    """Bytes that the experts' kernels read and write beside their GEMMs, of a micro-batch."""
+    """Bytes that the experts' kernels other than GEMMs read and write, of a micro-batch."""
     hidden, ffn, rows = shape.model.hidden_size, shape.moe.ffn_hidden_size, shape.rows
     received, tokens = shape.received * hidden, shape.tokens * hidden
     wide = rows * hidden

@@ -43,7 +43,7 @@ def failing(rank: int, argv: list[str]) -> int:
 
 
 class Uneven:
-    """A stack whose step takes rank 1 longer; nobody waits for anybody."""
+    """A stack whose step takes rank 1 longer; no rank waits for another."""
 
     def __init__(self, rank: int) -> None:
         self.seconds = 0.01 + 0.05 * rank

@@ -1,4 +1,4 @@
-"""With room set aside for the experts' rows, a layer never makes the host wait for the GPU."""
+"""With room reserved for the experts' rows, a layer never makes the host wait for the GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -37,8 +37,8 @@ def test_the_last_ones_and_every_so_many_steps_are_kept(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    """With a disk so slow that a save takes 3 s, steps are trained and logged meanwhile, nobody
-    sees half a checkpoint, and what is saved is as it was when the save began."""
+    """With a disk so slow that a save takes 3 s, steps are trained and logged meanwhile, no reader
+    sees half a checkpoint, and what is saved is the state when the save began."""
 
     def slow_disk(rank: int) -> None:
         slow_saves(3)

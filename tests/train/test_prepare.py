@@ -191,7 +191,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, tokenizer, monkeypatc
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("what", ["survey_unit", "tokenize_unit", "_add", "write_survey", "about"])
 def test_broken_off_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, what):
-    """By an error that nobody catches, at each call of a function, as a kill would."""
+    """By an uncaught error, at each call of a function, like a kill."""
 
     class Killed(BaseException):
         pass

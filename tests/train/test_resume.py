@@ -196,7 +196,7 @@ def test_another_model_is_refused_beside_a_damaged_checkpoint(tmp_path, capsys, 
 
 
 def test_fewer_steps_beside_a_damaged_checkpoint(tmp_path):
-    """Nothing is left to do, and no checkpoint is called after a step that it is not of."""
+    """Nothing is left to do, and no checkpoint is named after another step."""
     keys = ["parallel.expert_parallel=1", "checkpoint.every=2", "checkpoint.keep=9"]
     run_dir = train(tmp_path, "a", 1, *keys, "train.steps=4")
     metadata = run_dir / "checkpoints" / "step_00000004" / ".metadata"

@@ -68,7 +68,7 @@ class Batch:
     """Position within the document: 0 for a sequence's first token and after each `eod`."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy runs beside the host where memory is pinned."""
+        """The batch on a device; the copy is asynchronous where memory is pinned."""
         return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
 
     def pin_memory(self) -> "Batch":
@@ -242,7 +242,7 @@ def _load_mixture(config: Config, tokenizer: Tokenizer) -> Corpus:
 
 @contextmanager
 def _named_mixture(config: Config) -> Iterator[None]:
-    """An error of one of several sources says so: it names data.path, which nobody has set."""
+    """Marks an error of one of several sources: it names data.path, which the user has not set."""
     try:
         yield
     except ConfigError as error:

@@ -37,7 +37,7 @@ def pack(
 
 
 def pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `pack` needs beside the documents."""
+    """What `pack` needs in addition to the documents."""
     length = config.model.seq_len + 1
     return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
 

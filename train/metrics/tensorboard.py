@@ -88,7 +88,7 @@ class TensorBoard:
         self._try(scalars)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Log a PNG beside a step's metrics."""
+        """Log a PNG with a step's metrics."""
         if (writer := self._writer) is None:
             return
 

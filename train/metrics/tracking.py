@@ -89,7 +89,7 @@ class Tracker:
         self._try(lambda run: run.log(dict(metrics), step=step))
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Log a PNG beside a step's metrics."""
+        """Log a PNG with a step's metrics."""
 
         def log_image(run: "Run") -> None:
             import wandb

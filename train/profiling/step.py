@@ -22,7 +22,7 @@ from train.profiling.timer import Lap, Timer
 log = logging.getLogger(__name__)
 
 PARTS = (*MODEL_PARTS, "weight_gather", "gradient_sync", "optimizer")
-"""What `time/<part>_ms` is logged of, beside `time/other_ms`."""
+"""Parts that are logged as `time/<part>_ms`, in addition to `time/other_ms`."""
 
 TRACE = "trace.json.gz"
 

@@ -129,7 +129,7 @@ def _ends(offsets: Tensor) -> Tensor:
 
 
 def check_fprop(x: Tensor, w: Tensor, offsets: Tensor) -> None:
-    """What `grouped_mm` says of its arguments."""
+    """Check the arguments of `grouped_mm`."""
     _check_bf16(x, w)
     if offsets.shape != (w.shape[0] + 1,):
         raise ValueError(
@@ -140,7 +140,7 @@ def check_fprop(x: Tensor, w: Tensor, offsets: Tensor) -> None:
 
 
 def check_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
-    """What `grouped_mm_wgrad` says of its arguments."""
+    """Check the arguments of `grouped_mm_wgrad`."""
     _check_bf16(dy, x)
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")

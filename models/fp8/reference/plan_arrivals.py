@@ -19,7 +19,7 @@ from torch import Tensor
 class Arrivals:
     """The plan as DeepEP v2's kernels read it (`dispatch/deep_ep_v2.py`).
 
-    W * T rows is the most that can arrive. Those that do come first, and behind them the rest.
+    W * T rows is the most that can arrive. Those that do come first, followed by the rest.
     """
 
     ids: Tensor

@@ -14,7 +14,7 @@ What its two kernels do, as their source and its head of July 2026 (version 2.1.
   where, and `ops.plan_rows` where their copies go. Then the rows are those of `all_to_all.py` and
   of `permute`, in their order: the same bits in each run. Nothing waits where `max_rows` is given,
   P is `max_rows`, and copies beyond it have no place.
-- Rows behind the last expert's are not written. They are never read, but their routing weights must
+- Rows after the last expert's are not written. They are never read, but their routing weights must
   be 0, see `models/fp8/overflow.py`: they are cleared here.
 - combine sums a token's copies on the experts' rank, in the order of its places, and then on its
   own rank: each sum in float32 and rounded to BF16 once (two in BF16 at once, which is the same).
