@@ -20,7 +20,7 @@ DIGITS = 3
 """Decimals of a shown ratio; the verdict uses them too, so that the two never disagree."""
 
 FEWEST = 5
-"""Fewest intervals of a run for a verdict: with less, the ends of their range mean little."""
+"""Fewest intervals of a run for a verdict: with fewer, the ends of their range mean little."""
 
 
 @dataclass(frozen=True)

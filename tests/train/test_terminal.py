@@ -11,7 +11,6 @@ from train.metrics import terminal
 from train.metrics.terminal import WIDTH, Progress, joined
 
 FACTS = {
-    "run": "runs/a folder with spaces/bf16",
     "runs on": "operations by Triton, grouped_mm by cuBLAS 13.6 through TransformerEngine, "
     "grouped_gemm by DeepGEMM; dispatch by DeepEP v1 (not deep_ep_v2: NCCL 2.28.9 is loaded: it "
     "needs 2.30.4 or newer); room for the experts' rows by what was needed lately",
@@ -43,7 +42,7 @@ def printed(columns: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(terminal, "Console", console)
     progress = Progress(100_000, 0)
     progress.bar.disable = True
-    progress.start(FACTS)
+    progress.start({"run": str(folder), **FACTS})
     progress.line(100_000, METRICS)
     progress.finish(METRICS, {"throughput/tokens_per_sec_median": 1e6}, folder)
     return out.getvalue().splitlines()
@@ -51,21 +50,22 @@ def printed(columns: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("columns", "width"), [(80, 80), (100, 100), (220, WIDTH), (None, WIDTH)])
 def test_lines_fit_and_lose_nothing(columns, width, monkeypatch):
-    lines = printed(columns, Path("runs/demo/bf16"), monkeypatch)
+    lines = printed(columns, Path("runs/a demo/bf16"), monkeypatch)
     assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())
     for value in FACTS.values():
         assert value in text
     assert "tracking" in text
+    assert "run runs/a demo/bf16 " in text
     for part in ("loss 11.6512", "valid 11.8360", "tok/s 1,216,594", "MFU 42.3%", "load 13.12"):
         assert any(part in line for line in lines)
     assert "training loss 11.6512, validation loss 11.8360; median 1,000,000 tokens/s" in text
 
 
 def test_a_path_is_never_broken(monkeypatch):
-    folder = Path("/scratch") / ("a folder" * 15) / "bf16"
+    folder = Path("/scratch") / ("a folder " * 15) / "bf16"
     lines = printed(80, folder, monkeypatch)
-    assert f"run       {FACTS['run']}" in lines
+    assert f"run       {folder}" in lines
     assert f"everything is in {folder}:" in lines
 
 

@@ -228,8 +228,8 @@ class Checkpointer:
             damaged.append(f"{path}: {problem}")
         if damaged:
             raise ConfigError(
-                f"every checkpoint is damaged ({'; '.join(damaged)}); to start again, move the "
-                "folder away or choose another run.name"
+                f"every checkpoint is damaged ({'; '.join(damaged)}); to start from scratch, move "
+                "the folder away or choose another run.name"
             )
         return None, []
 
