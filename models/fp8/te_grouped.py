@@ -204,5 +204,5 @@ _SEGMENTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _segments(offsets: Tensor) -> _Segments:
     """Made once for the GEMMs of a layer's pass."""
     if offsets not in _SEGMENTS:
-        _SEGMENTS[offsets] = _Segments(offsets.clone())  # or the value keeps its key alive
+        _SEGMENTS[offsets] = _Segments(offsets.clone())  # a key that its value holds never goes
     return _SEGMENTS[offsets]

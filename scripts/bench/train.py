@@ -153,7 +153,7 @@ class Sitting:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill what is left of it: a rank that hangs keeps its GPU's memory."""
+    """Whatever of it is still there: a rank that hangs keeps its GPU's memory."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -214,7 +214,7 @@ def measure_routing(
     routing: str,
     configs: dict[tuple[Spec, str], Config],
 ) -> bool:
-    """Measure what is missing of one routing; returns whether there was time for all of it."""
+    """What is missing of one routing; whether there was time for all of it."""
     gpus, content = sitting.arguments.gpus, sitting.content
     for spec in specs:
         if any(train_rows.is_of(row, spec, routing, gpus) for row in content["screening"]):

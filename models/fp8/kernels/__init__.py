@@ -9,8 +9,8 @@ The functions that `Operations` names (`models/fp8/operations.py`), with the mea
   bounds stated in their files.
 - The last dimension is a multiple of 128 where there are blocks, and errors say so. GEMM operands
   that are not FP8 are bfloat16.
-- Values on the device are not checked, as that would make the host wait: `offsets` are trusted.
-  Only `plan_rows` waits, once per layer, and says how to avoid it.
+- Values on the device are not looked at, as that would make the host wait for it: `offsets` are
+  trusted. `plan_rows` is the one that waits, once per layer, and says how not to.
 
 This is the only part of the project that imports Triton.
 """

@@ -161,7 +161,7 @@ class DeepEPv1(CountsBytes):
             if ranks > NODE:  # a build for one node does not even answer
                 rdma_bytes = max(rdma_bytes, config.get_rdma_buffer_size_hint(row_bytes, ranks))
         self.buffer_bytes = nvlink_bytes + rdma_bytes
-        # If Python's garbage collector runs its destructor, that can hang at exit.
+        # Left to Python's garbage collector, its destructor can hang at exit.
         self._buffer: Any = Buffer(group, nvlink_bytes, rdma_bytes, explicitly_destroy=True)
 
     @property

@@ -245,7 +245,7 @@ class DeepEPv2(CountsBytes):
         )
 
     def _plan(self, expert_ids: Tensor) -> Arrivals:
-        """The routing of a dispatch, which every rank of a node works out for itself."""
+        """Who sends what to whom, as every rank of a node finds out for itself."""
         missing = self.tokens - len(expert_ids)
         if missing < 0:
             self._allocate(len(expert_ids))
