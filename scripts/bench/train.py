@@ -307,12 +307,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--screen", type=positive_list, default=[1, 2, 4, 8], metavar="N,N")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat")
-    parser.add_argument("--warmup", type=positive, default=5, help="untimed steps before")
-    parser.add_argument("--minutes", type=float, help="start no process that might end later")
-    parser.add_argument(
-        "--process-minutes", type=float, default=6, help="most minutes of a process"
-    )
-    parser.add_argument("--sitting", help="name of this sitting; default: the time")
+    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--minutes", type=float, help="begin no process that might end later")
+    parser.add_argument("--process-minutes", type=float, default=6, help="at most, of a process")
+    parser.add_argument("--sitting", help="its name; default: the time")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     arguments = parser.parse_intermixed_args(argv)
     return or_one_line(lambda: bench(arguments))
