@@ -56,7 +56,7 @@ BETTER = {
     r"(?:comes?|came|coming) of (?:it|them|that)": "the result",
     r"(?:is|are|was|were|be) held against": "compared with",
     r"lay(?:s|ing)? runs|(?:laid|lay) side by side": "compare",
-    r"(?<!there\x20)(?:is|are|was|were) no (?!longer|more|less|other)": "is not a",
+    r"(?<!there\x20)(?:is|are|was|were) no(?! (?:longer|more|less|other))": "is not a",
     r"all the same": "anyway, still",
     r"anyhow": "anyway",
     r"but for": "except for",
@@ -170,7 +170,7 @@ def test_words_of_the_field():
         ("a.py", 'def go(arm):  # begins anew\n    """Is let\n    be."""', ["anew", "Is let be"]),
         ("a.py", 'x = "it goes "\\\n    f"{arm} on and goes "\n    "on"', ["goes on"]),
         ("a.py", 'for arm in ("goes", "on"):\n    mend = arm.travels', []),
-        ("a.py", "f'{arm} is no file' + 'there is no file, and no more'", ["is no"]),
+        ("a.py", "f'{arm} is no {file}' + 'there is no file, and no more'", ["is no"]),
         ("a.py", "'it is no longer so; that would do' # would do so", ["would do"]),
     ],
 )

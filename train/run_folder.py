@@ -51,6 +51,6 @@ def _check(path: Path, is_folder: bool) -> None:
     if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
         kind = "folder" if is_folder else "file"
         raise ConfigError(
-            f"{path} is no {kind}, and a run has a {kind} there; move it away, or choose another "
-            "run.dir or run.name"
+            f"{path} is not a {kind}, and a run has a {kind} there; move it away, or choose "
+            "another run.dir or run.name"
         )
