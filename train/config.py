@@ -1,5 +1,4 @@
-"""The config: a YAML file to typed sections, `key=value` overrides, and one clear line for bad
-input.
+"""The config: YAML to typed sections, `key=value` overrides, and one clear line for bad input.
 
     config = load("configs/demo_cpu.yaml", ["moe.path=fp8_compact", "train.steps=10"])
 

@@ -1,5 +1,4 @@
-"""How many rows a rank's experts get room for where no layer waits to count them:
-`moe.capacity=auto`.
+"""Room for the rows of a rank's experts where no layer waits to count them: `moe.capacity=auto`.
 
 Buffers are allocated on the host and their size P depends on the routing, which is on the device.
 So P follows from what recent steps needed; a layer that needs more loses rows, and the step is

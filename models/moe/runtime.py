@@ -1,5 +1,4 @@
-"""Which library runs which part of the path on this machine: chosen once, when the model is
-built."""
+"""Which library runs what of the path on this machine: chosen once, when the model is built."""
 
 import math
 from collections.abc import Iterator

@@ -19,7 +19,7 @@ Its further options are chosen by name, and each is a rung of the ladder to its 
                       two a step
     router_padding    FP8: pad each expert's rows in the routing map, not in a pass of its own
     fp8_param         FP8: keep weights in FP8 between steps, and gather them in FP8
-    no_overlap gradients and weights are communicated after the computation, not during it
+    no_overlap        gradients and weights are communicated after the computation, not during it
     no_wgrad_fusion   TransformerEngine's weight gradients are not added to megatron's in the GEMM
 
 Needs GPUs and TransformerEngine; the process groups come from `train/parallel.py`.

@@ -1,5 +1,4 @@
-"""A colour for each path, by its place in the list of paths: a new path gets its own without an
-edit.
+"""A colour for each path, by its place in the list of paths, so that a new one gets its own.
 
 The first are Okabe and Ito's, told apart by the colour-blind too.
 """

@@ -1,5 +1,4 @@
-"""How a checkpoint gets on disk: what is copied, by which threads, and what is printed
-meanwhile."""
+"""How a checkpoint gets on disk: what is copied, by which threads, what is printed."""
 
 import json
 import os

@@ -320,7 +320,7 @@ def test_a_path_with_markup_in_it_is_printed_as_it_is(tmp_path):
         assert training.exit_codes() == [0], training.log.read_text()
     log = training.log.read_text()
     assert f"run       {folder}/a\n" in log
-    assert f"everything is in {folder}/a: " in log
+    assert f"everything is in {folder}/a:" in log
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
