@@ -1,7 +1,7 @@
-"""Whose attention TransformerEngine takes on a GPU: `model.attention_backend`.
+"""Which attention TransformerEngine uses on a GPU: `model.attention_backend`.
 
-It chooses among those that its environment's switches leave on, which megatron-core sets by its own
-config when a model is built, and insists on.
+It chooses among those that environment variables leave on. megatron-core sets these from its own
+config when a model is built, and refuses other values.
 """
 
 import os
@@ -18,7 +18,7 @@ SWITCHES: dict[str, dict[str, str]] = {
 
 
 def why_not(backend: AttentionBackend, device: str) -> str | None:
-    """Why it cannot be had on `cpu` or `cuda` here, in one line; None if it can."""
+    """Why it is not available on `cpu` or `cuda` here, in one line; None if it is."""
     key = f"model.attention_backend={backend}"
     if device == "cpu" and backend != "auto":
         return f"{key} is for GPUs; a CPU has PyTorch's attention alone: leave it at auto"

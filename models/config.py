@@ -15,7 +15,7 @@ from pydantic import (
 PathName = Literal["bf16", "fp8_baseline", "fp8_compact", "fp8_direct", "fp8_fused"]
 
 PATH_NAMES: tuple[PathName, ...] = get_args(PathName)
-"""All there are, in the order in which they are compared. `models/moe/paths` has their code."""
+"""All paths, in the order in which they are compared. Their code is in `models/moe/paths`."""
 
 DeepEPName = Literal["deep_ep_v1", "deep_ep_v2"]
 DispatchName = Literal["auto", "all_to_all", "deep_ep", DeepEPName]
@@ -30,15 +30,15 @@ FREE_ON_RESUME = "may change on resume"
 T = TypeVar("T")
 FreeOnResume = Annotated[T, FREE_ON_RESUME]
 """Marks a key, or a whole section, that may change when a run is resumed: its type is otherwise T.
-All other keys make it another run, which is refused."""
+A change of any other key makes it another run, which is refused."""
 
-SAID_ON_RESUME = "may change on resume, which is said"
+SAID_ON_RESUME = "may change on resume, reported at the start"
 SaidOnResume = Annotated[T, SAID_ON_RESUME]
-"""As FreeOnResume, for a key that what is trained depends on: the start says what changed."""
+"""As FreeOnResume, for a key that affects training: the start of the run reports the change."""
 
 
 class SameTraining(NamedTuple):
-    """Marks a key of which these values train to the same bits: they may be exchanged on resume."""
+    """Marks a key whose listed values train to the same bits: they may be exchanged on resume."""
 
     values: tuple[Any, ...]
 
@@ -85,8 +85,8 @@ class ModelConfig(Section):
     """Attention's projections in blockwise FP8 as well, by TransformerEngine, whatever `moe.path`
     is; on GPUs of compute capability 9.0."""
     attention_backend: SaidOnResume[AttentionBackend] = "auto"
-    """Whose attention a GPU computes with: flash is FlashAttention's, a package of its own; fused
-    is cuDNN's; auto is what TransformerEngine takes. They differ in rounding."""
+    """The attention that a GPU uses: flash is the package FlashAttention; fused is cuDNN's; auto
+    leaves the choice to TransformerEngine. They differ in rounding."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections back into the residual stream get
     `init_std / sqrt(2 * num_layers)` (GPT-2)."""
@@ -95,9 +95,9 @@ class ModelConfig(Section):
     gradients by it, so a small one makes them large in the first layers and the first steps; 1
     calms them (Takase et al., "Spike No More", arXiv:2312.16903)."""
     init_from: str | None = None
-    """A folder with a Qwen3-MoE or Mixtral checkpoint in Hugging Face's layout, from whose weights
-    the run starts; `python -m scripts.import_config FOLDER` writes the other keys. Read once: a run
-    that is resumed has its own."""
+    """A folder with a Qwen3-MoE or Mixtral checkpoint in Hugging Face's layout: the run starts from
+    its weights. `python -m scripts.import_config FOLDER` writes the other keys. A resumed run reads
+    its own checkpoint instead."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -130,29 +130,30 @@ class MoEConfig(Section):
     """The Mixture-of-Experts block: a top-k router and SwiGLU experts."""
 
     path: FreeOnResume[PathName] = "bf16"
-    """How tokens travel from the router to the experts' first GEMM. This is the one key that an
+    """How tokens get from the router to the experts' first GEMM. This is the one key that an
     experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct, fp8_fused."""
     dispatch: FreeOnResume[DispatchName] = "auto"
-    """What moves tokens between ranks. `auto` takes DeepEP where it is installed and can run, and
-    all_to_all (gloo, NCCL) elsewhere; `deep_ep` takes DeepEP or refuses to start. Where both of its
-    versions can run, that is v2 for fp8_fused, since v2 does the permute too, and on two ranks,
-    where it was measured to be faster, and v1 otherwise; `deep_ep_v1` and `deep_ep_v2` name one.
-    The start says which it is, and why."""
+    """What moves tokens between ranks. `auto` uses DeepEP where it is installed and can run, and
+    all_to_all (gloo, NCCL) elsewhere; `deep_ep` uses DeepEP or refuses to start. Where both of its
+    versions can run, fp8_fused uses v2, which does the permute too; the other paths use v2 on two
+    ranks, where it was measured to be faster, and v1 on more. `deep_ep_v1` and `deep_ep_v2` name
+    one. The line `runs on` at the start says which it is, and why."""
     capacity: Annotated[Capacity, SameTraining(DROPLESS)] = "default"
-    """Rows that a rank's experts have room for. null: for what arrives, which the host has to wait
-    for, once a layer. auto: for what was needed lately, so that no layer waits; a step in which
-    that was too little is done again with waiting, so the results are those of null, bit for bit.
+    """Rows that a rank's experts have room for. null: for exactly what arrives, which makes the
+    host wait once per layer. auto: for what recent steps needed, so that no layer waits; a step
+    that needed more is repeated with waiting, so the results are those of null, bit for bit.
     `default` is auto on a GPU where one node shares the experts and nothing else waits, and null
-    elsewhere. A number from 1 on: a multiple of the rank's even share; rows beyond it are dropped,
-    counted in `moe/dropped_rows`, which is another function. On a CPU, and where GEMMs are launched
-    expert by expert, a number is ignored. The line `runs on` at the start says what it came to."""
+    elsewhere. A number of at least 1: a multiple of the rank's even share; rows beyond it are
+    dropped and counted in `moe/dropped_rows`, so the model computes another function. On a CPU, and
+    where GEMMs are launched expert by expert, a number is ignored. The line `runs on` at the start
+    says what applies."""
     recompute: FreeOnResume[bool] = False
-    """Keep no activations of the experts: the backward pass dispatches the tokens and computes the
-    forward pass again, but for the way home. The results are the same bits."""
+    """Keep no activations of the experts: the backward pass dispatches the tokens again and
+    recomputes the forward pass, except for combine. The results are the same bits."""
     dispatch_sms: FreeOnResume[int | None] = Field(default=None, gt=0, multiple_of=2)
-    """Multiprocessors of the GPU that DeepEP may take for communication, an even number; by default
-    half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need room
-    beside DeepEP's, or the two wait for each other for ever."""
+    """Multiprocessors of the GPU that DeepEP may use for communication, an even number; by default
+    half of them. Nothing else runs meanwhile, so more are faster, but NCCL's kernels need some too,
+    or the two wait for each other forever."""
     num_experts: PositiveInt = Field(le=1 << 16)
     """Experts in all; a multiple of `parallel.expert_parallel`."""
     top_k: PositiveInt
@@ -160,17 +161,17 @@ class MoEConfig(Section):
     ffn_hidden_size: PositiveInt
     """Width of one expert's SwiGLU; a multiple of 128."""
     shared_ffn_hidden_size: PositiveInt | None = None
-    """Width of a shared expert that every token passes; none by default."""
+    """Width of a shared expert that every token goes through; none by default."""
     aux_loss_coeff: float = Field(default=1e-2, ge=0)
     """Weight of the load-balancing loss (Switch Transformer)."""
     expert_bias: bool = False
-    """Balance the load with a bias of each expert, which is added to the router's logits where
+    """Balance the load with a bias for each expert, which is added to the router's logits where
     experts are chosen and nowhere else (Wang et al., arXiv:2408.15664): after each step it rises
-    where an expert got less than the mean of all ranks' tokens, and falls where it got more. In the
-    place of the load-balancing loss, with `aux_loss_coeff` at 0, or beside it."""
+    where an expert got less than the mean of all ranks' tokens, and falls where it got more.
+    It replaces the load-balancing loss if `aux_loss_coeff` is 0, and otherwise adds to it."""
     bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0)
-    """With `expert_bias`, what a bias changes by in a step, so that a short run wants more than a
-    long one; 0 leaves the biases as they are."""
+    """With `expert_bias`: how much a bias changes in a step, so a short run needs a larger value
+    than a long one; 0 leaves the biases unchanged."""
     z_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the router's z loss (ST-MoE)."""
     force_balance: bool = False
@@ -179,7 +180,7 @@ class MoEConfig(Section):
     @field_validator("capacity", mode="before")
     @classmethod
     def _check_capacity(cls, value: Any) -> Any:
-        """Here, or the line would name each kind of value that it is not."""
+        """Checked here, or the error would name every type that the value is not."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value in DROPLESS or (is_number and math.isfinite(value) and value >= 1):
             return value

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over the past, by PyTorch's scaled_dot_product_attention.
+    """Causal softmax(q k^T / sqrt(d)) v, by PyTorch's scaled_dot_product_attention.
 
-    Stands in for megatron-core's DotProductAttention in a layer spec. Key-value heads may be fewer
-    than query heads (grouped-query attention).
+    Replaces megatron-core's DotProductAttention in a layer spec. Key-value heads may be fewer than
+    query heads (grouped-query attention).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **unused) -> None:
@@ -33,7 +33,7 @@ class CausalAttention(nn.Module):
         """[seq, batch, heads, head_dim] to [seq, batch, heads * head_dim].
 
         With `packed_seq_params` the inputs are [tokens, heads, head_dim], several documents end to
-        end, and a token sees its own document alone: [tokens, heads, head_dim].
+        end, and a token attends to its own document only: [tokens, heads, head_dim].
         """
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -52,6 +52,6 @@ class RotaryPositions(RotaryEmbedding):
     """megatron-core's rotary embedding, computed where it is."""
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        """Angles float32 [max_seq_len, 1, 1, head_dim]; both halves of a head turn alike."""
+        """Angles float32 [max_seq_len, 1, 1, head_dim]; both halves of a head rotate alike."""
         angles = self.get_freqs_non_repeated(max_seq_len, offset)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -61,7 +61,7 @@ class GPT(GPTModel):
         return [layer.mlp for layer in self.decoder.layers]
 
     def forget_prepared_weights(self) -> None:
-        """After a change of the parameters: experts quantize theirs once between two of them."""
+        """Call it after a change of the parameters: experts quantize theirs once per change."""
         for layer in self.moe_layers():
             layer.experts.forget_prepared()
 
@@ -72,7 +72,7 @@ class GPT(GPTModel):
 
     @property
     def runtime(self) -> Runtime:
-        """Who carries out the path, in all layers."""
+        """Which library runs what of the path, in all layers."""
         return self.config.moe_runtime
 
 
@@ -83,7 +83,8 @@ def build_gpt(
     seed: int,
     deterministic: bool = False,
 ) -> GPT:
-    """A GPT with float32 weights on `device`, the same for a seed whatever the number of ranks."""
+    """A GPT with float32 weights on `device`, which depend on the seed and not on the number of
+    ranks."""
     on_gpu = device.type == "cuda"
     runtime = build_runtime(model, moe, device.type)
     parts = _transformer_engine_parts() if on_gpu else _torch_parts()
@@ -114,15 +115,15 @@ def build_gpt(
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_dtype="fp32",
         # TransformerEngine's kernel sums the value of the auxiliary loss in the order in which its
-        # threads come; nothing is trained on the value, but it is logged.
+        # threads finish; the value is only logged.
         moe_router_fusion=on_gpu and not deterministic,
         moe_router_force_load_balancing=moe.force_balance,
-        # The one whose constructor needs no GPU; the layer puts our own in its place.
+        # The one whose constructor needs no GPU; the layer replaces it by our own.
         moe_token_dispatcher_type="allgather",
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         params_dtype=torch.float32,
         deterministic_mode=deterministic,
-        # Weights are drawn below, by name, and not by whoever constructs first.
+        # Weights are drawn below, by name, independent of the order of construction.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=False,
@@ -211,8 +212,8 @@ def _torch_parts() -> _Parts:
 
 
 def _transformer_engine_parts() -> _Parts:
-    # Norm and linear apart, though TransformerEngine has them as one module too: parameters then
-    # have the same names as on a CPU, and a checkpoint can move between machines.
+    # Norm and linear are separate, though TransformerEngine also has a fused module: parameters
+    # then have the same names as on a CPU, and a checkpoint can move between machines.
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
@@ -253,7 +254,8 @@ def _block_spec(config: GPTConfig, parts: _Parts) -> TransformerBlockSubmodules:
 
 
 def _get_add(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """What megatron-core adds a layer's part to the residual with, without bias and dropout.
+    """The function by which megatron-core adds a layer's output to the residual; no bias, no
+    dropout.
 
     Its own is compiled by torch.compile in every process, which takes seconds at the first step.
     """

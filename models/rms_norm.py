@@ -1,10 +1,10 @@
 """RMSNorm by TransformerEngine's kernels, for GPUs.
 
-Its own module runs them through a fuser of operations, which takes the host longer than the kernels
-take the GPU, and a layer has four norms. Here they are called as they are: same kernels, same bits,
-same name of the parameter.
+TransformerEngine's module runs them through an operation fuser, which takes the host longer than
+the kernels take the GPU, and a layer has four norms. Here they are called directly: same kernels,
+same bits, same name of the parameter.
 
-Import it on a machine with TransformerEngine only.
+Import it only on a machine with TransformerEngine.
 """
 
 import torch
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **unused) -> None:
-        """As megatron-core calls a norm."""
+        """Called by megatron-core, as any norm."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device="cuda"))

@@ -5,8 +5,9 @@
     python -m scripts.evaluate FOLDER data.path=my/folder         # Hugging Face's, as exported
     python -m scripts.evaluate runs/NAME --tasks hellaswag,arc_easy --out result.json
 
-By default on the validation sequences of its own config, `train.valid_batches` global batches of
-them: what training logs as `loss/valid` and `loss/valid_bpb`. Other keys of the config can follow.
+By default it evaluates validation sequences of the model's own config, `train.valid_batches` global
+batches of them: what training logs as `loss/valid` and `loss/valid_bpb`. Other config keys can
+follow.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from train.data.batches import Batch, Corpus, make_batch
 def loss_of(
     found: Trained, device: str, path: str | None, whole: bool, batches: int | None
 ) -> dict[str, Any]:
-    """Over validation sequences, or with `whole` over all: `loss` (nats a token), `bits_per_byte`
+    """Evaluate validation sequences, or with `whole` all: `loss` (nats a token), `bits_per_byte`
     (absent where the tokens stand for no text), `tokens`, `bytes`, and what was computed how.
 
-    batches: at most so many micro-batches of `whole`. Raises ConfigError.
+    batches: at most this many micro-batches of `whole`. Raises ConfigError.
     """
     config = found.config
     tokenizer = found.fitting_tokenizer()
@@ -66,7 +67,7 @@ def loss_of(
 
 
 def check_batch(config: Config) -> None:
-    """Raises ConfigError where micro-batches do not make up the global batch."""
+    """Raises ConfigError where micro-batches do not divide the global batch."""
     train = config.train
     if config.global_batch(1) % train.micro_batch:
         raise ConfigError(
@@ -100,7 +101,7 @@ def with_data(found: Trained, source: str | None, keys: list[str], batches: int 
     if found.weights is None and source is None and not {"data.path", "data.name"} & set(given):
         raise ConfigError(
             f"{found.path} does not say what it was validated on; name text with --data, or the "
-            "training's with data.path=... or data.name=..."
+            "run's with data.path=... or data.name=..."
         )
     return found.with_keys(keys)
 
@@ -158,28 +159,32 @@ def positive(text: str) -> int:
     with suppress(ValueError):
         if int(text) > 0:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL|RUN")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="such as train.micro_batch=1")
-    parser.add_argument("--data", metavar="PATH", help="local text, every document of it")
+    parser.add_argument(
+        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=1"
+    )
+    parser.add_argument("--data", metavar="PATH", help="evaluate every document of this local text")
     parser.add_argument(
         "--batches", type=positive, metavar="N",
-        help="global batches of validation (train.valid_batches); of --data, micro-batches (all)",
+        help="validation batches (train.valid_batches); with --data, micro-batches (all)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
-    parser.add_argument("--tasks", metavar="TASK,TASK", help="of lm_eval, on the HF export")
+    parser.add_argument("--path", help="moe.path to compute with (default: the model's own)")
+    parser.add_argument(
+        "--tasks", metavar="TASK,TASK", help="tasks of lm_eval, run on the HF export"
+    )
     parser.add_argument("--limit", type=positive, help="examples of each task (all)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the same as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result as JSON")
     options = parser.parse_intermixed_args(arguments)
     try:
         return run(options)

@@ -3,9 +3,9 @@
     python -m scripts.export runs/NAME --out model.safetensors [--step 200]
     python -m scripts.export runs/NAME --out FOLDER --format hf [--dtype bfloat16]
 
-Whatever number of ranks trained it; needs memory for the weights, and no GPU. Names are those of
-`models.gpt.build_gpt` on one rank: experts are one tensor, [experts, ...]. With `--format hf` it is
-a folder that Hugging Face's transformers loads, as Qwen3-MoE or Mixtral.
+For any number of ranks that trained it; needs memory for the weights, and no GPU. Names are those
+of `models.gpt.build_gpt` on one rank: experts are one tensor, [experts, ...]. With `--format hf` it
+is a folder that Hugging Face's transformers loads, as Qwen3-MoE or Mixtral.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from train.data import hf_tokenizer
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 PREFIX = "training.model."
-"""Of the model's weights in a checkpoint, beside the optimizer's."""
+"""Prefix of the names of the model's weights in a checkpoint."""
 
 
 class Model(NamedTuple):
@@ -91,7 +91,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
         }
         size = sum(t.numel() * t.element_size() for t in state.values())
         with warnings.catch_warnings(), progress.said("reading the weights", size):
-            warnings.simplefilter("ignore")  # that there is no process group, which is meant
+            warnings.simplefilter("ignore")  # that there is no process group, which is intended
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # of many kinds: it unpickles
         raise ConfigError(
@@ -208,7 +208,7 @@ def _about(folder: Path) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.export",
         description=__doc__,
@@ -216,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--format", choices=("native", "hf"), default="native", help="one file, or a folder"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights; with hf (float32)"
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights, for --format hf (float32)"
     )
     options = parser.parse_args(arguments)
     try:

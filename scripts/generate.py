@@ -1,8 +1,9 @@
-"""Complete a prompt with a model that scripts.export has written, on a GPU or a CPU:
+"""Complete a prompt with a model written by scripts.export, on a GPU or a CPU:
 
     python -m scripts.generate model.safetensors "def " [--tokens 200] [--temperature 0.8]
 
-Every token is predicted from all before it, without a cache: short, and slow for long texts.
+Every token is predicted from all tokens before it, without a cache: simple code, but slow for long
+texts.
 """
 
 import argparse
@@ -79,31 +80,35 @@ def _number(kind: type[Number], most: float) -> Callable[[str], Number]:
             value = kind(text)
             if 0 <= value <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from 0 to {most:g}")
+        number = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number} from 0 to {most:g}")
 
     return read_number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="a file that scripts.export has written")
+    parser.add_argument("model", type=Path, help="a file written by scripts.export")
     parser.add_argument("prompt")
     parser.add_argument(
-        "--tokens", type=_number(int, 1e9), default=200, help="how many at most (200)"
+        "--tokens", type=_number(int, 1e9), default=200, help="most tokens to add (200)"
     )
     parser.add_argument(
-        "--temperature", type=_number(float, 1e9), default=0.8, help="0: the likeliest (0.8)"
+        "--temperature",
+        type=_number(float, 1e9),
+        default=0.8,
+        help="0 takes the likeliest token (0.8)",
     )
     parser.add_argument("--seed", type=_number(int, 2**63 - 1), default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--path", help="moe.path to compute by (default: the model's own)")
+    parser.add_argument("--path", help="moe.path to compute with (default: the model's own)")
     options = parser.parse_args(arguments)
-    # What of the prompt is no UTF-8 comes as characters that nothing can encode.
+    # Bytes of the prompt that are not UTF-8 arrive as surrogates, which cannot be encoded.
     prompt = options.prompt.encode("utf-8", "replace").decode()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,6 +1,7 @@
 """Tasks of EleutherAI's lm_eval on a trained model, through lm_eval's own class for transformers.
 
-A model that is not in Hugging Face's layout is exported first, so what others load is evaluated.
+A model that is not in Hugging Face's layout is exported first, so the exported model is what is
+evaluated.
 """
 
 import importlib.util
@@ -57,7 +58,7 @@ def evaluate(
 
 @contextmanager
 def _exported(found: Trained) -> Iterator[Path]:
-    """A folder for transformers, as long as it is looked at."""
+    """A folder for transformers, which exists inside the `with`."""
     assert found.weights is not None
     with tempfile.TemporaryDirectory(prefix="evaluate-") as parent:
         folder = Path(parent) / "hf"
@@ -66,11 +67,11 @@ def _exported(found: Trained) -> Iterator[Path]:
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
-    """Of `{"acc,none": 0.3, "alias": "x"}` the numbers; a filter called none is not named."""
+    """The numbers of `{"acc,none": 0.3, "alias": "x"}`; a filter called none is not named."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in row.items()
-        if "," in name and isinstance(value, int | float)  # how many examples there were has none
+        if "," in name and isinstance(value, int | float)  # the number of examples has none
     }
 
 

@@ -3,7 +3,7 @@
     python -m scripts.import_config FOLDER --out configs/NAME.yaml
 
 FOLDER is a Qwen3-MoE or Mixtral checkpoint, as downloaded from the hub. What it does not say, such
-as the learning rate, is there to be changed.
+as the learning rate, gets a default to be changed.
 """
 
 import argparse
@@ -82,13 +82,13 @@ def about(config: Config, what: str, out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.import_config",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="with config.json and .safetensors files")
+    parser.add_argument("folder", type=Path, help="a folder with config.json and .safetensors")
     parser.add_argument("--out", type=Path, required=True, help="the .yaml file to write")
     options = parser.parse_args(arguments)
     try:

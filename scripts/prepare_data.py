@@ -1,10 +1,10 @@
-"""Make tokens of the text that a config names, once, in a folder that data.path takes.
+"""Tokenize the text that a config names, once, into a folder that data.path takes.
 
     python -m scripts.prepare_data configs/NAME.yaml --out FOLDER [--workers N] [key=value ...]
 
-Local text, or a data set of the hub. Killed or out of room, the same command goes on where it was,
-and ends with the same bytes, by however many processes. A run on the folder trains on the same
-sequences as one on the text itself, whatever its model.seq_len is.
+Local text, or a data set of the hub. Killed or out of space, the same command continues where it
+stopped, and ends with the same bytes, whatever the number of processes. A run on the folder trains
+on the same sequences as one on the text itself, for any model.seq_len.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from train.data.sources import (
 from train.data.tokenizer import load_tokenizer
 
 LINES_S = 10.0
-"""Seconds between two lines that say how far it is, where there is no terminal."""
+"""Seconds between two lines of progress, where there is no terminal."""
 
 
 def make(config: Config, out: Path, workers: int) -> About:
@@ -53,7 +53,7 @@ def make(config: Config, out: Path, workers: int) -> About:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"--out={out} cannot be written ({reason}); what was made stays, and once that is "
-            "mended the same command goes on"
+            "fixed the same command continues"
         ) from None
     check_documents(config, about.documents, about.valid_documents)
     return about
@@ -69,7 +69,7 @@ def find_text(config: Config) -> tuple[str, Text]:
 
 
 def check_options(config: Config, out: Path, workers: int) -> None:
-    """Find what is wrong with the options before anything is read. Raises ConfigError."""
+    """Check the options before anything is read. Raises ConfigError."""
     if workers < 1:
         raise ConfigError(f"--workers={workers}: nobody is left to work; take 1 or more")
     out = out.expanduser()
@@ -90,7 +90,7 @@ def check_options(config: Config, out: Path, workers: int) -> None:
 
 
 class Shown:
-    """How far it is: a bar on a terminal, a line now and then elsewhere."""
+    """Progress: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.bar = Progress(
@@ -115,7 +115,7 @@ class Shown:
         self.bar.update(self.tasks[what], completed=done, total=total, size=size)
         if self.speaks and time.monotonic() - self.said > LINES_S:
             self.said = time.monotonic()
-            with suppress(OSError):  # who reads it may be gone
+            with suppress(OSError):  # its reader may be gone
                 print(f"{what}: {size}", flush=True)
 
 
@@ -127,7 +127,7 @@ def shown() -> Iterator[Shown]:
 
 
 def summary(about: About, out: Path) -> str:
-    """The lines that the script ends with: what came of it, and the keys to set."""
+    """The lines that the script ends with: the result, and the keys to set."""
     train, valid = (about.tokens(side) for side in prepared.SIDES)
     tokens = train + valid
     held_out = f"{about.valid_documents:,} of them held out"
@@ -143,7 +143,7 @@ def summary(about: About, out: Path) -> str:
             "side, as in a run on the text itself"
         )
     if about.replaced:
-        lines.append(f"{about.replaced:,} document(s) have U+FFFD for what is no UTF-8")
+        lines.append(f"{about.replaced:,} document(s) have U+FFFD for what is not UTF-8")
     keys = f"data.path={out}"
     if about.tokenizer_digest != "bytes":
         keys += f" data.tokenizer={out}"
@@ -152,15 +152,19 @@ def summary(about: About, out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.prepare_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, or one begun before")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder, or an unfinished one"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
@@ -172,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        print("stopped; the same command continues where it stopped", file=sys.stderr)
         return 130
     print(summary(about, options.out))
     return 0

@@ -5,9 +5,10 @@
 # that fails is tried again next time, and the later pieces of its run wait for it. A piece that may
 # still be growing waits too, for an hour at most, or not at all with --all.
 #
-# After a crash a run goes on from its last checkpoint, so the steps since then are in two pieces and
-# in W&B twice; metrics.jsonl has them once. If an upload breaks off in the middle of a piece, the
-# lines that had arrived arrive again, with the same steps and values: `wandb sync` only appends.
+# After a crash a run resumes from its last checkpoint, so the steps since then are in two pieces
+# and in W&B twice; metrics.jsonl has them once. If an upload breaks off in the middle of a piece,
+# the lines that had arrived arrive again, with the same steps and values: `wandb sync` only
+# appends.
 set -euo pipefail
 
 SAY_EVERY_S=10
@@ -32,7 +33,7 @@ if ! command -v wandb >/dev/null; then
   fi
 fi
 
-# W&B itself tries for five minutes, a piece, without a word. Where a proxy is set only that can tell.
+# W&B itself tries for five minutes per piece, silently. Behind a proxy only an upload can tell.
 reach() {
   local url host port
   url=${WANDB_BASE_URL:-$(wandb status 2>/dev/null | sed -n 's/.*"base_url": "\([^"]*\)".*/\1/p')}
@@ -112,7 +113,7 @@ while IFS= read -r piece; do
   if grep -q 'No API key configured' "$log"; then
     no_key
   fi
-  # Where its own log is says nothing of what is the matter.
+  # Lines that only say where its log is do not help.
   errors=$(grep -e ERROR -e '^Error: ' "$log" | grep -v -e 'ends with an incomplete record' \
     -e 'next record: EOF' -e 'Find detailed error logs' || true)
   if [ "$status" -eq 0 ] && [ -z "$errors" ] && grep -q -e 'Finished syncing' -e ERROR "$log"; then

@@ -1,4 +1,4 @@
-"""What a command prints reaches any terminal, or ends quietly where nobody reads it."""
+"""Lets a command print on any terminal, or end quietly when its reader is gone."""
 
 import signal
 import sys
@@ -10,8 +10,8 @@ from typing import NoReturn
 def run(main: Callable[[], int]) -> NoReturn:
     """`main` as a process of its own; the exit status is what it returns.
 
-    A character that the terminal has not becomes `?`. A closed pipe, as of `| head`, ends the
-    process without a traceback.
+    A character that the terminal lacks becomes `?`. A closed pipe, as of `| head`, ends the process
+    without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

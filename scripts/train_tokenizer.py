@@ -3,7 +3,7 @@
 python -m scripts.train_tokenizer configs/NAME.yaml --vocab-size 32768 --out tokenizer.json \
     [--documents N] [key=value ...]
 
-It sees the training documents alone, so that validation stays text nobody has looked at.
+It sees only the training documents, so that validation text stays unseen.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SMALLEST = 257
 """Every byte, so that any text can be encoded, and the end-of-document token."""
 
 LARGEST = 10_000_000
-"""More would only take memory, which the library sets aside at the start."""
+"""More would only take memory, which the library reserves at the start."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -43,13 +43,15 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.train_tokenizer",
         description="Train a byte-level BPE tokenizer on the training text of a config.",
     )
     parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+    )
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("tokenizer.json"))
     parser.add_argument(
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a path may have what the terminal has not
+        sys.stdout.reconfigure(errors="replace")  # a path may not fit the terminal's encoding
     try:
         check(args.vocab_size, args.documents, args.out)
         config = load(args.config, args.overrides)
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(vocab_size: int, documents: int, out: Path) -> None:
-    """Find what is wrong with the options before anything is read. Raises ConfigError."""
+    """Check the options before anything is read. Raises ConfigError."""
     if not SMALLEST <= vocab_size <= LARGEST:
         raise ConfigError(f"--vocab-size={vocab_size} is not in {SMALLEST} to {LARGEST}; change it")
     if documents < 1:

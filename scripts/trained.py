@@ -1,4 +1,4 @@
-"""A trained model as whatever holds one, on one device and ready to predict.
+"""A trained model from whatever holds one, on one device and ready to predict.
 
 found = find(path)                 # a run's folder, a file of scripts.export, or a folder of
 model = build(found, "cuda")       # Hugging Face's
@@ -32,7 +32,7 @@ class Trained:
     weights: dict[str, Tensor] | None
     """float32 by name; None where they are in Hugging Face's layout in `path`."""
     step: int | None = None
-    """None where nobody has noted it."""
+    """None where it is not recorded."""
     tokenizer: Tokenizer | None = None
     """None where the file has none; the config says which it is."""
 
@@ -49,7 +49,7 @@ class Trained:
         return found
 
     def with_keys(self, keys: list[str]) -> "Trained":
-        """With `section.key=value` overrides of its config. Raises ConfigError."""
+        """The same with `section.key=value` overrides of its config. Raises ConfigError."""
         return replace(self, config=with_keys(self.config, keys)) if keys else self
 
 
@@ -98,7 +98,7 @@ def build(found: Trained, device: str, moe_path: str | None = None) -> GPT:
         raise ConfigError("--device cuda: PyTorch sees no GPU here; leave --device out")
     if moe_path is not None and moe_path not in PATH_NAMES:
         raise ConfigError(f"--path {moe_path}: no such path; known: {', '.join(PATH_NAMES)}")
-    # Every token is to be served, each by the experts that its router chooses.
+    # No token is dropped, and each goes to the experts that the router chooses.
     moe = config.moe.model_copy(
         update={
             "path": moe_path or config.moe.path,

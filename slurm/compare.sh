@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training job a path, then, when they have all ended, a job that compares them.
+# One training job per path, and, when all have ended, a job that compares them.
 #   bash slurm/compare.sh configs/NAME.yaml [key=value ...]
 # From the environment:
 #   DRY_RUN=1                                     print what would be submitted
@@ -7,7 +7,7 @@
 #                                                 an account, sbatch takes from SBATCH_ACCOUNT
 #   MOE_PATHS="bf16 fp8_compact"                  instead of all
 #   RUNS=runs/folder                              instead of one by today's name; given again, the
-#                                                 runs in it go on
+#                                                 runs in it resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ fi
 folder=${RUNS:-runs/$(basename "$config" .yaml)-$(date +%Y%m%d-%H%M%S)}
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 names=${MOE_PATHS:-$(python -c 'from models.config import PATH_NAMES; print(*PATH_NAMES)' 2>/dev/null)} || {
-  echo "error: which paths there are, Python says with requirements.txt installed; or set MOE_PATHS" >&2
+  echo "error: cannot list the paths; install requirements.txt, or set MOE_PATHS" >&2
   exit 2
 }
 read -ra paths <<<"$names"
@@ -45,7 +45,7 @@ for path in "${paths[@]}"; do
   jobs+=("$job") runs+=("$folder/$path")
 done
 
-# After any end: a path that failed is named there, and the others are compared.
+# Whether they succeed or not: a failed path is named there, and the others are compared.
 after=$(IFS=:; echo "${jobs[*]}")
 job=$(submit --dependency="afterany:$after" --output="$folder/compare.out" \
   slurm/compare.sbatch "$folder/compare" "${runs[@]}")

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Or `datasets` tells a server of every local file that it loads, from each rank of each training.
+# Or `datasets` tells a server of every local file that it loads, from each rank of each run.
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import pytest
@@ -45,7 +45,7 @@ SLOW = (
     "train/test_signals.py",
     "train/test_train.py",
 )
-"""Files most of whose tests start trainings or processes of their own: all of them are slow."""
+"""Files most of whose tests start runs or processes of their own: all of them are slow."""
 
 LEAVE_THREADS = (
     "compare/test_dashboard.py",
@@ -61,7 +61,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Or Python, on its way out, looks for cycles in all that was imported: two seconds."""
+    """Freeze objects, or Python at exit looks for cycles in all that was imported: two seconds."""
     gc.freeze()
 
 

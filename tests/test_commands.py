@@ -18,7 +18,7 @@ FILE = re.compile(r"(?<![\w/.*-])([\w-]+\.(?:py|sh|sbatch|yaml))\b")
 INSTALLED = {"pip", "pytest", "venv"}
 """Modules of Python and of requirements-dev.txt."""
 MADE_UP = re.compile(r"NAME|[a-z]/file")
-"""In the place of a name that the reader chooses."""
+"""Instead of a name that the reader chooses."""
 OF_OTHERS = {"permutation.py", "storage.py", "setup.py", "config.yaml"}
 """Files of TransformerEngine, of DeepEP and of a run's folder."""
 

@@ -59,7 +59,7 @@ def test_a_run_of_one_rank_to_the_last_bit(tmp_path):
         logged["loss/valid"],
         logged["loss/valid_bpb"],
     )
-    # 3 global batches of 8 sequences of 32 tokens; ends of documents are no bytes.
+    # 3 global batches of 8 sequences of 32 tokens; ends of documents are not bytes.
     assert found["tokens"] == 768
     assert 700 < found["bytes"] <= 768
     earlier = next(row for row in read_metrics(run) if row["progress/step"] == 15)

@@ -45,7 +45,7 @@ def validation_loss(model_file: Path, config_file: Path) -> float:
 
 
 def test_the_file_is_the_model(run_dir, tmp_path, capsys):
-    """By its validation loss, which the training has logged."""
+    """By its validation loss, which the run has logged."""
     file = tmp_path / "model.safetensors"
     assert export([str(run_dir), "--out", str(file)]) == 0
     assert "weights of a after step 40" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_the_file_holds_its_tokenizer(run_dir, tmp_path):
     code, out, err = run_generate(file, "def a", "--tokens", "3", "--device", "cpu")
     assert code == 0, err
     assert out.startswith("def a")
-    # Without the file the weights can still be had.
+    # Without the file the weights can still be exported.
     assert export([str(tmp_path / "a"), "--out", str(file)]) == 0
     assert read(file).tokenizer is None
     assert generate([str(file), "x", "--device", "cpu"]) == 2

@@ -99,7 +99,7 @@ def test_bfloat16_is_the_same_numbers_rounded(tmp_path):
     about = json.loads((tmp_path / "bfloat16" / "config.json").read_text())
     assert about["torch_dtype"] == "bfloat16"
     rights = {path.stat().st_mode for path in (tmp_path / "bfloat16").iterdir()}
-    assert len(rights) == 1, "whoever may read one file may read all"
+    assert len(rights) == 1, "all files have the same permissions"
 
 
 @pytest.fixture(scope="module", params=[QWEN, MIXTRAL])
@@ -128,7 +128,7 @@ def test_a_prompt_is_completed_as_by_generate(run_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("keys", [[QWEN], [MIXTRAL]])
 def test_it_ends_as_generate_does_and_says_nothing_else(keys, tmp_path):
-    """Of a model that says anything, rows without a token too, as one that is trained does not."""
+    """With a model that can emit anything, even rows without a token, unlike a trained one."""
     config = configure(*ODD, *keys)
     tokenizer = ByteTokenizer()
     (weights,) = run_ranks(1, random_weights, config)

@@ -20,7 +20,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_packages_take_no_time_to_import():
-    """So that a spelling mistake in a config, or a list of runs, need not wait for PyTorch."""
+    """A spelling mistake in a config, or a list of runs, need not wait for PyTorch."""
     done = python("import sys, train, scripts; print(*sys.modules)")
     loaded = done.stdout.split()
     assert "train" in loaded, done.stderr

@@ -96,7 +96,7 @@ def test_once_in_order_and_as_one_run(runs: Path, server: tuple[FakeWandb, str])
         "requeued",
     )
 
-    # Again: nothing travels. A third start of the run: only that.
+    # Again: nothing is sent. A third start of the run: only that.
     asked = len(fake.requests)
     assert sync(url, runs).stdout == "0 sent, 3 already there, 0 waiting, 0 failed\n"
     assert len(fake.requests) == asked

@@ -1,8 +1,8 @@
 """The training loop and all that it needs.
 
-What megatron-core says while it is imported, and of its GPTModel (see `models/gpt.py`), is left
-out here, or every rank would repeat it. This file is loaded before any other of the package, and
-itself imports nothing that takes time.
+It silences what megatron-core prints while it is imported, and about its GPTModel (see
+`models/gpt.py`), as every rank would repeat it. This file is loaded before any other of the package
+and imports nothing that takes time.
 """
 
 import logging

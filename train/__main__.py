@@ -1,8 +1,8 @@
 """Train: `torchrun --nproc-per-node 2 -m train configs/demo_cpu.yaml moe.path=bf16 [key=value ...]`
 
 One process needs no torchrun: `python -m train configs/demo_cpu.yaml parallel.expert_parallel=1`.
-Exit codes: 0 done; 2 bad input, said in one line; 75 stopped by a signal, saved, start the same
-command again; 1 anything else. torchrun itself exits with 1 whatever its ranks return.
+Exit codes: 0 done; 2 bad input, reported in one line; 75 stopped by a signal and saved, start the
+same command again; 1 anything else. torchrun itself exits with 1 whatever its ranks return.
 """
 
 import argparse
@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/demo_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=50")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=50"
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
@@ -64,7 +66,7 @@ def train(path: str, overrides: list[str]) -> None:
 
 
 def run() -> None:
-    """The training as a process of its own."""
+    """The training process."""
     run_process(_recorded if "TORCHELASTIC_ERROR_FILE" in os.environ else main)
 
 

@@ -1,8 +1,8 @@
 """What only all ranks together can know, compared once, right after they have met.
 
-Rank 0 says what it was started with and whether the run is finished; every other rank says what is
-not the same with it; and all of them hear what came of it. They talk through the store, since a
-collective of ranks that disagree, even about the device, would hang.
+Rank 0 publishes what it was started with and whether the run is finished; every other rank answers
+with what differs; and all of them read the result. They talk through the store, since a collective
+of ranks that disagree, even about the device, would hang.
 """
 
 import json
@@ -24,14 +24,14 @@ from train.parallel import Peers
 from train.preflight import resolve_device
 
 MAY_DIFFER = {"run.dir", "run.group", "run.tags", "data.workers"}
-"""Keys that each rank has for itself, or that rank 0 alone reads. Whether `run.dir` is one folder
-is tried out."""
+"""Keys that differ between ranks, or that only rank 0 reads. Whether `run.dir` is one folder is
+tested."""
 
 ONLY_RANK_0 = ("tracking",)
-"""Sections that no other rank reads."""
+"""Sections that only rank 0 reads."""
 
 WHERE_DATA_IS = {"data.path", "data.tokenizer"}
-"""May differ too, where a fingerprint of the data tells whether it is the same."""
+"""May differ too, where a fingerprint tells whether the data is the same."""
 
 SHARED_S = 10.0
 """How long a file of rank 0's may take to be seen on another node."""
@@ -47,9 +47,9 @@ class Told(TypedDict):
     versions: dict[str, str]
     device: str
     finished: bool
-    """Whether the run has its last step behind it, as rank 0 finds it."""
+    """Whether the run has completed its last step, as rank 0 finds it."""
     token: str
-    """In a file that rank 0 has written into the run's folder."""
+    """Content of a file that rank 0 has written into the run's folder."""
 
 
 def agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
@@ -62,7 +62,7 @@ def agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
         return _agree(peers, config, corpus)
     except dist.DistError as error:
         raise TrainingFailed(
-            f"rank {peers.rank} heard nothing of the others at the start: "
+            f"rank {peers.rank} heard nothing from the others at the start: "
             f"{str(error).strip().splitlines()[0]}"
         ) from None
 
@@ -78,24 +78,24 @@ def _agree(peers: Peers, config: Config, corpus: Corpus) -> bool:
         store.set("told", json.dumps(told))
         said = [_hear(peers, f"said by {other}", other) for other in others]
         mark.unlink(missing_ok=True)
-        store.set("came of it", reason or next(filter(None, said), ""))
+        store.set("result", reason or next(filter(None, said), ""))
     else:
         first: Told = json.loads(_hear(peers, "told", 0))
         store.set(
             f"said by {rank}", difference(first, told, rank) or not_shared(first, config, rank)
         )
         told["finished"] = first["finished"]
-    reason = _hear(peers, "came of it", 0)
+    reason = _hear(peers, "result", 0)
     store.set(f"heard by {rank}", "")
     if rank == 0:  # which may hold the store, and must not end before the others have heard
-        store.wait([f"heard by {other}" for other in others] or ["came of it"])
+        store.wait([f"heard by {other}" for other in others] or ["result"])
     if reason:
         raise ConfigError(reason)
     return told["finished"]
 
 
 def _hear(peers: Peers, key: str, other: int) -> str:
-    """What another rank says, or rank 0 to itself; while it has not, a line on stderr names it."""
+    """What another rank says, or rank 0 to itself; until then a line on stderr names it."""
     with waiting(f"rank {peers.rank} waits for rank {other} to start"):
         return peers.store.get(key).decode()
 

@@ -1,4 +1,4 @@
-"""The config: YAML into typed sections, `key=value` overrides, and one clear line for bad input.
+"""The config: YAML to typed sections, `key=value` overrides, and one clear line for bad input.
 
     config = load("configs/demo_cpu.yaml", ["moe.path=fp8_compact", "train.steps=10"])
 
@@ -36,19 +36,19 @@ from models.config import (
 from train import config_file
 
 MOST = 2**31 - 1
-"""Of what is counted in sequences."""
+"""Upper limit of what is counted in sequences."""
 
 
 SMALLEST_SHARE = 1e-4
-"""Of a source in a mixture."""
+"""Smallest share of a source in a mixture."""
 
 
 class ConfigError(Exception):
-    """Bad input from the user. Its text is the one line to print: what, where, what would do."""
+    """Bad input from the user. Its text is the one line to print: what, where, what would work."""
 
 
 class RunConfig(Section):
-    """What the run is called and where it goes."""
+    """The run's name and folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder under `dir`, and the run's name in W&B."""
@@ -61,7 +61,8 @@ class RunConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How ranks share the model. All of them are data-parallel; experts are spread as well."""
+    """How ranks share the model. All of them are data-parallel; experts are also distributed over
+    ranks."""
 
     expert_parallel: PositiveInt = 1
     """Ranks that share one set of experts; divides the number of ranks and of experts."""
@@ -69,7 +70,7 @@ class ParallelConfig(Section):
     """Free gathered weights between forward and backward (ZeRO-3) instead of keeping them
     (ZeRO-2): less memory, more communication."""
     timeout_s: int = Field(default=600, gt=0, le=7 * 24 * 3600)
-    """Seconds after which a collective that a rank never joined is an error."""
+    """Seconds after which a collective that some rank did not join is an error."""
 
 
 class OptimConfig(Section):
@@ -92,23 +93,24 @@ class OptimConfig(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the squared gradient's running mean."""
     eps: float = Field(default=1e-8, gt=0)
-    """What AdamW adds to the divisor."""
+    """What AdamW adds to the denominator."""
     clip_grad: SaidOnResume[float] = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient, experts included; 0 switches clipping off."""
     grad_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
-    """What gradients are summed in, over micro-batches and ranks, and experts' without replicas are
-    kept in until the update. bf16 takes half the room and communication, and rounds every sum."""
+    """Dtype in which gradients are summed over micro-batches and ranks; those of experts without
+    replicas are kept in it until the update. bf16 halves memory and communication, and rounds every
+    sum."""
     first_moment_dtype: SaidOnResume[Literal["fp32", "bf16"]] = "fp32"
-    """What AdamW keeps the gradient's running mean in; its arithmetic is fp32 with both."""
+    """Dtype of AdamW's running mean of the gradient; its arithmetic is fp32 with both."""
     prepare_weights: FreeOnResume[bool | Literal["auto"]] = "auto"
-    """Cast or quantize experts' weights for the next step in the pass that updates them, not in one
-    of their own. Only where no expert has replicas: parallel.expert_parallel = number of ranks.
-    `auto` does so on GPUs; a CPU keeps the steps of PyTorch's AdamW, which round otherwise."""
+    """Cast or quantize experts' weights for the next step in the pass that updates them, not in a
+    separate one. Only where no expert has replicas: parallel.expert_parallel = number of ranks.
+    `auto` does so on GPUs; a CPU keeps PyTorch's AdamW, which rounds differently."""
 
     @field_validator("prepare_weights", mode="before")
     @classmethod
     def _check_prepare_weights(cls, value: object) -> object:
-        """Here, or the line would name each kind of value that it is not."""
+        """Checked here, or the error would name every type that the value is not."""
         if value in (True, False, "auto"):
             return value
         raise ValueError(f"{value!r} is neither auto, true nor false")
@@ -125,33 +127,34 @@ class TrainConfig(Section):
     """Sequences per optimizer step over all ranks; more than `micro_batch` x ranks means gradient
     accumulation. By default `micro_batch` x ranks."""
     seed: int = Field(default=0, ge=0, lt=2**62)
-    """Decides initial weights and the order of the data."""
+    """Determines initial weights and the order of the data."""
     device: FreeOnResume[Literal["auto", "cpu", "cuda"]] = "auto"
     """`auto` is cuda where there is a GPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """What is computed in; the optimizer always holds fp32 weights. `auto` is bf16 on a GPU and
-    fp32 on a CPU; fp32 runs on a CPU alone."""
+    """Dtype of the computation; the optimizer always holds fp32 weights. `auto` is bf16 on a GPU
+    and fp32 on a CPU; fp32 runs on a CPU only."""
     deterministic: FreeOnResume[bool] = False
-    """Only operations that give the same bits every time; slower on a GPU, always so on a CPU."""
+    """Use only operations that give the same bits every time: slower on a GPU; on a CPU always
+    so."""
     log_every: FreeOnResume[PositiveInt] = 10
     """Steps between two lines of metrics."""
     valid_every: FreeOnResume[NonNegativeInt] = 100
-    """Steps between two validations; 0 for none. The last step is always validated otherwise."""
+    """Steps between two validations; 0 for none. Otherwise the last step is always validated."""
     valid_batches: FreeOnResume[PositiveInt] = 8
     """Batches of the global batch's size in one validation."""
     warmup_steps: FreeOnResume[NonNegativeInt] = 3
-    """First steps that the throughput figures leave out."""
+    """First steps, which the throughput figures leave out."""
     on_nonfinite: FreeOnResume[Literal["stop", "skip"]] = "stop"
-    """What a loss or gradient that is NaN or infinite does: `stop` the training with the step and
+    """What to do when a loss or gradient is NaN or infinite: `stop` the run and name the step and
     the batch, or `skip` that step's update, with a warning. skip waits for the GPU every step."""
     nonfinite_limit: FreeOnResume[PositiveInt] = 10
-    """Skipped steps in a row after which the training stops all the same; between the first of them
-    and the next good step nothing is saved, but on a signal."""
+    """Skipped steps in a row after which the run stops anyway; between the first of them and the
+    next good step nothing is saved, except on a signal."""
     profile: FreeOnResume[bool] = False
     """Log where the time of a step goes, `time/..._ms`, on chosen steps: attention, the five steps,
     GEMMs, combine, communication, optimizer."""
     profile_every: FreeOnResume[PositiveInt] = 10
-    """Of the lines of metrics, one in so many has these times."""
+    """One in this many lines of metrics has these times."""
     trace_step: FreeOnResume[NonNegativeInt] = 0
     """A step to record as a Chrome trace, `trace.json.gz` in the run's folder; 0 for none. Open it
     in chrome://tracing or Perfetto."""
@@ -164,16 +167,16 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """Text, how it becomes tokens, and in which order."""
+    """The text, its tokenizer, and the order of sequences."""
 
     path: str | None = None
     """Local text: a file, a folder or a glob of .txt, .jsonl, .json, .parquet, .arrow or source
     files, compressed or not; or a folder that `save_to_disk` wrote or that was downloaded from the
-    hub; or one of tokens, which `scripts.prepare_data` made. By default, and without `name`, the
+    hub; or a folder of tokens made by `scripts.prepare_data`. By default, and without `name`, the
     source of Python's standard library."""
     mixture: dict[str, float] = Field(default={})
-    """Several sources in the place of `path`, each with its weight: `{my/wiki: 3, my/code: 1}`. Of
-    the sequences so large a share is of each; a source that is used up begins again."""
+    """Several sources instead of `path`, each with its weight: `{my/wiki: 3, my/code: 1}`. A source
+    gets that share of the sequences; one that is used up starts again."""
     name: str | None = None
     """A data set on the Hugging Face hub, streamed; for example `HuggingFaceFW/fineweb-edu`."""
     subset: str | None = None
@@ -186,21 +189,21 @@ class DataConfig(Section):
     """`bytes` (256 byte values and an end-of-document token), a `tokenizers` JSON file, a folder
     with a tokenizer.json, or the name of a tokenizer on the hub."""
     eod_token: str | None = None
-    """The tokenizer's token that ends a document. By default what the `tokenizer_config.json`
-    beside it calls `eos_token`, or one of the usual names."""
+    """The tokenizer's token that ends a document. By default the `eos_token` of the
+    `tokenizer_config.json` beside it, or one of the usual names."""
     valid_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the documents held out for validation. A hash of its text decides for each, so
-    others that are added later change nothing."""
+    """Share of the documents held out for validation. A hash of a document's text decides, so
+    documents that are added later change nothing for the others."""
     valid_documents: PositiveInt = 512
-    """Streamed data: how many of the documents held out are validated on, the first. To find them,
+    """Streamed data: validate on this many of the documents held out, the first ones. To find them,
     each start reads about `valid_documents / valid_fraction` documents."""
     shuffle_buffer: PositiveInt = 10_000
     """Sequences among which streamed data is shuffled."""
     document_mask: bool = False
     """Tokens attend within their own document only, and positions restart with it."""
     workers: FreeOnResume[NonNegativeInt] = Field(default=1, le=1024)
-    """Processes that prepare batches ahead of the training thread; 0 prepares them in it. Streamed
-    data takes one at most."""
+    """Processes that prepare batches ahead of the training thread; 0 prepares them in that thread.
+    Streamed data takes at most one."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -222,28 +225,28 @@ class CheckpointConfig(Section):
     """When the run is saved."""
 
     every: NonNegativeInt = 0
-    """Steps between two checkpoints; 0 saves at the end alone."""
+    """Steps between two checkpoints; 0 saves only at the end."""
     at_end: bool = True
-    """Save after the last step, whatever `every` is. A signal to stop saves in any case."""
+    """Save after the last step, whatever `every` is. A signal to stop always saves."""
     keep: PositiveInt = 2
-    """Checkpoints that are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
-    """Steps; a checkpoint whose step is a multiple of it is kept for good. 0 for none."""
+    """A checkpoint whose step is a multiple of this is never deleted. 0 for none."""
 
 
 class TrackingConfig(Section):
-    """Where metrics go beside `metrics.jsonl`, under the same names."""
+    """Where metrics go in addition to `metrics.jsonl`, under the same names."""
 
     backend: Literal["wandb", "tensorboard", "none"] = "wandb"
-    """Weights & Biases; or TensorBoard's event files in the run's folder, for which the package
-    tensorboard has to be installed; or neither, as `wandb` with `mode=disabled`."""
+    """Weights & Biases; or TensorBoard's event files in the run's folder, which needs the package
+    tensorboard; or neither, as `wandb` with `mode=disabled`."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Of W&B: `auto` is online with an API key and offline without one."""
+    """W&B's mode: `auto` is online with an API key and offline without one."""
     project: str = "moe-compact-fp8"
     """W&B project."""
     artifacts: Literal["none", "last", "all"] = "none"
-    """Checkpoints that W&B gets as model artifacts: that of a finished run's last step, or each one
-    once it is whole. The end of the run waits ten minutes for the upload."""
+    """Checkpoints that W&B gets as model artifacts: only that of a finished run's last step, or
+    each one once it is whole. At its end the run waits up to ten minutes for the upload."""
     pictures_every: NonNegativeInt = 100
     """Steps between two heat maps of the expert load, each at the next logged step; 0 for none."""
 
@@ -258,7 +261,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """A whole config file. Names in it are stable: scripts and dashboards rely on them."""
+    """A whole config file. Its names are stable: scripts and dashboards rely on them."""
 
     run: FreeOnResume[RunConfig]
     model: ModelConfig
@@ -310,7 +313,7 @@ class Config(Section):
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and check the result.
 
-    Raises ConfigError with one line that names the key, the value and what would do.
+    Raises ConfigError with one line that names the key, the value and what would work.
     """
     path = Path(path)
     try:
@@ -329,7 +332,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     given = set(run) if isinstance(run, dict) else set()
     if isinstance(run, dict):
         run.setdefault("group", path.stem)
-        # Without a name a run is called after what makes it different from its neighbours.
+        # Without a name a run is named after what distinguishes it from its neighbours.
         moe = tree.get("moe")
         moe_path = moe.get("path", "bf16") if isinstance(moe, dict) else "bf16"
         run.setdefault("name", _file_name(f"{path.stem}-{moe_path}"))
@@ -337,7 +340,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
-    # A name that nobody gave is a default, before which W&B's own variables come.
+    # A name that was not given is a default, and W&B's own variables override it.
     config.run.model_fields_set.intersection_update(given)
     return config
 
@@ -420,7 +423,7 @@ def is_free(section: str, key: str) -> bool:
 
 
 def is_said(section: str, key: str) -> bool:
-    """Whether the start says that `section.key` has changed since the checkpoint."""
+    """Whether the start reports that `section.key` has changed since the checkpoint."""
     return mark_of(section, key) == SAID_ON_RESUME
 
 
@@ -432,7 +435,7 @@ def is_same_training(section: str, key: str, one: object, other: object) -> bool
 
 
 def mark_of(section: str, key: str) -> str | None:
-    """What a key may do when a run is resumed; None for what makes it another run."""
+    """How a key may change when a run is resumed; None where a change makes it another run."""
     whole, part = Config.model_fields[section], _section(section).model_fields[key]
     marks = (*whole.metadata, *part.metadata)
     return next((mark for mark in (SAID_ON_RESUME, FREE_ON_RESUME) if mark in marks), None)
@@ -446,7 +449,7 @@ def _section(name: str) -> type[BaseModel]:
 
 
 def _file_name(text: str) -> str:
-    """The text as `run.name` may be: a config file's name may have spaces and accents in it."""
+    """The text made valid as `run.name`: a config file's name may have spaces and accents."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")
 
 

@@ -1,7 +1,7 @@
 """A YAML file and `section.key=value` overrides to plain values of the types that their keys have.
 
 YAML guesses types: `no` is false, 010 is eight, 1:30 is ninety, a date is a date, and 5e-4 is text.
-Here everything is read as text, and the key decides: one of text takes the text as it stands, one
+Here everything is read as text, and the key decides: a key of text takes the text unchanged, a key
 of a number takes what Python reads as one.
 """
 
@@ -22,13 +22,13 @@ Tree = dict[str, Any]
 
 
 class BadValue(ValueError):
-    """The text is one line: what, where, what would do."""
+    """The text is one line: what, where, what would work."""
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Every scalar is text, and a key that is there twice is an error."""
+    """Every scalar is text, and a duplicate key is an error."""
 
-    # `<<` stays: it merges mappings and is no value.
+    # `<<` stays: it merges mappings and is not a value.
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -47,7 +47,7 @@ class _TextLoader(yaml.SafeLoader):
 
 def read(path: Path) -> Tree:
     """The sections of a file; one with nothing under it is empty. Raises BadValue, OSError."""
-    # Bytes, since YAML says itself how it is encoded.
+    # Bytes, since YAML itself declares its encoding.
     try:
         tree = yaml.load(path.read_bytes(), _TextLoader)
     except yaml.YAMLError as error:
@@ -84,7 +84,7 @@ def override(tree: Tree, text: str, model: type[BaseModel]) -> None:
 def typed(tree: Tree, model: type[BaseModel]) -> Tree:
     """The same tree, each text as its key's type where it reads as one. Raises BadValue.
 
-    What does not stays text, for the model to refuse; an empty value is an error, since it comes
+    Otherwise it stays text, for the model to refuse; an empty value is an error, since it comes
     from a variable that is not set.
     """
     result: Tree = {}
@@ -135,7 +135,7 @@ def _number(text: str, whole: bool) -> int | float | str:
 
 
 def _types(model: type[BaseModel], section: str, key: str) -> list[Any]:
-    """What a key may be, `int | None` as two; nothing for a key that there is not."""
+    """The types of a key, `int | None` as two; empty for an unknown key."""
     field = model.model_fields.get(section)
     if field is None or not isinstance(field.annotation, type):
         return []

@@ -1,11 +1,10 @@
-"""A step whose layers wait for nothing, and the same step again where rows found no room:
-`moe.capacity=auto`.
+"""A step whose layers wait for nothing, repeated where rows did not fit: `moe.capacity=auto`.
 
-Room for the experts' rows is set aside from what was needed lately (models/moe/room.py). Whether a
-layer lost rows is known when the last backward pass has been queued, before the optimizer. Then
-what was computed is thrown away, with all that it has counted and drawn, and the step is done again
-from its own micro-batches with every layer waiting, so at most twice. Nothing is dropped, and
-losses, gradients and counts are those of a run that always waits.
+Room for the experts' rows is reserved by what recent steps needed (models/moe/room.py). Whether a
+layer lost rows is known when the last backward pass has been queued, before the optimizer. Then the
+attempt is discarded, with all that it counted and drew, and the step is repeated on the same
+micro-batches with every layer waiting, so it runs at most twice. Nothing is dropped, and losses,
+gradients and counts are those of a run that always waits.
 """
 
 from collections.abc import Callable
@@ -26,8 +25,8 @@ def at_most_twice(
     guard: LossGuard,
     optimizer: torch.optim.Optimizer,
 ) -> Tensor:
-    """What `attempt`, forward and backward of a step's micro-batches, returns once no row is lost;
-    its gradients are with the parameters. All ranks together."""
+    """Run `attempt`, forward and backward of a step's micro-batches, until no row is lost; returns
+    its result, and leaves gradients in the parameters. All ranks together."""
     device = metrics.loss.device
     before = (metrics.mark(), guard.mark(), rng.drawn(device)) if room.is_known else None
     with room.open(wait=before is None):

@@ -1,4 +1,4 @@
-"""How a training ends before its last step, each as one line and an exit code of its own."""
+"""How a run ends before its last step: one line, and an exit code for each kind."""
 
 import errno
 import gc
@@ -22,38 +22,38 @@ SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
-"""Those that ask a training to stop."""
+"""Signals that ask a run to stop."""
 
 STOP_FILE = "TRAIN_STOP_FILE"
-"""A variable that names a file for whoever starts the training and can neither signal its ranks nor
-see their exit codes, such as a batch script around torchrun. Where the file appears the training
-stops as after a signal; whatever made it stop, once it has saved it writes `saved` into the file,
-which says: requeue me. While the file is there, nothing starts."""
+"""A variable that names a file, for a caller that can neither signal the ranks nor see their exit
+codes, such as a batch script around torchrun. When the file appears the run stops as after a
+signal; once it has saved, for whatever reason it stopped, it writes `saved` into the file, which
+means: requeue me. While the file exists, nothing starts."""
 
 PATIENCE_S = 3.0
-"""How long a rank waits for another one to say what is the matter."""
+"""How long a rank waits for another one to report what is wrong."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""A disk that is full, a quota that is used up, a file system that is read-only, `ulimit -f`."""
+"""A full disk, an exhausted quota, a read-only file system, `ulimit -f`."""
 
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-"""A file of somebody else, a broken disk, a file system that is gone."""
+"""A file of another user, a broken disk, a file system that is gone."""
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What gloo says when the other side of a connection has ended."""
+"""gloo's errors when the other side of a connection has ended."""
 
 NO_ADDRESS = "Unable to find address for"
-"""What gloo says of a network interface."""
+"""gloo's error about a network interface."""
 
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUDA error: out of memory")
-"""What PyTorch says, beside an error of its own, where a machine's or a GPU's memory is full."""
+"""PyTorch's messages, besides its own error class, when a machine's or a GPU's memory is full."""
 
 WORKER_IS_GONE = "DataLoader worker"
-"""What PyTorch's DataLoader says, wherever the main thread is at that moment."""
+"""The DataLoader's error, raised wherever the main thread is at that moment."""
 
 
 class TrainingFailed(Exception):
-    """It cannot go on. The text is the one line to print: what, where, what would do."""
+    """The run cannot continue. The text is the one line to print: what, where, what would work."""
 
     exit_code = 1
 
@@ -63,7 +63,7 @@ class NotFinite(TrainingFailed):
 
 
 class Preempted(TrainingFailed):
-    """Somebody asked it to stop; everything up to here is saved."""
+    """The run was asked to stop; everything up to here is saved."""
 
     exit_code = REQUEUE
 
@@ -72,22 +72,22 @@ class Ending(NamedTuple):
     """How this rank's process ends after an error."""
 
     line: str | None
-    """To print; None where another rank prints it."""
+    """The line to print; None where another rank prints it."""
     exit_code: int | None
-    """None: nobody expected this error, and its traceback is wanted."""
+    """None: the error is unexpected, and its traceback is wanted."""
     patience_s: float = 0.0
-    """To wait first. torchrun ends all ranks when one has ended, and shows the first report last:
-    so this one lets another report first, and speaks only if that did not."""
+    """Seconds to wait first. torchrun ends all ranks when one has ended, and shows the first report
+    last: so this rank lets another report first, and reports only if that one did not."""
 
 
 def explain(error: Exception) -> Ending:
-    """What to say of an error that ended the training, and how to end."""
+    """What to print about an error that ended the run, and how to end."""
     rank = os.environ.get("RANK", "0")
-    # What every rank may be about to say: the others speak only if it is a matter of their machine.
+    # Every rank may be about to report this: the others do so only if it concerns their machine.
     after_the_first = 0.0 if rank == "0" else PATIENCE_S
     text = str(error)
     if isinstance(error, ConfigError):
-        # One that a data worker met arrives with its traceback before it.
+        # A data worker's error arrives with its traceback before it.
         line = text.strip().splitlines()[-1].removeprefix("train.config.ConfigError: ")
         return Ending(f"error: {line}", 2, after_the_first)
     if isinstance(error, Preempted):  # all of them stop, and for the same reason
@@ -97,14 +97,14 @@ def explain(error: Exception) -> Ending:
     if WORKER_IS_GONE in text:
         return Ending(
             f"error: rank {rank}: a process that prepares data died ({' '.join(text.split())}); "
-            "where memory ran out, that of /dev/shm too, lower data.workers; started again, the "
-            "training goes on from the newest checkpoint",
+            "where memory ran out, that of /dev/shm too, lower data.workers; started again, "
+            "training resumes from the newest checkpoint",
             1,
         )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return Ending(
             f"error: rank {rank}: {error.filename or 'a file of the run'} cannot be written "
-            f"({error.strerror}); make room and start again, which goes on from the newest "
+            f"({error.strerror}); free some space and start again, which resumes from the newest "
             "checkpoint",
             1,
             after_the_first,
@@ -112,7 +112,7 @@ def explain(error: Exception) -> Ending:
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
         return Ending(
             f"error: rank {rank}: {error.filename} cannot be used ({error.strerror}); give this "
-            "user the right to, or look at that disk, and start again, which goes on from the "
+            "user the right to, or look at that disk, and start again, which resumes from the "
             "newest checkpoint",
             1,
             after_the_first,
@@ -120,7 +120,7 @@ def explain(error: Exception) -> Ending:
     if NO_ADDRESS in text:
         there = ", ".join(name for _, name in socket.if_nameindex())
         return Ending(
-            f"error: GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} is no network "
+            f"error: GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} is not a network "
             f"interface with an address here; unset it, or name one of {there}",
             2,
             after_the_first,
@@ -138,22 +138,22 @@ def explain(error: Exception) -> Ending:
 
 
 def lost_another(rank: int | str, which: str = "") -> str:
-    """What a rank says that ends because another one, or that one, has ended."""
+    """What a rank reports that ends because another one, or that one, has ended."""
     name = f" (rank {which})" if which else ""
     return (
-        f"error: rank {rank} lost another rank{name}, whose end is reported by itself, torchrun or "
-        "the system; started again, the training goes on from the newest checkpoint"
+        f"error: rank {rank} lost another rank{name}; its own error line, torchrun or the system "
+        "says why; started again, training resumes from the newest checkpoint"
     )
 
 
 def stop_file() -> Path | None:
-    """The file that TRAIN_STOP_FILE names, there or not."""
+    """The file that TRAIN_STOP_FILE names, whether it exists or not."""
     path = os.environ.get(STOP_FILE)
     return Path(path) if path else None
 
 
 def refuse_while_stopped() -> None:
-    """Raise Preempted where the file is there already, ConfigError where it can never be."""
+    """Raise Preempted where the file exists already, ConfigError where it cannot be created."""
     path = stop_file()
     if path is not None and not path.parent.is_dir():
         raise ConfigError(
@@ -180,5 +180,5 @@ def run_process(main: Callable[[], int | None]) -> None:
     if code:
         # A failed rank must not wait for communication that will never come.
         os._exit(code)
-    # Python would spend two seconds on its way out looking for cycles in all that was imported.
+    # At exit Python would spend two seconds looking for cycles in all that was imported.
     gc.freeze()

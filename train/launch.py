@@ -1,4 +1,4 @@
-"""How this process was started: torchrun's variables are all there, or none of them."""
+"""How this process was started: either all of torchrun's variables are set, or none."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ from train.checkpoint.progress import waiting
 from train.config import ConfigError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets, and ranks need to find each other."""
+"""Variables that torchrun sets, by which ranks find each other."""
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -16,11 +16,11 @@ OTHERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
-"""What else starts several processes, by the variable that holds their number."""
+"""Other launchers of several processes, by the variable that holds their number."""
 
 
 def check() -> None:
-    """Raise ConfigError where several processes would each take itself for the only one."""
+    """Raise ConfigError where several processes would each train alone."""
     environment = os.environ
     _check_numbers()
     if "RANK" not in environment:
@@ -29,7 +29,7 @@ def check() -> None:
             if number not in ("", "0", "1"):
                 raise ConfigError(
                     f"{launcher} started {number} processes ({variable}={number}), and each would "
-                    f"be a training of its own; let {launcher} start one torchrun a node: torchrun "
+                    f"be a run of its own; let {launcher} start one torchrun a node: torchrun "
                     "--nproc-per-node N -m train ..., as slurm/train.sbatch does"
                 )
         return
@@ -49,8 +49,8 @@ def check() -> None:
 
 
 def _check_address(host: str) -> None:
-    """Raise ConfigError where the ranks are to meet on a host that this machine does not know:
-    PyTorch would look for it until its time-out."""
+    """Raise ConfigError where the ranks are to meet on a host that this machine cannot resolve:
+    PyTorch would try until its time-out."""
     try:
         with waiting(f"MASTER_ADDR={host} is looked up"):
             socket.getaddrinfo(host, None)
@@ -64,10 +64,10 @@ def _check_address(host: str) -> None:
 
 
 def _check_numbers() -> None:
-    """Raise ConfigError for a number that is none, or none that can be meant."""
+    """Raise ConfigError for a number that is invalid or out of range."""
     for variable in NUMBERS:
         text = os.environ.get(variable, "1")
         if not (text.isascii() and text.isdigit()):
-            raise ConfigError(f"{variable}={text} in the environment is no number; unset it")
+            raise ConfigError(f"{variable}={text} in the environment is not a number; unset it")
         if int(text) < variable.endswith("SIZE") or int(text) >= 1 << 16:
-            raise ConfigError(f"{variable}={text} in the environment cannot be meant; unset it")
+            raise ConfigError(f"{variable}={text} in the environment makes no sense; unset it")

@@ -1,6 +1,6 @@
 """The training loop, one for CPU and GPU.
 
-A walk through this repository begins at `step`: from there to the model (models/gpt.py), its
+To read this repository from the top, start at `step`: from there to the model (models/gpt.py), its
 experts (models/moe/experts.py), the path that tokens take to them (models/moe/paths/), and the
 operations that the path is made of (models/fp8/).
 """
@@ -56,7 +56,7 @@ from train.safety.watchdog import MARGIN_S
 
 @dataclass
 class Training:
-    """What a step works on, on one rank."""
+    """What a training step works on, on one rank."""
 
     config: Config
     ranks: Ranks
@@ -65,11 +65,11 @@ class Training:
     done: int = 0
     """Optimizer steps so far, those before a resume included."""
     metrics: StepMetrics = field(init=False)
-    """What the model says of its steps, until it is logged."""
+    """The model's metrics, until they are logged."""
     guard: LossGuard = field(init=False)
     """Notes losses and gradients that are not finite."""
     valid_bytes: int | None = None
-    """Of text, in this rank's share of the validation sequences; counted once."""
+    """Bytes of text in this rank's share of the validation sequences; counted once."""
 
     def __post_init__(self) -> None:
         accumulation = self.config.accumulation(self.ranks.world_size)
@@ -121,7 +121,7 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
         try:
             train_steps(training, corpus, batches, checkpointer, meter, recorder, safety)
         except BaseException as error:
-            if isinstance(error, NotFinite):  # all ranks are here, and what was good is kept
+            if isinstance(error, NotFinite):  # all ranks are here, and the good state is kept
                 checkpointer.wait()
             lifeline.leave()
             give_up(error, recorder, safety)
@@ -131,13 +131,13 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
     if recorder:
         recorder.finish(meter.summary())
     model.runtime.dispatcher.close()
-    lifeline.leave()  # from here on others may end, and with rank 0 perhaps the store
+    lifeline.leave()  # from here on others may end, and rank 0 may take the store with it
     dist.barrier()
 
 
 def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
-    """The model, sharded over the ranks, and its optimizer; as new, the seed decides, or the
-    weights of `model.init_from`."""
+    """The model, sharded over the ranks, and its optimizer; initial weights are from the seed, or
+    from `model.init_from`."""
     device, dtype = ranks.device, resolve_dtype(config, ranks.device.type)
     model = build_gpt(
         config.model, config.moe, device, config.train.seed, config.train.deterministic
@@ -152,8 +152,8 @@ def build(config: Config, ranks: Ranks) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def has_checkpoint(config: Config) -> bool:
-    """Whether the run is resumed from a checkpoint, as rank 0 sees it, which decides that later
-    too."""
+    """Whether the run is resumed from a checkpoint, as rank 0 sees it: rank 0 also decides
+    later."""
     found = [newest(folder_of(config.run_dir)) is not None]
     dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]
@@ -168,7 +168,7 @@ def train_steps(
     recorder: Recorder | None,
     safety: Safety,
 ) -> None:
-    """All steps that are left. Raises Preempted after a step at which it is to stop."""
+    """Run all steps that are left. Raises Preempted after a step at which it is to stop."""
     config, ranks, metrics = training.config, training.ranks, training.metrics
     tokens_per_step = config.tokens_per_step(ranks.world_size)
     profiler = StepProfiler(
@@ -191,7 +191,7 @@ def train_steps(
         if number == first and 0 < config.checkpoint.every < config.train.steps:
             checkpointer.allocate()
         stopping = safety.stop.agreed()
-        # What was good is not rotated away by what may be lost already.
+        # Good checkpoints are not rotated away by a state that may be lost already.
         saving = due.save and not stopping and not training.guard.skipped_in_a_row
         if due.log or due.validate or saving or due.is_last or stopping:
             training.guard.check()
@@ -211,16 +211,17 @@ def train_steps(
             with meter.pause():
                 checkpointer.save(number, metrics.state())
             if recorder:
-                recorder.look_for_checkpoints()  # the one before this is whole
+                recorder.look_for_checkpoints()  # the previous one is whole
         if stopping and not due.is_last:
             checkpointer.finish(number, metrics.state())
             safety.stop.answer()
             raise Preempted(
                 f"stopped by {stopping} after step {number} of {config.train.steps}, which is "
-                "saved; the same command goes on from there"
+                "saved; the same command resumes from there"
             )
     if config.checkpoint.at_end:
-        # It can have begun past its last step: train.steps was lowered, and the newest one damaged.
+        # It can have started past its last step: train.steps was lowered, and the newest checkpoint
+        # is damaged.
         checkpointer.finish(training.done, metrics.state())
     else:
         checkpointer.wait()
@@ -232,12 +233,14 @@ class Due(NamedTuple):
     log: bool
     validate: bool
     save: bool
-    """While training goes on; at the end or on a signal it is saved in any case."""
+    """Whether to save while training continues; at the end or on a signal the run is always
+    saved."""
     is_last: bool
 
 
 def due_after(number: int, config: Config) -> Due:
-    """What the config asks for after step `number`, counted from 1; after the last one, all."""
+    """What the config asks for after step `number`, counted from 1; after the last one,
+    everything."""
     is_last = number == config.train.steps
     checkpoint = config.checkpoint
 
@@ -261,7 +264,7 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
     accumulation = config.accumulation(ranks.world_size)
     guard.begin(training.done)
     # The stock auxiliary losses are means over a micro-batch, while gradients are summed.
-    # Filled there, because copying a number to a GPU waits for all that the GPU has to do.
+    # Filled on the device: copying a number to a GPU would wait for all of its queued work.
     MoEAuxLossAutoScaler.set_loss_scale(
         torch.full((), 1 / (accumulation * ranks.world_size), device=ranks.device)
     )
@@ -295,14 +298,14 @@ def step(training: Training, batches: Iterator[Batch], part: PartMaker = untimed
 
 
 class Taken:
-    """A step's micro-batches on the device: taken off the data when they are first needed, and
-    where they are kept, the same ones to whoever asks again."""
+    """A step's micro-batches on the device: read from the data when first needed and, where they
+    are kept, the same ones when asked again."""
 
     def __init__(
         self, batches: Iterator[Batch], count: int, device: torch.device, keep: bool
     ) -> None:
         self.seconds = 0.0
-        """Waited for data."""
+        """Seconds waited for data."""
         self._batches, self._count, self._device, self._keep = batches, count, device, keep
         self._taken: list[Batch] = []
 
@@ -328,7 +331,8 @@ def add_gradients(training: Training, batches: Iterable[Batch]) -> torch.Tensor:
     total = torch.zeros((), device=ranks.device)
     for micro_batch, batch in enumerate(batches):
         is_last = micro_batch == accumulation - 1
-        # Gradients travel once a step, with the last micro-batch; weights stay gathered until then.
+        # Gradients are reduced once a step, with the last micro-batch; weights stay gathered until
+        # then.
         model.set_requires_gradient_sync(is_last)
         model.set_reshard_after_backward(is_last or config.parallel.reshard_after_forward)
         loss = losses(model, batch, config).sum() / tokens_per_step
@@ -373,11 +377,11 @@ def sum_losses(
     config: Config,
     device: torch.device,
 ) -> torch.Tensor:
-    """Of batches on the host: the sum of the tokens' losses, how many tokens they were, and, with a
-    tokenizer, how many bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid
-    an infinity."""
+    """Evaluate batches on the host: the sum of the tokens' losses, the number of tokens, and, with
+    a tokenizer, the bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid an
+    infinity."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
-    with model.runtime.uncounted():  # what is logged is training's
+    with model.runtime.uncounted():  # logged metrics are of training only
         for batch in batches:
             if tokenizer is not None:
                 total[2] += sum(tokenizer.count_bytes(row) for row in batch.labels.numpy())
@@ -385,14 +389,14 @@ def sum_losses(
             total[0] += found.sum()
             total[1] += found.numel()
     hidden = overflow.note_on(device)
-    total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it is where FP8 does not hide it
+    total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it would be if FP8 did not hide it
     hidden.zero_()
     return total
 
 
 def means(total: torch.Tensor) -> dict[str, float]:
-    """Of what `sum_losses` returned: the mean loss of a token, and bits per byte of text, which
-    tokenizers can be compared by."""
+    """The mean loss of a token and bits per byte of text, which are comparable across tokenizers,
+    from what `sum_losses` returned."""
     loss, tokens, text_bytes = total.tolist()
     found = {"loss/valid": loss / tokens}
     if text_bytes:
@@ -401,10 +405,10 @@ def means(total: torch.Tensor) -> dict[str, float]:
 
 
 def give_up(error: BaseException, recorder: Recorder | None, safety: Safety) -> None:
-    """The steps end early: nothing that was logged is lost, and no rank leaves too soon."""
-    safety.watchdog.close()  # what follows is no step
+    """End the steps early: nothing that was logged is lost, and no rank exits too soon."""
+    safety.watchdog.close()  # the steps are over
     if recorder:
         recorder.give_up(error.exit_code if isinstance(error, TrainingFailed) else 1)
     if isinstance(error, Preempted):
-        # torchrun ends them all when the first has ended, and rank 0 may still upload.
+        # torchrun ends all ranks when the first has ended, and rank 0 may still be uploading.
         safety.stop.wait_for_all()

@@ -16,15 +16,15 @@ from models.moe.experts import Prepared
 from train.config import OptimConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""As `optim.grad_dtype` and `optim.first_moment_dtype` name them."""
+"""Dtypes by their names in `optim.grad_dtype` and `optim.first_moment_dtype`."""
 
 
 class OwnAdamW(torch.optim.AdamW):
-    """AdamW by the model's operations, which take gradients in bfloat16, may keep the first moment
-    in it, and can leave the experts' weights ready for the next step's GEMMs.
+    """AdamW by the model's operations, which accept gradients in bfloat16, may keep the first
+    moment in it, and can prepare the experts' weights for the next step's GEMMs.
 
-    Its steps are those of `torch.optim.AdamW` but for rounding, and so is its state. A tensor that
-    is set as `grad_scale` divides the gradients of all steps that follow.
+    Its steps are those of `torch.optim.AdamW` except for rounding, and so is its state. A tensor
+    that is set as `grad_scale` divides the gradients of all steps that follow.
     """
 
     grad_scale: Tensor | None = None
@@ -41,16 +41,17 @@ class OwnAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """`dtype` is what the model computes in. Only whole experts can be prepared."""
+        """`dtype` is the model's compute dtype. Only whole experts can be prepared."""
         super().__init__(groups, lr=lr, betas=betas, eps=eps)
         self._model, self._dtype, self._first_moment = model, dtype, first_moment
-        # PyTorch gives what it loads the parameters' dtype.
+        # PyTorch casts what it loads to the parameters' dtype.
         self.register_load_state_dict_post_hook(OwnAdamW._cast_first_moments)  # type: ignore
         self._experts = [layer.experts for layer in model.moe_layers()] if prepares else []
         self._of_experts = {p for experts in self._experts for p in experts.parameters()}
 
     def make_state(self) -> None:
-        """The state before the first step, where a parameter has none: PyTorch's but for dtypes."""
+        """The state before the first step, where a parameter has none: PyTorch's except for
+        dtypes."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if not self.state[parameter]:
                 self.state[parameter] |= {
@@ -66,7 +67,7 @@ class OwnAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         runtime = self._model.runtime
-        self._model.forget_prepared_weights()  # before, to have their memory back
+        self._model.forget_prepared_weights()  # before, to free their memory
         self.make_state()
         prepared: dict[Tensor, Prepared] = {}
         for group in self.param_groups:
@@ -104,8 +105,8 @@ def takes_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, fused: bool, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
-    """Matrices decay, vectors (norms) do not. `fused` is what a GPU wants, `dtype` what the model
-    computes in.
+    """Matrices decay, vectors (norms) do not. `fused` is for GPUs, `dtype` is the model's compute
+    dtype.
 
     A group's parameters are also on one device mesh, since the optimizer works on whole groups at
     a time and experts are on another mesh than the rest.
@@ -141,7 +142,7 @@ def _gathers_experts(model: GPT) -> bool:
 
 
 def follow_keys(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
-    """After a checkpoint was loaded, whose groups hold the values of then: those of `config`."""
+    """Set the groups' values from `config`, after a checkpoint was loaded with its own."""
     for group in optimizer.param_groups:
         if group["params"][0].ndim > 1:
             group["weight_decay"] = config.weight_decay
@@ -152,9 +153,8 @@ def clip_gradients(
 ) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: never).
 
-    An `optimizer` that can is told the factor and applies it as it reads the gradients, which saves
-    a pass over them. Returns the norm before clipping, float32 on this device and the same on every
-    rank.
+    An `optimizer` that can apply the factor itself, as it reads the gradients, saves a pass over
+    them. Returns the norm before clipping, float32 on this device and the same on every rank.
     """
     gradients = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     assert gradients, "no gradients to clip"
@@ -172,8 +172,8 @@ def clip_gradients(
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, float32, as PyTorch's `get_total_norm`, whose norm of gradients in
-    bfloat16 would be one too."""
+    """The common norm of all gradients in float32, as PyTorch's `get_total_norm`, whose result for
+    bfloat16 gradients would be bfloat16."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

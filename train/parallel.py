@@ -9,7 +9,7 @@ there are world / expert_parallel replicas of each expert:
 
 What every rank has is sharded by FSDP2 over all ranks, experts over their replicas. Where there is
 one replica, as on the usual machine whose GPUs are one expert-parallel group, nothing is left to
-shard and FSDP stays out of the way: it would copy and cast every weight and gradient all the same.
+shard and FSDP is not used: it would still copy and cast every weight and gradient.
 """
 
 import datetime
@@ -37,12 +37,12 @@ from train.checkpoint.progress import waiting
 from train.failure import TrainingFailed
 
 ATTEMPT_S = 5.0
-"""How long one attempt to reach rank 0 may take, where a firewall drops it in silence."""
+"""How long one attempt to reach rank 0 may take, where a firewall drops it silently."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process's place among the others."""
 
     rank: int
     local_rank: int
@@ -57,10 +57,10 @@ class Ranks:
 
 
 class Peers(NamedTuple):
-    """The processes that were started together, before they are a process group."""
+    """The processes that were started together, before they form a process group."""
 
     store: dist.Store
-    """Where they find each other; keys of its own for whoever talks through it."""
+    """The store through which they find each other; each user has keys of its own."""
     rank: int
     world_size: int
 
@@ -92,8 +92,8 @@ def meet(timeout_s: int) -> Peers:
 
 
 def _wait_for_answer(address: str, port: int, timeout_s: float) -> None:
-    """Return when somebody listens there. PyTorch waits too, in twice the time and with stacks of
-    C++ for every attempt. Raises TimeoutError."""
+    """Return when something listens there. PyTorch waits too, for twice as long and with C++ stacks
+    for every attempt. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -109,8 +109,8 @@ def _wait_for_answer(address: str, port: int, timeout_s: float) -> None:
 
 
 def _in_time(connect: Callable[[], dist.Store], timeout_s: float) -> dist.Store:
-    """What `connect` returns. Raises TimeoutError where it does not: PyTorch waits for ever for one
-    that listens and does not speak."""
+    """What `connect` returns. Raises TimeoutError where it does not return: PyTorch waits forever
+    for a host that listens and does not answer."""
     result: Future[dist.Store] = Future()
 
     def work() -> None:
@@ -232,7 +232,7 @@ def shard(
     for layer in model.decoder.layers:
         experts = layer.mlp.experts
         for name, parameter in list(experts.named_parameters()):
-            # A DTensor knows its place among all experts, so a checkpoint can be cut anew.
+            # A DTensor knows its place among all experts, so a checkpoint can be resharded.
             spread = DTensor.from_local(parameter.detach(), ranks.mesh["ep"], [Shard(0)])
             experts.register_parameter(name, nn.Parameter(spread))
         if replicas.size() == 1:

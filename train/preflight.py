@@ -1,4 +1,4 @@
-"""Whether a run can start on this machine: what cannot is one line before anything starts."""
+"""Whether a run can start on this machine; if not, one line says why before anything starts."""
 
 import logging
 import os
@@ -20,10 +20,10 @@ from train.planning import warning as planning
 log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where data workers leave their batches; a container has 64 MB of it unless asked for more."""
+"""Where data workers put their batches; a container has 64 MB of it by default."""
 
 BYTES_PER_TOKEN = 3 * 8
-"""Of a batch: three int64 a token."""
+"""Bytes of a batch per token: three int64."""
 
 
 def check(config: Config) -> None:
@@ -55,7 +55,8 @@ def check(config: Config) -> None:
 
 
 def make_deterministic() -> None:
-    """Rule out what makes a GPU's result depend on timing. Before CUDA or TransformerEngine start.
+    """Disable what makes a GPU's result depend on timing. Call it before CUDA or TransformerEngine
+    start.
 
     These are sums whose order threads decide: in attention's backward pass (TransformerEngine), in
     the embedding's (PyTorch), and in GEMMs that split their sum (cuBLAS, by workspace).
@@ -114,7 +115,7 @@ def check_gpus() -> None:
 
 
 def warn_of_memory(config: Config) -> None:
-    """Say, on the first rank, where the run is not planned to fit into its GPUs."""
+    """Warn, on the first rank, where the run is not planned to fit into its GPUs."""
     if os.environ.get("RANK", "0") != "0":
         return
     gpu = torch.cuda.get_device_properties(0)
@@ -126,7 +127,7 @@ def warn_of_memory(config: Config) -> None:
 
 
 def resolve_dtype(config: Config, device: str) -> torch.dtype:
-    """What forward and backward are computed in."""
+    """The dtype of forward and backward."""
     if config.train.dtype == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]

@@ -1,4 +1,4 @@
-"""A run's folder before anything is written into it: what is in the way there is one line."""
+"""Checks a run's folder before anything is written into it; one line names what is in the way."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from train.config import ConfigError
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", run_lock.NAME)
 FOLDERS = ("stalled",)
-"""What a run writes there, beside its checkpoints."""
+"""What a run writes there, in addition to its checkpoints."""
 
 
 def check(run_dir: Path) -> None:
@@ -51,6 +51,6 @@ def _check(path: Path, is_folder: bool) -> None:
     if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
         kind = "folder" if is_folder else "file"
         raise ConfigError(
-            f"{path} is no {kind}, and a run has a {kind} there; move it away, or choose another "
-            "run.dir or run.name"
+            f"{path} is not a {kind}, and a run has a {kind} there; move it away, or choose "
+            "another run.dir or run.name"
         )

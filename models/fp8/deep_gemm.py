@@ -1,9 +1,9 @@
-"""DeepGEMM's grouped FP8 GEMM behind the name and the meaning of `reference.grouped_gemm`.
+"""DeepGEMM's grouped FP8 GEMM under the name and with the meaning of `reference.grouped_gemm`.
 
     https://github.com/deepseek-ai/DeepGEMM, installed by its own guide; it compiles at first use
 
-It wants scales GEMM_READY, and the expert of each row. The permute kernel and the quantizing ones
-write such scales at once, so nothing is transposed.
+It needs GEMM_READY scales, and the expert of each row. The permute and quantize kernels write such
+scales directly, so nothing is transposed.
 """
 
 import deep_gemm  # type: ignore[import-not-found]

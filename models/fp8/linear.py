@@ -1,9 +1,9 @@
-"""Linear layers of all local experts, in the three ways that paths compute them.
+"""Linear layers of all local experts: the three variants that paths use.
 
 P rows of all local experts lie together, those of expert e from `offsets[e]` to `offsets[e + 1]`.
-Weights are [E, N, K]. A path names its class in `LINEAR`; an object of it is made with the
-operations that it calls. On a GPU TransformerEngine's own takes the place of `Fp8Linear`:
-te_grouped.py, or te.py where cuBLAS is older.
+Weights are [E, N, K]. A path names its class in `LINEAR`; its constructor takes the operations that
+it calls. On a GPU TransformerEngine's linear layer replaces `Fp8Linear`: te_grouped.py, or te.py
+where cuBLAS is older.
 """
 
 from typing import Any, Generic, Protocol, TypeVar
@@ -36,18 +36,18 @@ class Linear(Protocol[Rows, Weights, Kept]):
 
     ops: Operations
     NEEDS_SEGMENTS_ON_HOST: bool
-    """The host must know `offsets`, and so waits for the device."""
+    """Whether the host must know `offsets`, and so waits for the device."""
     DESCRIPTION: str
-    """Who carries out the GEMMs, for the user, where `ops` does not."""
+    """Which library runs the GEMMs, for the user, where `ops` does not."""
 
     def prepare_weights(self, w: Tensor, dtype: torch.dtype) -> tuple[Weights, Weights]:
-        """A weight for the forward and for the backward pass: once an optimizer step."""
+        """Prepare a weight for the forward and the backward pass: once per optimizer step."""
 
     def update_weights(
         self, w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamWStep,
         dtype: torch.dtype,
     ) -> tuple[Weights, Weights]:  # fmt: skip
-        """An optimizer step of a weight, and it prepared."""
+        """An optimizer step of a weight, and the new weight prepared."""
 
     def forward(
         self, x: Rows, w: Weights, offsets: Tensor, dtype: torch.dtype
@@ -71,7 +71,7 @@ class Linear(Protocol[Rows, Weights, Kept]):
 
 
 AnyLinear = Linear[Any, Any, Any]
-"""One whose types nobody outside needs to know."""
+"""A `Linear` whose types do not matter outside."""
 
 
 class SwigluApart(Generic[Weights, Kept]):
@@ -148,7 +148,7 @@ class _QuantizedWeights:
 
 
 class Fp8Linear(_QuantizedWeights, SwigluApart[BlockScaledWeights, BlockScaledTensor]):
-    """As TransformerEngine's GroupedLinear with its block-scaling recipe.
+    """The arithmetic of TransformerEngine's GroupedLinear with its block-scaling recipe.
 
     Each operand is quantized twice from high precision, along the sum of either GEMM that it is
     in: rows for fprop and dgrad, columns for wgrad, which sums over tokens.
@@ -168,7 +168,7 @@ class Fp8Linear(_QuantizedWeights, SwigluApart[BlockScaledWeights, BlockScaledTe
 
 
 class DirectLinear(_QuantizedWeights):
-    """Nothing is quantized twice, and for wgrad nothing is quantized at all.
+    """A linear layer that quantizes nothing twice, and nothing for wgrad.
 
     fprop and dgrad are FP8 GEMMs, and what computes their input writes it in FP8 at once, with
     scales where this machine's GEMM reads them, `ops.GEMM_LAYOUT`. wgrad sums over tokens, along

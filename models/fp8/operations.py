@@ -1,4 +1,4 @@
-"""What a path and the experts' linear layers call, and who carries it out: settled once.
+"""The operations that a path and the experts' linear layers call, and which library runs them here.
 
     CPU     reference/, plain PyTorch
     GPU     kernels/: Triton, and PyTorch's grouped GEMM of bfloat16; but
@@ -33,9 +33,9 @@ INSTALL = "pip install --no-build-isolation -r requirements-gpu.txt"
 
 
 class Operations(Protocol):
-    """Every operation, one signature each; a module with these functions is one.
+    """Every operation, one signature each; any module with these functions is an `Operations`.
 
-    Shapes, dtypes and errors are told by the functions of `reference/`.
+    Shapes, dtypes and errors are documented in `reference/`.
     """
 
     @property
@@ -158,21 +158,21 @@ class Operations(Protocol):
 
 
 class Chosen(NamedTuple):
-    """Operations, and who carries them out, for the user."""
+    """Operations, and which library runs them, for the user."""
 
     operations: Operations
     description: str
 
 
 Variant = Literal["triton", "te_dequantize"]
-"""Other operations for a path on a GPU, so that a benchmark can tell what makes a difference:
-Triton's wherever a path takes somebody else's; TransformerEngine's dequantize."""
+"""Other operations for a path on a GPU, so that a benchmark can isolate their effect: Triton's
+wherever a path uses a library's; TransformerEngine's dequantize."""
 
 VARIANTS: dict[Variant, tuple[PathName, ...]] = {
     "triton": tuple(path for path in PATH_NAMES if path != "fp8_compact"),  # has no others
     "te_dequantize": ("fp8_baseline", "fp8_compact"),
 }
-"""Which paths have one."""
+"""The paths that have each variant."""
 
 
 def choose(path: PathName, device: str, variant: Variant | None = None) -> Chosen:
@@ -201,7 +201,7 @@ def choose(path: PathName, device: str, variant: Variant | None = None) -> Chose
 
 
 def _choose_gemms(path: PathName, kernels: Operations, said: str) -> Chosen:
-    """For bf16, fp8_direct and fp8_fused: the fastest GEMM that this machine has, of each kind."""
+    """For bf16, fp8_direct and fp8_fused: the fastest GEMM of each kind on this machine."""
     from models.fp8 import te, te_grouped
 
     cublas = te_grouped.is_supported()
@@ -230,14 +230,14 @@ def why_not(path: PathName, device: str) -> str | None:
         return None
     if path != "bf16" and (reason := why_no_fp8(device)) is not None:
         return f"{reason}; set moe.path=bf16"
-    # Attention and dense layers are TransformerEngine's on a GPU, whatever the path.
+    # On a GPU attention and dense layers are TransformerEngine's, whatever the path.
     return _why_not_loaded("triton") or _why_not_loaded("transformer_engine.pytorch")
 
 
 def why_te_is_broken() -> str | None:
     """Why TransformerEngine does not load, in one line; None if it does, or is not installed.
 
-    To ask before megatron-core is imported, which imports it on any machine where it finds it.
+    Call it before megatron-core is imported, which imports TransformerEngine wherever it finds it.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return None

@@ -1,7 +1,7 @@
 """TransformerEngine 2.20's own kernels and calls under the names of `reference/`.
 
 What stock TransformerEngine makes of the five steps, for `fp8_baseline`. It keeps scales GEMM_READY
-in every tensor it makes, and the places where it, or whoever calls it, transposes them are these
+in every tensor it makes, and the places where it, or its caller, transposes them are these
 (`scale_inv.T.contiguous()`, files under transformer_engine/pytorch, version 2.20.2):
 
     step       forward                                   backward
@@ -15,9 +15,9 @@ in every tensor it makes, and the places where it, or whoever calls it, transpos
 kernels run without those passes: the operations below say which layout they take, and a path makes
 each pass itself, through `trip.relayout`, which counts it.
 
-Import it on a machine with TransformerEngine only. `TELinear` takes the place of `Fp8Linear`
-(linear.py): quantizing all experts at once, as its steps would have it, is not
-what TransformerEngine does, since each expert's GEMM wants GEMM_READY scales of its own.
+Import it only on a machine with TransformerEngine. `TELinear` replaces `Fp8Linear` (linear.py):
+TransformerEngine does not quantize all experts at once, as `Fp8Linear` would, since each expert's
+GEMM needs GEMM_READY scales of its own.
 """
 
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def permute(x: Tensor, row_map: RowMap) -> Tensor:
 def unpermute(y: Tensor, row_map: RowMap) -> Tensor:
     """`y [P, K]` to `[R, K]`: the sum of each row's copies, in float32, rounded once.
 
-    As `reference.unpermute`, but for the order of the sum: by expert and not by slot.
+    As `reference.unpermute`, except for the order of the sum: by expert and not by slot.
     """
     received, slots = row_map.rows.shape
     if received == 0:
@@ -133,7 +133,8 @@ def unpermute(y: Tensor, row_map: RowMap) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of E experts, each quantized in squares and kept both ways, and which way is meant.
+    """Weights of E experts, each quantized in squares and kept both ways, and the way this one is
+    used.
 
     `[E, N, K]`, and transposed `[E, K, N]`.
     """
@@ -158,7 +159,8 @@ CUBLAS_FOR_GROUPS = 130600
 
 
 def cublas_version() -> str:
-    """Of the cuBLASLt that is loaded, which may be newer than the one that torch brought."""
+    """The version of the cuBLASLt that is loaded, which may be newer than the one installed with
+    torch."""
     number = tex.get_cublasLt_version()
     return f"{number // 10000}.{number // 100 % 100}"
 
@@ -167,7 +169,7 @@ NEWER_CUBLAS = (
     f"cuBLAS {cublas_version()} has no grouped one for this; 13.6 or newer has: "
     'pip install --no-deps "nvidia-cublas>=13.6"'
 )
-"""What to say where a GEMM of all experts is missing."""
+"""Said where a GEMM of all experts is missing."""
 
 
 W = TypeVar("W")
@@ -193,10 +195,9 @@ class TELinear(UpdatesThenQuantizes[Weights, Columns]):
     """The calls that TransformerEngine's GroupedLinear makes, with its block-scaling recipe.
 
     One quantize kernel an expert, which reads x once and writes rows and columns, and one GEMM an
-    expert, on four streams. `TEGroupedLinear` (te_grouped.py) takes its place where cuBLAS is new
-    enough. A `Linear`, see
-    `models/fp8/linear.py`. Rows of an expert must be a multiple of 8, and of 128 where a block of
-    scales must not span two experts. Its `ops` are for SwiGLU and AdamW.
+    expert, on four streams. `TEGroupedLinear` (te_grouped.py) is used instead where cuBLAS is new
+    enough. A `Linear`, see `models/fp8/linear.py`. Rows of an expert must be a multiple of 8, and
+    of 128 where a block of scales must not span two experts. Its `ops` are for SwiGLU and AdamW.
     """
 
     NEEDS_SEGMENTS_ON_HOST = True
@@ -242,7 +243,7 @@ def _grouped_gemm(
 ) -> None:
     """One GEMM an expert; zeros where an expert has no rows to sum over.
 
-    layout is in cuBLAS's words: matrices are column-major, and so the weights come first.
+    layout is cuBLAS's: matrices are column-major, so the weights come first.
     """
     general_grouped_gemm(
         a,
@@ -261,7 +262,7 @@ _SPLITS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _splits(offsets: Tensor) -> list[int]:
-    """Rows of each expert, on the host: asked for once, as it means waiting for the GPU."""
+    """Rows of each expert, on the host: read once, as that waits for the GPU."""
     if offsets not in _SPLITS:
         _SPLITS[offsets] = offsets.diff().tolist()
     return _SPLITS[offsets]
@@ -295,8 +296,8 @@ def _permute(x: Tensor, scales: Tensor | None, row_map: RowMap) -> tuple[Tensor,
         table,
         None,
         scales,
-        # Our rows count the padding already. Offsets are given all the same, because only then
-        # the padding is cleared.
+        # Our rows count the padding already. Offsets are passed anyway, because only then is the
+        # padding cleared.
         table.new_zeros(1),
         received,
         slots,

@@ -1,16 +1,16 @@
-"""cuBLAS's GEMMs of all experts in one launch, as TransformerEngine calls them, where it has them.
+"""cuBLAS's GEMMs of all experts in one launch, called as TransformerEngine calls them.
 
 What its `GroupedLinear(use_grouped_tensor=True)` calls (module/grouped_linear.py, version 2.20.2,
 marked experimental there), inside our own autograd function, since that module takes no FP8 input
 and has parameters of its own. `TEGroupedLinear` multiplies FP8 for `fp8_baseline` and
-`fp8_compact`; `TELinear` (te.py) is the way of an older cuBLAS. `grouped_mm` and
+`fp8_compact`; `TELinear` (te.py) serves an older cuBLAS. `grouped_mm` and
 `grouped_mm_wgrad` multiply bfloat16 for the other paths.
 
 Its grouped tensors are the rows of all experts in one buffer, and where each expert's begin, in
 elements, on the device: the host waits for nothing. Scales are GEMM_READY expert by expert, for
 rows `[K / 128, rows]` each, since cuBLAS is given a pointer to every expert's.
 
-Import it on a machine with TransformerEngine only.
+Import it only on a machine with TransformerEngine.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def is_supported() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class GroupedWeights:
-    """Weights of E experts in squares of 128, kept both ways, and which way is meant."""
+    """Weights of E experts in squares of 128, kept both ways, and the way this one is used."""
 
     both_ways: GroupedTensorStorage
     experts: int
@@ -63,7 +63,7 @@ class GroupedColumns:
 
 
 class TEGroupedLinear(UpdatesThenQuantizes[GroupedWeights, GroupedColumns]):
-    """As `TELinear`: one quantize kernel and one GEMM for all experts.
+    """As `TELinear`, with one quantize kernel and one GEMM for all experts.
 
     A `Linear`, see `models/fp8/linear.py`. Rows of an expert must be a multiple of 128, as a block
     of scales must not span two experts. Rows after the last expert's are neither read nor written.

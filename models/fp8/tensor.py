@@ -58,7 +58,7 @@ def row_view(scale_inv: Tensor, rows: int, layout: Layout) -> Tensor:
 class BlockScaledTensor:
     """A matrix `[M, K]` in E4M3 with one FP32 scale for each 1 x 128 block.
 
-    The layout travels with the tensor and is checked, never guessed: with M = K / 128 both
+    The layout is part of the tensor and is checked, never guessed: with M = K / 128 both
     layouts have the same shape, and a wrong guess there is silent.
 
     Raises TypeError for a wrong dtype, ValueError for anything else that does not fit.
@@ -101,7 +101,7 @@ class BlockScaledTensor:
     def float32(self) -> Tensor:
         """The values, float32 `[M, K]`; exact when the scales are powers of two.
 
-        The scales are read where they lie, so both layouts give the same bits.
+        Scales are read in place in either layout, so both give the same bits.
         """
         return self.data.float() * _spread(self.row_scales, 1, self.cols)
 
@@ -143,9 +143,8 @@ def relayout(x: BlockScaledTensor, layout: Layout) -> BlockScaledTensor:
     """The same tensor with its scales in the other layout; data is shared, scales are copied.
 
     Transposes, makes contiguous, pads with zeros (to GEMM_READY) or drops the padding (to
-    COMPACT). A path calls it as `trip.relayout`, which counts. Raises ValueError if the scales
-    already are in that layout: a path that asks for this has a step too many, and a count of it
-    would mean nothing.
+    COMPACT). A path calls it as `trip.relayout`, which counts. Raises ValueError if the scales are
+    in that layout already: such a path has a redundant step, and counting it would mean nothing.
     """
     if layout is x.layout:
         raise ValueError(f"scales are {layout.name} already: this relayout is one too many")
@@ -157,7 +156,7 @@ def store_scales(row_scales: Tensor, cols: int, layout: Layout) -> Tensor:
     """Writes scales `[M, blocks]` to new memory in the given layout, padding included.
 
     For an operation that has just computed the scales and may store them as it likes, as a
-    quantize kernel may. Scales that already are in memory go through `relayout`.
+    quantize kernel may. Scales that are in memory already go through `relayout`.
     """
     rows = row_scales.shape[0]
     stored = row_scales.new_empty(scale_shape(rows, cols, layout))

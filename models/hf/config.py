@@ -1,7 +1,7 @@
-"""Our model as one of Hugging Face's `transformers`: which class fits, and what its config says.
+"""Our model as a model of Hugging Face's `transformers`: which class fits, and its config.json.
 
 `model.qk_norm=true` makes it a Qwen3MoeForCausalLM, false a MixtralForCausalLM. What their configs
-can say and ours cannot is refused by name, never guessed. `weights.py` has the weights.
+can express and ours cannot is refused by name, never guessed. `weights.py` has the weights.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ FILE = "config.json"
 
 @dataclass(frozen=True)
 class Family:
-    """A class of theirs, and what it calls things."""
+    """A class of `transformers`, and its names for things."""
 
     model_type: str
     architecture: str
@@ -81,12 +81,12 @@ NO_MATTER = {
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The class that a model of ours may be; `why_not` tells whether it is."""
+    """The class that could hold our model; `why_not` tells whether it does."""
     return QWEN3_MOE if model.qk_norm else MIXTRAL
 
 
 def why_not(model: ModelConfig, moe: MoEConfig) -> str | None:
-    """Which key keeps a model of ours from being one of theirs, in one line; None if none does."""
+    """Which key keeps our model from fitting their class, in one line; None if none does."""
     if moe.shared_ffn_hidden_size is not None:
         return (
             f"moe.shared_ffn_hidden_size={moe.shared_ffn_hidden_size}: neither Qwen3-MoE nor "
@@ -109,7 +109,7 @@ def why_not(model: ModelConfig, moe: MoEConfig) -> str | None:
 def to_theirs(model: ModelConfig, moe: MoEConfig, dtype: str, eod: int | None) -> dict[str, Any]:
     """The config.json of a model for which `why_not` is None; `eod` ends a document.
 
-    In the words of the hub's own files, which every version of transformers reads.
+    It has the keys of the hub's own files, which every version of transformers reads.
     """
     family = family_of(model)
     ours = {"model": model, "moe": moe}
@@ -149,7 +149,8 @@ def _only_qwen3(top_k: int) -> dict[str, Any]:
         "use_sliding_window": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        # The chosen experts' weights add up to 1, but for one alone, which keeps its probability.
+        # The chosen experts' weights add up to 1, except for one alone, which keeps its
+        # probability.
         "norm_topk_prob": top_k > 1,
     }
 
@@ -162,8 +163,8 @@ def from_theirs(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
-            f"model_type={config.get('model_type')!r} is no model of this kind; take a checkpoint "
-            f"with model_type {' or '.join(FAMILIES)}"
+            f"model_type={config.get('model_type')!r} is not a model of this kind; take a "
+            f"checkpoint with model_type {' or '.join(FAMILIES)}"
         )
     experts = next((key for key in family.experts if key in config), family.experts[0])
     needed = {**SAME, "moe.num_experts": experts, "moe.ffn_hidden_size": family.ffn}
@@ -171,7 +172,7 @@ def from_theirs(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
         raise ValueError(f"lacks {', '.join(lacking)}; take a whole checkpoint")
     for key in needed.values():
         if type(config[key]) is not int:
-            raise ValueError(f"{key}={config[key]!r} is no number; take a whole checkpoint")
+            raise ValueError(f"{key}={config[key]!r} is not a number; take a whole checkpoint")
     ours = {key: config[theirs] for key, theirs in needed.items()}
     if foreign := list(_foreign(config, family, set(needed.values()))):
         raise ValueError(

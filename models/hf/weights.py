@@ -1,9 +1,9 @@
-"""Which tensor of a Hugging Face checkpoint is which part of a weight of ours.
+"""Which tensor of a Hugging Face checkpoint is which part of our weights.
 
-Written down once and used in both directions: a part of ours is copied out of, or into. Theirs has
-queries, keys and values apart, ours has one matrix; theirs has a matrix of each expert's gate, up-
-and down-projection (the files of the hub), or those of all experts as one tensor (what
-transformers 5 holds), ours the latter.
+One table serves both directions: a part of ours is copied out, or into. Theirs has separate
+queries, keys and values, ours has one matrix. Theirs has a matrix for each expert's gate, up- and
+down-projection (the files of the hub), or all experts in one tensor (transformers 5); ours is the
+latter.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ class Piece(NamedTuple):
 
     theirs: str
     shape: tuple[int, ...]
-    """Of theirs."""
+    """Shape of theirs."""
     ours: str
     expert: int | None = None
-    """Which of all experts it is of, where theirs has a tensor for each."""
+    """The expert, where theirs has a tensor for each."""
     rows: tuple[int, int, int] | None = None
     """Where theirs has only some rows of ours: those from the second to the third of all parts,
-    in each of so many groups of parts."""
+    in each of this many groups of parts."""
     parts: int = 1
     """Equal parts of rows that such a group has."""
 

@@ -1,9 +1,8 @@
 """An even load without an auxiliary loss: `moe.expert_bias`.
 
 Each expert has a bias that is added to its logit where experts are chosen, and nowhere else: the
-weights of the chosen are those of the logits alone, and no gradient comes of it. After a step the
-bias of an expert that got less than the mean rises by a fixed rate, and that of one that got more
-falls.
+weights of the chosen are those of the logits alone, and it gets no gradient. After a step the bias
+of an expert that got less than the mean rises by a fixed rate, and that of one that got more falls.
 
 Source: Wang et al., Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts,
 arXiv:2408.15664, algorithm 1. There it is added to sigmoids, as in megatron-core, whose own
@@ -21,11 +20,12 @@ from models.moe.layer import ExpertParallelMoE
 
 @torch.no_grad()
 def update(layers: Sequence[ExpertParallelMoE], rate: float) -> None:
-    """After an optimizer step: from the tokens that each expert got in it, of all ranks and
-    micro-batches, which begin at zero again. All ranks together; nothing waits for the device."""
+    """Update the biases after an optimizer step, from the tokens that each expert got in it, over
+    all ranks and micro-batches, and reset these counts. All ranks together; nothing waits for the
+    device."""
     load = torch.stack([layer.router.step_load for layer in layers])
     dist.all_reduce(load)
-    # In whole numbers, so that an expert that got the mean is left as it is.
+    # In integers, so that the bias of an expert that got exactly the mean does not change.
     lacking = load.sum(1, keepdim=True) - load * load.shape[1]
     for layer, sign in zip(layers, lacking.sign(), strict=True):
         layer.router.expert_bias.add_(sign, alpha=rate)
@@ -33,6 +33,6 @@ def update(layers: Sequence[ExpertParallelMoE], rate: float) -> None:
 
 
 def forget(layers: Sequence[ExpertParallelMoE]) -> None:
-    """The step's tokens count for nothing: it is skipped."""
+    """Discard the counts of a step that is skipped."""
     for layer in layers:
         layer.router.step_load.zero_()

@@ -1,4 +1,4 @@
-"""What the MoE layers of this process count, so that claims are checked in every run."""
+"""Counters of this process's MoE layers, so that every run checks the claims."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +21,14 @@ class Counts:
     relayouts: dict[Phase, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     """Passes whose only work was to re-arrange scales."""
     forward_passes: int = 0
-    """Forward passes of one MoE layer; one that is computed again counts again."""
+    """Forward passes of one MoE layer; a recomputed one counts again."""
     backward_passes: int = 0
     kept_bytes: int = 0
     """Activations that layers kept for the backward pass, in forward passes that have one. Weights
     are not counted: the FP8 paths also keep theirs quantized."""
     kept_passes: int = 0
     dropped_rows: Tensor | int = 0
-    """Copies of tokens that found no room with their experts on this rank; on the device."""
+    """Copies of tokens that were dropped on this rank for lack of room; on the device."""
 
     def metrics(self) -> dict[str, float]:
         """Per MoE layer and pass: relayouts of scales, and MiB of activations kept for backward."""
@@ -50,7 +50,7 @@ class Counts:
         return {**vars(self), "relayouts": self.relayouts.copy()}
 
     def rewind(self, mark: dict[str, Any]) -> None:
-        """Count on from there."""
+        """Continue counting from there."""
         vars(self).update({**mark, "relayouts": mark["relayouts"].copy()})
 
     @contextmanager

@@ -14,7 +14,7 @@ from models.moe.dispatch.trip import Trip
 from models.moe.runtime import GPTConfig, Runtime
 
 Prepared = tuple[Any, Any]
-"""A weight as the runtime's linear layer wants it, for the forward and for the backward pass."""
+"""A weight prepared for the runtime's linear layer, for the forward and for the backward pass."""
 
 
 class Experts(nn.Module):
@@ -27,7 +27,7 @@ class Experts(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         **unused,
     ) -> None:
-        """As megatron-core's MoELayer calls it."""
+        """Called by megatron-core's MoELayer."""
         super().__init__()
         self.runtime = config.moe_runtime
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
@@ -62,14 +62,14 @@ class Experts(nn.Module):
         self._prepared = None
 
     def keep_prepared(self, up: Prepared, down: Prepared) -> None:
-        """The parameters have changed, and whoever changed them has prepared them too."""
+        """The parameters have changed, and the optimizer has prepared them too."""
         self._prepared = (up, down)
 
 
 def prepare_weights(
     up: Tensor, down: Tensor, dtype: torch.dtype, runtime: Runtime
 ) -> tuple[Prepared, Prepared]:
-    """Both weights as the path's GEMMs want them, each for the forward and the backward pass."""
+    """Both weights prepared for the path's GEMMs, each for the forward and the backward pass."""
     with torch.no_grad():
         prepare = runtime.linear.prepare_weights
         return prepare(up, dtype), prepare(down, dtype)
@@ -88,7 +88,7 @@ class Saved(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of activations."""
+        """Bytes of activations."""
         return sum(t.nbytes for t in (self.h, self.x, self.a) if t is not None)
 
 
@@ -183,7 +183,7 @@ def _compute(
     runtime: Runtime,
     prepared: tuple[Prepared, Prepared],
 ) -> tuple[Tensor, Saved]:
-    """Forward but for combine: rows [P, H], and what the backward pass needs.
+    """The forward pass without combine: rows [P, H], and what the backward pass needs.
 
     The backward pass calls it too where activations are computed again.
     """

@@ -16,7 +16,7 @@ from models.moe.runtime import GPTConfig
 
 
 class Router(TopKRouter):
-    """megatron-core's top-k router, whose choice stays the lists that its top-k makes.
+    """megatron-core's top-k router, which returns its choice as the lists that its top-k makes.
 
     `entropy` is a float32 scalar on the device: of the last training batch's probabilities over
     all experts, mean of tokens, 1 where every expert is as likely. It costs a few small kernels,
@@ -30,7 +30,7 @@ class Router(TopKRouter):
     entropy: Tensor | None = None
 
     def __init__(self, config: GPTConfig, pg_collection=None, **newer) -> None:
-        """As megatron-core's MoELayer calls it."""
+        """Called by megatron-core's MoELayer."""
         super().__init__(config, pg_collection, **newer)
         self.has_expert_bias = config.expert_bias
         if config.expert_bias:
@@ -52,8 +52,8 @@ class Router(TopKRouter):
         return logits
 
     def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
-        """From logits [seq, batch, experts] the weights float32 [T, top_k] of each token's experts,
-        and which they are, int64 [T, top_k]; the best choice first.
+        """Route by logits [seq, batch, experts]: weights float32 [T, top_k] of each token's
+        experts, and their numbers, int64 [T, top_k]; the best choice first.
 
         The stock one spreads both over all experts, [T, experts], as its own dispatchers take them.
         Ours take lists, for which another top-k would have to search those.
@@ -86,7 +86,7 @@ class ExpertParallelMoE(MoELayer):
     router: Router
 
     def __init__(self, config: GPTConfig, layer_number=None, pg_collection=None, **newer) -> None:
-        """As megatron-core's TransformerLayer calls it; a newer one says more."""
+        """Called by megatron-core's TransformerLayer; a newer one passes more."""
         super().__init__(
             config=config,
             submodules=MoESubmodules(

@@ -1,8 +1,8 @@
-"""How many rows a rank's experts get room for where no layer waits to know: `moe.capacity=auto`.
+"""Room for the rows of a rank's experts where no layer waits to count them: `moe.capacity=auto`.
 
 Buffers are allocated on the host and their size P depends on the routing, which is on the device.
-So P is taken from what was needed lately; a layer that needs more loses rows, and the step is done
-again with every layer waiting (train/dropless.py). What was needed is the largest of all layers,
+So P follows from what recent steps needed; a layer that needs more loses rows, and the step is
+repeated with every layer waiting (train/dropless.py). What was needed is the largest of all layers,
 micro-batches and ranks, kept on the device, so that nothing waits to find out and all ranks agree.
 """
 
@@ -19,19 +19,19 @@ from models.config import MoEConfig
 from models.fp8.tensor import ceil_div
 
 WINDOW = 100
-"""Steps whose need is remembered: after so many the largest is forgotten, and room may shrink."""
+"""Steps whose need is remembered: after this many the largest is dropped, and room may shrink."""
 PARTS = 16
-"""Room grows and shrinks by this part of a rank's even share: few sizes, so that the memory of one
-is taken again and does not fragment."""
+"""Room grows and shrinks by this part of a rank's even share: few sizes, so that the allocator
+reuses their memory and does not fragment."""
 SPARE = 8
 """What is added to the largest need: this part of the even share."""
 
 
 class Room:
-    """What was needed in the last steps, and the room that is set aside for the next.
+    """What the last steps needed, and the room that is reserved for the next.
 
-    Every layer waits unless a step's attempt is `open`: only there somebody looks afterwards
-    whether rows were lost.
+    Every layer waits unless a step's attempt is `open`: only then is it checked afterwards whether
+    rows were lost.
     """
 
     def __init__(self, layers: int) -> None:
@@ -51,7 +51,7 @@ class Room:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a need to go by; the first step waits."""
+        """Whether a need is known; in the first step every layer waits."""
         return bool(self._needs)
 
     @contextmanager
@@ -82,7 +82,8 @@ class Room:
         return rows
 
     def note(self, layer: int, rows: Tensor) -> None:
-        """A layer of the attempt needed so many, int64 []; on the device, so nothing waits."""
+        """Note that a layer of the attempt needed this many, int64 []; on the device, so nothing
+        waits."""
         if not self._open:
             return
         if self._needed is None:
@@ -93,8 +94,8 @@ class Room:
     def send(self) -> None:
         """After the attempt's last forward pass, with all ranks: the largest needs to the host.
 
-        Before the backward pass, on the stream that computes: beside DeepEP's kernels a collective
-        of NCCL can wait for ever, and they for it.
+        Before the backward pass, on the stream that computes: concurrently with DeepEP's kernels a
+        collective of NCCL can wait forever, and they for it.
         """
         assert self._needed is not None, "no layer has noted what it needed"
         dist.all_reduce(self._needed, dist.ReduceOp.MAX)
@@ -109,8 +110,8 @@ class Room:
     def ran_out(self) -> bool:
         """Whether a layer of any rank lost rows in the last attempt; the same on every rank.
 
-        Remembers what was needed if none did: what comes after lost rows is routed otherwise. On a
-        GPU waits for what `send` has queued, not for the backward pass behind it.
+        Remembers what was needed if none did: after lost rows later layers route differently. On a
+        GPU waits for what `send` has queued, not for the backward pass after it.
         """
         assert self._on_host is not None, "`send` comes first"
         if self._copied is not None:
@@ -125,10 +126,10 @@ class Room:
 
 
 class Settled(NamedTuple):
-    """What `moe.capacity` comes to on a machine; every layer waits where both are None."""
+    """What `moe.capacity` means on a machine; every layer waits where both are None."""
 
     capacity: float | None
-    """A number that is heeded."""
+    """A number that applies."""
     room: Room | None
     said: str
     """For the user; empty where there is nothing to say."""
@@ -152,13 +153,13 @@ def settle(
             said += f": {moe.path} drops rows beyond it, another function than with auto or null"
             return Settled(wanted, None, said)
         said += f" is ignored, as {why}: {moe.path} drops nothing, another function than a path "
-        return Settled(None, None, f"{said}that heeds it")
+        return Settled(None, None, f"{said}to which it applies")
     why = why_linear_waits
-    if wanted == "default":  # asked for by name, it is carried out beside another wait as well
+    if wanted == "default":  # asked for by name, it applies although something else waits
         why = why or why_dispatch_waits
     if why is not None:
         return Settled(None, None, f"every layer waits for the count of its rows, as {why}")
     said = "room for the experts' rows by what was needed lately (moe.capacity=auto)"
     if why_dispatch_waits is not None and device == "cuda":
-        said += f"; every layer waits all the same, as {why_dispatch_waits}"
+        said += f"; every layer waits anyway, as {why_dispatch_waits}"
     return Settled(None, Room(layers), said)

@@ -1,4 +1,4 @@
-"""Who carries out the path on this machine: settled once, when the model is built, and said."""
+"""Which library runs what of the path on this machine: chosen once, when the model is built."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from models.moe.room import Room, settle
 
 @dataclass(frozen=True)
 class Runtime:
-    """What was settled: the path, and who carries it out."""
+    """The choice: the path, and what runs it."""
 
     path: Path
     ops: Operations
@@ -32,19 +32,19 @@ class Runtime:
     """The experts' GEMMs."""
     dispatcher: Dispatcher
     description: str = ""
-    """Of all of them, for the user."""
+    """All of it, as a line for the user."""
     capacity: float | None = None
     """A number of `MoEConfig.capacity`; None where there is none, or it does not apply."""
     room: Room | None = None
-    """What is set aside where `moe.capacity` is auto and carried out."""
+    """The room that is reserved where `moe.capacity` is auto and applies."""
     recompute: bool = False
     """See `MoEConfig.recompute`."""
     counts: Counts = field(default_factory=Counts)
 
     def max_rows(self, layer: int, tokens: int, top_k: int, local_experts: int) -> int | None:
-        """P of a layer, counted from 0, where room is set aside: the even share of `tokens` on
-        every rank times `capacity`, and what rounding up each expert's rows may take; or what
-        `room` says. None where P is what arrives."""
+        """P of a layer, counted from 0, where room is reserved: the even share of `tokens` on every
+        rank times `capacity`, and what rounding up each expert's rows may take; or what `room`
+        says. None where P is what arrives."""
         step, even = self.path.ROW_ALIGNMENT, tokens * top_k
         if self.capacity is not None:
             return (math.ceil(even * self.capacity / step) + local_experts) * step
@@ -60,7 +60,7 @@ class Runtime:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What the layers do inside the `with` is in none of the counts."""
+        """Leave what the layers do inside the `with` out of all counts."""
         sent = self.dispatcher.mark()
         with self.counts.paused():
             yield
@@ -71,7 +71,7 @@ class Runtime:
         return replace(self, capacity=None, room=None)
 
     def with_operations(self, ops: Operations, device: str) -> "Runtime":
-        """The same path carried out by other operations on `cpu` or `cuda`."""
+        """The same path run by other operations on `cpu` or `cuda`."""
         return replace(self, ops=ops, linear=build_linear(self.path, ops, device))
 
 
@@ -87,7 +87,7 @@ class GPTConfig(TransformerConfig):
 
 
 def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
-    """Settle, once, who carries out the path on `cpu` or `cuda` here. All ranks together."""
+    """Choose, once, what runs the path on `cpu` or `cuda` here. All ranks together."""
     path = PATHS[moe.path]
     ops, who = operations.choose(moe.path, device)
     linear = build_linear(path, ops, device)
@@ -109,7 +109,8 @@ def build_runtime(model: ModelConfig, moe: MoEConfig, device: str) -> Runtime:
 
 
 def build_linear(path: Path, ops: Operations, device: str) -> AnyLinear:
-    """The linear layer that a path names; on a GPU TransformerEngine's where it has the same."""
+    """The linear layer that a path names; on a GPU TransformerEngine's, where it has the same
+    one."""
     if device == "cuda" and path.LINEAR is Fp8Linear:
         from models.fp8 import te, te_grouped
 

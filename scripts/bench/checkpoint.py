@@ -1,12 +1,12 @@
-"""How long a save stops the training: the demo on two processes, saved every fifth step.
+"""How long a save stops training: the demo on two processes, saved every fifth step.
 
     python -m scripts.bench.checkpoint [--steps 150]
     python -m scripts.bench.checkpoint --disk FOLDER [--gb 2] [--device cuda] [--repeats 3]
     torchrun --nproc-per-node 2 -m scripts.bench.checkpoint --disk FOLDER --gb 11.5 --device cuda
 
-The first writes docs/results/checkpoint_demo.json. The stop is what a save keeps the loop from its
-next step: the beginning of the copy, and the start of the thread that writes it. The first save,
-which also asks for the copy's memory, is given apart.
+The first writes docs/results/checkpoint_demo.json. The stop is how long a save delays the next
+step: the start of the copy, and of the thread that writes it. The first save, which also allocates
+the copy's memory, is reported separately.
 
 With --disk: seconds to copy, hash and write a state of --gb on every rank to FOLDER, beside those
 of `dd`; scripts/bench/checkpoint_disk.py says how. Writes docs/results/checkpoint_disk_DEVICE.json.
@@ -39,8 +39,10 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="measure this disk instead")
-    parser.add_argument("--gb", type=float, default=2.0, help="on every rank (2)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="has the state")
+    parser.add_argument("--gb", type=float, default=2.0, help="GB of state on every rank (2)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the state is"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="with --disk: where the result goes")
     options = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> int:
             "stop_share_of_a_step": share,
         },
     )
-    print(f"{RESULT}: a save stops the training for {share:.1%} of a step (medians)")
+    print(f"{RESULT}: a save stops training for {share:.1%} of a step (medians)")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""How fast a checkpoint gets on disk, beside `dd`; see scripts/bench/checkpoint.py.
+"""How fast a checkpoint is written to disk, compared with `dd`; see scripts/bench/checkpoint.py.
 
-Every rank has a state of its own, of random numbers: some disks know zeros. In each repeat, one
-after the other: the state is copied as for a save during training; DCP's own writer writes it by
-one thread; `dd` writes that file again, from memory; it is hashed by one thread; and it is saved as
-a training does at its end, hashed and written by several. Where other work keeps the cores busy,
-the seconds of this process on a core (`cpu_s`) say more than those of the clock.
+Every rank has a state of its own, of random numbers, as some disks compress zeros. In each repeat,
+one after the other: the state is copied as for a save during training; DCP's own writer writes it
+by one thread; `dd` writes that file again, from memory; it is hashed by one thread; and it is saved
+as at the end of a run, hashed and written by several. Where other work keeps the cores busy, the
+seconds of this process on a core (`cpu_s`) say more than those of the clock.
 """
 
 import os
@@ -59,7 +59,7 @@ def run(device: torch.device, gb: float, folder: Path, repeats: int, out: Path) 
                 work()
                 cores.setdefault(name, []).append(_slowest(time.process_time() - on_core))
                 seconds.setdefault(name, []).append(_slowest(time.perf_counter() - begin))
-                copy.begin(state).result()  # after what may still be copying
+                copy.begin(state).result()  # after a copy that may still be running
             dist.barrier()
             if rank == 0:
                 for path in folder.glob("step_*"):
@@ -147,7 +147,7 @@ def works(
 
 
 def _slowest(seconds: float) -> float:
-    """Of all ranks."""
+    """The largest of all ranks' seconds."""
     t = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return float(t)

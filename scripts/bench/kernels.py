@@ -1,17 +1,17 @@
-"""What the Triton kernels cost: microseconds, GB/s beside a copy's, TFLOP/s beside cuBLAS's.
+"""What the Triton kernels cost: microseconds, GB/s next to a copy's, TFLOP/s next to cuBLAS's.
 
     python -m scripts.bench.kernels [--out docs/results/kernels.json] [--only TEXT] [--tune]
 
 Needs a Hopper GPU. The times are the GPU's alone: a long kernel keeps the GPU busy while the host
 queues the calls, so nothing waits for Python between them. Each call works on other buffers than
 those before it, more than fit in L2 together, as in training; the median of 20 calls or more is
-reported. A copy is measured beside each size of memory-bound kernels, and a dense GEMM with the
-same number of operations beside each GEMM, in the same run.
+reported. In the same run a copy is measured for each size of memory-bound kernels, and a dense GEMM
+with the same number of operations for each GEMM.
 
 TransformerEngine's kernels are measured too where it is installed (`models/fp8/te.py`). Its linear
-layer launches several kernels for each expert, more than can be queued ahead: there the host counts
-too, as it does in training. So are DeepGEMM's grouped GEMMs (github.com/deepseek-ai/DeepGEMM), with
-scales as it wants them and with COMPACT ones, which it transposes first.
+layer launches several kernels for each expert, more than can be queued ahead: there the host's time
+counts too, as in training. So are DeepGEMM's grouped GEMMs (github.com/deepseek-ai/DeepGEMM), with
+scales in its layout and with COMPACT ones, which it transposes first.
 `--tune` tries settings of the FP8 grouped GEMM, and writes nothing.
 """
 
@@ -41,13 +41,13 @@ UP_PROJECTION = (64, 1536, 2048)
 """Qwen3-30B-A3B's, of the 64 experts of one GPU of two."""
 CALLS = 20
 ROTATED_BYTES = 256 * 2**20
-"""What the rotated inputs have together, at least: several times an L2 of 50 MB."""
+"""Total size of the rotated inputs, at least: several times an L2 of 50 MB."""
 BUSY_CYCLES = 20_000_000
 """About 10 ms, in which the host queues the calls."""
 COMPACT, GEMM_READY = Layout.COMPACT, Layout.GEMM_READY
 
 Call = Callable[[], Any]
-"""What is timed; nobody looks at its result."""
+"""What is timed; its result is ignored."""
 Make = Callable[[], Call]
 """Makes a call with buffers of its own."""
 
@@ -89,7 +89,7 @@ class Bench:
         operations: float = 0,
         kind: str = "",
     ) -> None:
-        """One kernel at one size. `kind` of a GEMM is the dense one that it is held against."""
+        """One kernel at one size. `kind` of a GEMM is the dense one that it is compared with."""
         if self.only not in f"{kernel} {by} {shape}" and by != "cuBLAS" and kernel != "copy":
             return
         try:
@@ -383,7 +383,7 @@ def dense_fp8(x: BlockScaledTensor, w: BlockScaledWeights) -> Tensor:
 
 
 def tune(ops: ModuleType) -> None:
-    """Settings of the FP8 grouped GEMM, TFLOP/s for each of `GEMMS`."""
+    """Try settings of the FP8 grouped GEMM: TFLOP/s for each of `GEMMS`."""
     from models.fp8.kernels.grouped_gemm import Tiling, grouped_gemm_tiled
 
     base = Tiling()

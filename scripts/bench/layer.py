@@ -6,11 +6,10 @@
     python -m scripts.bench.layer --plot docs/results/moe_layer.json    # the picture alone
 
 The layer is `Experts` alone (scripts/bench/layer_setup.py), with even routing and without router,
-FSDP or optimizer. Weights and activations are BF16. Paths take turns: a round is one call that is
-not timed and a few that are, for each path, and one more with timers between its parts. Times are
-CUDA events around forward and around backward, so they hold the host's work too where the GPU waits
-for it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only
-copy.
+FSDP or optimizer. Weights and activations are BF16. Paths alternate: a round is, for each path, one
+call that is not timed, a few that are, and one more with timers between its parts. Times are CUDA
+events around forward and around backward, so they include the host's work where the GPU waits for
+it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and combine only copy.
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
@@ -135,7 +134,7 @@ def bench(
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes free on the fullest of the ranks' GPUs, so that all take the same shape."""
+    """Free bytes on the rank's GPU with the fewest, so that all ranks choose the same shape."""
     if device.type != "cuda":
         return None
     free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
@@ -167,7 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
     parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
-    parser.add_argument("--tokens", type=int, default=16384, help="of each GPU (default 16384)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
     dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
     parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")

@@ -105,8 +105,8 @@ def kernels(events: list[Event], *within: Event) -> list[Event]:
 def transposing_copies(events: list[Event], blocks: int, within: Event) -> list[Event]:
     """Copies of a float32 matrix with `blocks` rows or columns into the other order of memory.
 
-    That is what a relayout of scales is, by types, shapes and strides alone: no name and no range
-    of this project is asked.
+    That is what a relayout of scales is, by types, shapes and strides alone: it uses no name and no
+    range of this project.
     """
     found = []
     for event in events:
@@ -136,7 +136,7 @@ def profile_layer(layer: Layer, runtime: Runtime) -> Profile:
     only `counted` is reported.
     """
     if layer.device.type == "cuda":
-        _passes(layer, runtime)  # the first trace of a process also pays for the tracer's start
+        _passes(layer, runtime)  # the first trace of a process includes the tracer's start
     plain = _passes(layer, runtime)
     before = runtime.counts.relayouts.copy()
     timer = Timer(layer.device, named=True)

@@ -35,18 +35,18 @@ SHAPES = {
 }
 
 WEIGHT_BYTES = 2 + 2 + 2
-"""Of each weight at the busiest moment: BF16, its BF16 gradient, and FP8 both ways."""
+"""Bytes for each weight at the peak: BF16, its BF16 gradient, and FP8 both ways."""
 
 MEMORY_SHARE = 0.85
-"""Of a GPU's memory that a layer may plan to take."""
+"""Share of a GPU's memory that a layer may plan to use."""
 
 
 def fit(shape: Shape, tokens: int, ranks: int, memory: int | None) -> tuple[Shape, int]:
     """The shape with as many experts as fit in `memory` bytes a rank, and the tokens for them.
 
     Experts are halved until they fit, and each rank's tokens with them: what one expert gets stays
-    the same. None stands for memory without end. Raises ValueError where nothing fits, or the
-    experts that do cannot be spread evenly.
+    the same. None stands for unlimited memory. Raises ValueError where nothing fits, or the experts
+    that do cannot be spread evenly.
     """
     while memory is not None and _bytes(shape, tokens, ranks) > MEMORY_SHARE * memory:
         if shape.experts % 2 or tokens % 2 or shape.experts // 2 < max(shape.top_k, ranks):
@@ -73,7 +73,7 @@ def _bytes(shape: Shape, tokens: int, ranks: int) -> float:
 def even_routing(tokens: int, shape: Shape, device: torch.device) -> Tensor:
     """int64 [tokens, top_k]: different experts for a token, each expert as often as any other.
 
-    Raises nothing; `fit` has seen to it that the numbers divide.
+    Raises nothing; `fit` guarantees that the numbers divide.
     """
     slots = torch.arange(tokens * shape.top_k, device=device) % shape.experts
     shuffled_experts = torch.randperm(shape.experts, device=device)
@@ -115,7 +115,7 @@ class Layer:
         self.grad = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
 
     def runtime(self, path: PathName) -> Runtime:
-        """Who carries out a path here. Raises RuntimeError where nobody can."""
+        """The runtime of a path here. Raises RuntimeError where the path cannot run."""
         model = ModelConfig(
             num_layers=1, hidden_size=self.shape.hidden, num_heads=1, num_kv_heads=1,
             vocab_size=1, seq_len=1,
@@ -136,7 +136,8 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of forward and backward on a rank: 2 + 4 for each token and weight that it meets."""
+        """FLOPs of forward and backward on a rank: 2 + 4 for each token and weight that it
+        meets."""
         weights = 3 * self.shape.hidden * self.shape.ffn
         return 6 * self.tokens * self.shape.top_k * weights
 

@@ -7,10 +7,10 @@
 For each micro-batch it builds the stack, warms it up, times a window of steps, and frees it. The
 window is wall time from a barrier to the end of the last step's work on the slowest rank. Nothing
 waits for the GPU between steps, since training does not; single steps are timed by events on the
-GPU. Peak memory is the window's, on the fullest rank; energy is NVML's, of all GPUs together.
+GPU. Peak memory is the window's, on the rank with the most; energy is NVML's, of all GPUs together.
 
 Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
-the next is tried, but for an error that leaves the GPU or NCCL unusable.
+the next is tried, except for an error that leaves the GPU or NCCL unusable.
 """
 
 import argparse
@@ -45,9 +45,10 @@ from train.parallel import Ranks
 from train.profiling.timer import Timer
 
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
-"""What errors say after which neither this rank nor its peers can go on."""
+"""Texts of errors after which neither this rank nor its peers can continue."""
 LEFT_GIB = 0.5
-"""What libraries may keep on the GPU after a stack is freed: workspaces of GEMMs and the like."""
+"""Memory that libraries may keep on the GPU after a stack is freed: workspaces of GEMMs and the
+like."""
 
 
 @dataclass
@@ -57,16 +58,17 @@ class Window:
     step_seconds: float
     """Mean over the window, on the slowest rank."""
     single_seconds: list[float]
-    """Each step by itself."""
+    """Each single step."""
     peak_gib: float | None
-    """Most memory that tensors had, on the fullest rank; None on a CPU."""
+    """Peak memory of tensors, on the rank with the most; None on a CPU."""
     final_loss: float
     dropped_rows: int = 0
-    """On all ranks, in all steps of the window."""
+    """Rows dropped on all ranks, in all steps of the window."""
     redone_steps: int = 0
-    """Of the window, done again for lack of room (`moe.capacity=auto`); their time is in it."""
+    """Steps of the window that were repeated for lack of room (`moe.capacity=auto`); their time is
+    included."""
     step_joules: float | None = None
-    """Of all GPUs, a step; None where nobody measures it."""
+    """Energy of all GPUs, per step; None where it is not measured."""
 
     def figures(self) -> dict[str, Any]:
         """For JSON, units in the names."""
@@ -145,7 +147,7 @@ def _joules(ranks: Ranks) -> float | None:
 
 @cache
 def _nvml_handle(device: torch.device) -> Any:
-    """What NVML knows a GPU by; the library is loaded once a process."""
+    """NVML's handle of a GPU; the library is loaded once per process."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -154,7 +156,7 @@ def _nvml_handle(device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stack has no figures, in one line, and whether the run can go on without it."""
+    """Why a stack has no figures, in one line, and whether the run can continue without it."""
 
     line: str
     fatal: bool
@@ -164,7 +166,7 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
-    """Do `work` on all ranks; its result, or the failure of the first rank that has one."""
+    """Do `work` on all ranks; returns its result, or the failure of the first rank that has one."""
     result, failure = None, None
     try:
         result = work()
@@ -178,7 +180,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
         # The frames hold the model, and with it the memory that the next stack needs.
         traceback.clear_frames(error.__traceback__)
     if failure and failure.fatal:
-        return None, failure  # the others cannot be asked any more
+        return None, failure  # the others cannot be reached any more
     failures: list[Failure | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     failure = next((f for f in failures if f), None)
@@ -203,7 +205,7 @@ def run_stack(
     steps: int,
     trace: Path | None = None,
 ) -> tuple[Window | None, dict[str, str], Failure | None]:
-    """Build, measure and free one stack: its figures, what it says of itself, and its failure."""
+    """Build, measure and free one stack: its figures, its description, and its failure."""
     before = _allocated_gib(ranks)
     built: list[Stack] = []
 
@@ -344,7 +346,7 @@ def or_one_line(run: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 speaks for them
+            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
         return 2
 
 
@@ -355,13 +357,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
-    parser.add_argument("stack", help="such as bf16, fp8_direct:prepare, stock:bf16")
+    parser.add_argument("stack", help="a stack, such as bf16, fp8_direct:prepare, stock:bf16")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--micro-batches", type=positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--steps", type=positive, default=20, help="timed steps")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--warmup", type=positive, default=5, help="untimed steps before")
     parser.add_argument("--trace", type=Path, metavar="FILE.json.gz",
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--wait-for", type=Path, metavar="FILE",

@@ -4,13 +4,13 @@
         [--pairs A,B ...] [--blocks 40] [--out docs/results/pairs.json] [key=value ...]
 
 Two paths of one `Linear` alternate step by step in one process, in blocks of A B B A, so that a
-drift of clocks or temperature is in both and cancels; weights, memory, batches and dispatcher are
+drift of clocks or temperature affects both and cancels; weights, memory, batches and dispatcher are
 the same. A block gives one difference; the mean of all and its 95% interval are printed, in
-milliseconds and percent of A's step. By default `fp8_compact` is held against the baseline, from
+milliseconds and percent of A's step. By default `fp8_compact` is compared with the baseline, from
 which it differs in layout and in who quantizes and permutes; and against the baseline with the
 same kernels (`:triton`), from which it differs in layout alone.
 
-Paths that compute in other precisions are not for pairs: each would run at the clocks and
+Paths that compute in different precisions cannot be paired: each would run at the clocks and
 temperature that the other leaves.
 """
 
@@ -43,7 +43,7 @@ from train.parallel import Ranks
 from train.profiling.timer import Timer
 
 ORDER = (0, 1, 1, 0)
-"""Of a block: the second path is as far from the start of it as the first, on average."""
+"""The order in a block: on average both paths are equally far from its start."""
 DEFAULT_PAIRS = [f"fp8_baseline{flag},fp8_compact" for flag in ("", ":triton")]
 
 
@@ -99,7 +99,7 @@ class Pair:
         return found.view(blocks, len(ORDER))
 
     def peaks(self) -> list[float] | None:
-        """GiB at most in tensors, by path, on the fullest rank; None on a CPU."""
+        """Peak GiB of tensors, by path, on the rank with the most; None on a CPU."""
         device = self.stack.ranks.device
         if device.type != "cuda":
             return None
@@ -116,7 +116,7 @@ class Pair:
         return found.tolist()
 
     def relayouts(self, which: int) -> float:
-        """Of scales, in a layer's forward and backward pass."""
+        """Relayouts of scales in a layer's forward and backward pass."""
         counts = self.stack.model.runtime.counts
         counts.reset()
         self.step(which)
@@ -125,7 +125,8 @@ class Pair:
 
 
 def differences(times: torch.Tensor) -> Row:
-    """From milliseconds [blocks, 4] in `ORDER`: what the second path takes less than the first."""
+    """How much less the second path takes than the first, from milliseconds [blocks, 4] in
+    `ORDER`."""
     first = (times[:, 0] + times[:, 3]) / 2
     second = (times[:, 1] + times[:, 2]) / 2
     saved, mean = first - second, float(first.mean())
@@ -138,7 +139,7 @@ def differences(times: torch.Tensor) -> Row:
 
 
 def measure(config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, warmup: int) -> Row:
-    """One pair on a model of its own. All ranks together."""
+    """Measure one pair, on a model of its own. All ranks together."""
     stacks.seed_everything(config, ranks)
     stack = Ours(config, ranks)
     found = Pair(stack, pair, stacks.batches(config, ranks, "balanced", 1))
@@ -213,8 +214,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add(path: Path, fresh: dict, row: Row) -> None:
-    """The row into the file, in the place of one of the same pair and shape from the same commit
-    and machine; a file of another one is replaced, since rows are compared with each other."""
+    """Add the row to the file, or replace one of the same pair and shape from the same commit and
+    machine; a file of another commit or machine is replaced, since rows are compared with each
+    other."""
     content = fresh
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -235,8 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="A,B")
     parser.add_argument("--micro-batch", type=positive, help="default: the config's")
-    parser.add_argument("--blocks", type=positive, default=40, help="of four steps")
-    parser.add_argument("--warmup", type=positive, default=4, help="steps of each path before them")
+    parser.add_argument("--blocks", type=positive, default=40, help="blocks of four steps")
+    parser.add_argument(
+        "--warmup", type=positive, default=4, help="untimed steps of each path before"
+    )
     parser.add_argument("--out", type=Path, help="add the figures to this JSON file")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.blocks < 2:

@@ -3,19 +3,19 @@
     python -m scripts.bench.readme [FILE.md ...]     # write; the README and docs/*.md if none
     python -m scripts.bench.readme --check           # say what is out of date, write nothing
 
-A block stands between two lines, and is made anew each time, so a figure is never typed:
+A block is between two marker lines and is rendered each time, so a figure is never typed:
 
     <!-- table: train_moe_small.json -->
     <!-- end of table -->
 
-What a table looks like follows from the file, by the script that wrote it:
+How a table looks depends on the script that wrote the file:
 
     train_*.json     scripts.bench.train      a row per stack, path, variant and micro-batch
     kernels.json     scripts.bench.kernels    a row per kernel and shape
     moe_layer.json   scripts.bench.layer      a row per shape and path of one MoE layer
     compare.json     scripts.compare          a column per run; what holds on any machine
     step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
-    plan_fit.json    scripts.plan.fit         a row per measured step that a plan was held against
+    plan_fit.json    scripts.plan.fit         a row per measured step that a plan was compared with
 
 Rows can be chosen by their keys. A key given twice takes either value:
 
@@ -26,7 +26,7 @@ The picture of a `train_*.json` (scripts/bench/plots.py) is drawn to docs/images
     <!-- picture: train_moe_small.json -->
     <!-- end of picture -->
 
-Where the file is not there yet, a table says so and a picture is left out.
+If the file does not exist yet, the table says so and a picture is left out.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Renderer:
         """Pictures that are not of their file, found by `--check`."""
 
     def update(self, text: str) -> str:
-        """`text` with every block made anew. Raises InputError."""
+        """`text` with every block rendered again. Raises InputError."""
         if len(MARKS.findall(text)) != 2 * len(BLOCK.findall(text)):
             raise InputError("a marker of a table or picture has no partner, or is misspelt")
         return BLOCK.sub(lambda found: f"{found[1]}{self._fill(found)}{found[5]}", text)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for what in [*([path] if new != old else []), *renderer.stale]:
                 print(
                     f"{what.name} is not what {options.results} says; "
-                    "python -m scripts.bench.readme writes it anew",
+                    "python -m scripts.bench.readme writes it again",
                     file=sys.stderr,
                 )
                 status = 1

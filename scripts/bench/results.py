@@ -1,4 +1,4 @@
-"""What the JSON files in `docs/results/` have in common, without an import that takes time."""
+"""What the JSON files in `docs/results/` have in common, without slow imports."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 Row = dict[str, Any]
-"""One of a file's `rows`. Which keys it has, the benchmark that wrote it says."""
+"""One of a file's `rows`. Its keys are defined by the benchmark that wrote it."""
 
 
 class Spread(TypedDict):
@@ -19,7 +19,7 @@ class Spread(TypedDict):
 
 
 class Origin(TypedDict):
-    """What figures depend on, beside the config."""
+    """What figures depend on, in addition to the config."""
 
     machine: dict[str, str | float] | str
     versions: NotRequired[dict[str, str]]
@@ -37,7 +37,7 @@ class Result(Origin):
 
 
 def rows_to_show(result: Result) -> list[Row]:
-    """Its rows; of training steps, what was screened, as long as nothing has been repeated."""
+    """Its rows; of training steps the screening, as long as nothing has been repeated."""
     return result["rows"] or result.get("screening", [])
 
 
@@ -67,7 +67,8 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` at once, so that a crash leaves the old file or the new. NaN is an error."""
+    """Replace `path` atomically, so that a crash leaves the old file or the new. NaN is an
+    error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".tmp")
     new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -9,8 +9,8 @@ Flags of ours: `triton`, `te_dequantize` (other operations, `models/fp8/operatio
 (`moe.recompute=true`), `prepare` (`optim.prepare_weights=true`), `waits` (`moe.capacity=null`),
 `v1`, `v2` (`moe.dispatch=deep_ep_v1`, `deep_ep_v2`), `per_expert` (FP8 GEMMs of TransformerEngine
 one by one, as before cuBLAS 13.6), `bf16_moment` (`optim.first_moment_dtype=bf16`).
-Flags of both: `environment`, what megatron-core's makers set for their own measurements;
-`bf16_grads`, gradients summed in BF16 (`optim.grad_dtype=bf16`).
+Flags of both: `environment`, the variables that megatron-core's authors set for their own
+measurements; `bf16_grads`, gradients summed in BF16 (`optim.grad_dtype=bf16`).
 """
 
 import os
@@ -52,7 +52,7 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
 }
-"""Of the flag `environment`: Megatron-Bridge's for H100s."""
+"""Variables of the flag `environment`: Megatron-Bridge's for H100s."""
 PATH_FLAGS = (*VARIANTS, *FLAG_KEYS, "per_expert", "environment")
 PEERS = ("bf16", "fp8")
 PEER_FLAGS = (
@@ -61,7 +61,7 @@ PEER_FLAGS = (
 )  # fmt: skip
 PEER_ENVIRONMENT = {
     "cutlass": {"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"},
-    # megatron-core asks for it before it uses the fuser; Hopper then gets operations one by one.
+    # megatron-core requires it before it uses the fuser; Hopper then runs operations one by one.
     "grouped": {"NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"},
 }
 """What the environment of a process must say before TransformerEngine is loaded."""
@@ -82,8 +82,8 @@ class Spec:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its processes are started with, beside what is set already."""
-        found = allocator.default(os.environ) if self.stack == "ours" else {}  # as in a training
+        """Variables for its processes, in addition to those that are set already."""
+        found = allocator.default(os.environ) if self.stack == "ours" else {}  # as in a run
         found |= ENVIRONMENT if "environment" in self.flags else {}
         for flag in self.flags:
             found |= PEER_ENVIRONMENT.get(flag, {})
@@ -133,17 +133,17 @@ def config_of(
     spec: Spec, path: str, overrides: list[str], routing: str, micro_batch: int | None
 ) -> Config:
     """What a stack trains with. Raises ConfigError."""
-    # By default a GPU prepares them; here a row says what it does.
+    # By default a GPU prepares weights; here the flag in the row says so.
     keys = ["optim.prepare_weights=false", *overrides]
     if micro_batch is not None:
         keys.append(f"train.micro_batch={micro_batch}")
     if routing == "natural":
-        # Whatever room the config sets aside is for even routing; here nothing may be dropped.
+        # The config's capacity is for even routing; here nothing may be dropped.
         keys += ["moe.force_balance=false", "moe.capacity=default"]
     else:
         keys.append("moe.force_balance=true")
     keys += [key for flag, key in FLAG_KEYS.items() if flag in spec.flags]
-    # A peer has paths of its own; the rest of the config is for all.
+    # The peer has paths of its own; the rest of the config is common.
     keys.append(f"moe.path={spec.path if spec.stack == 'ours' else 'bf16'}")
     config = load(path, keys)
     if config.data.document_mask:
@@ -173,13 +173,13 @@ class Stack(Protocol):
         """One optimizer step; this rank's share of the mean loss: ranks add up to it."""
 
     def dropped_rows(self) -> int:
-        """Rows that found no room on this rank, since it was last asked. Waits for the device."""
+        """Rows dropped on this rank since the last call. Waits for the device."""
 
     def redone_steps(self) -> int:
-        """Steps that were done again for lack of room, since it was last asked."""
+        """Steps that were repeated for lack of room since the last call."""
 
     def close(self) -> None:
-        """Let go of what outlives the model. All ranks together."""
+        """Release what outlives the model. All ranks together."""
 
 
 class Ours:
@@ -230,7 +230,7 @@ class Ours:
 
 
 def use_operations(model: GPT, path: PathName, device: str, variant: Variant) -> None:
-    """Carry out the model's path with other operations."""
+    """Run the model's path with other operations."""
     chosen = operations.choose(path, device, variant)
     runtime = model.runtime.with_operations(chosen.operations, device)
     said = (chosen.description, runtime.linear.DESCRIPTION)
@@ -239,7 +239,8 @@ def use_operations(model: GPT, path: PathName, device: str, variant: Variant) ->
 
 
 def use_gemms_per_expert(model: GPT) -> None:
-    """TransformerEngine's linear layer as it is with an older cuBLAS: the host waits for rows."""
+    """Use TransformerEngine's linear layer of an older cuBLAS: the host waits for the count of
+    rows."""
     from models.fp8.te import TELinear
 
     runtime = model.runtime
@@ -265,10 +266,11 @@ def build(spec: Spec, config: Config, ranks: Ranks) -> Stack:
 
 
 def batches(config: Config, ranks: Ranks, routing: str, steps: int) -> list[Batch]:
-    """Micro-batches of `steps` optimizer steps, of this rank; the seed decides, not the stack.
+    """This rank's micro-batches of `steps` optimizer steps; they depend on the seed, not on the
+    stack.
 
-    Balanced routing does not look at tokens: they are random. Natural routing gets the config's
-    text, since a router that learns from it loads experts as it would in a training run.
+    Balanced routing does not look at tokens: they are random. Natural routing uses the config's
+    text, since a router that learns from it loads experts as in a training run.
     """
     count = steps * config.accumulation(ranks.world_size)
     if routing == "natural":

@@ -4,7 +4,7 @@ Its own layers from TransformerEngine, its flex dispatcher over DeepEP, its fuse
 router and cross-entropy, its DistributedDataParallel with the distributed optimizer, and its
 schedule. The model's shape, the batches, AdamW's settings and the routing are those of our config.
 
-What it offers beyond that is asked for by name, and each is a rung of the ladder to its best:
+Its further options are chosen by name, and each is a rung of the ladder to its best configuration:
 
     environment       of the process (scripts/bench/stacks.py)
     experimental      megatron's experimental Triton kernels between DeepEP and the permutation
@@ -19,7 +19,7 @@ What it offers beyond that is asked for by name, and each is a rung of the ladde
                       two a step
     router_padding    FP8: pad each expert's rows in the routing map, not in a pass of its own
     fp8_param         FP8: keep weights in FP8 between steps, and gather them in FP8
-    no_overlap        gradients and weights travel after, not beside, the computation
+    no_overlap        gradients and weights are communicated after the computation, not during it
     no_wgrad_fusion   TransformerEngine's weight gradients are not added to megatron's in the GEMM
 
 Needs GPUs and TransformerEngine; the process groups come from `train/parallel.py`.
@@ -72,7 +72,7 @@ _SMS = (
 
 
 def choose_dispatch(expert_parallel: int) -> str:
-    """`deepep` where it is installed and there is somebody to send to, otherwise `alltoall`."""
+    """`deepep` where it is installed and the group has more than one rank, otherwise `alltoall`."""
     return "deepep" if expert_parallel > 1 and fused_a2a.HAVE_DEEP_EP else "alltoall"
 
 
@@ -189,7 +189,7 @@ class StockMegatron:
             )
 
         arguments = transformer_arguments(config, path, flags, self.dispatch)
-        # As ours: nothing runs beside DeepEP in this schedule either.
+        # As ours: nothing runs concurrently with DeepEP in this schedule either.
         arguments[_SMS] = config.moe.dispatch_sms or half_of_the_multiprocessors()
         check(arguments)
         transformer = TransformerConfig(**arguments)
@@ -209,7 +209,8 @@ class StockMegatron:
         )
         gpt.cuda(ranks.device)
         if "no_wgrad_fusion" not in flags:
-            # Not by the config: megatron's own output layer then insists on an extension of APEX.
+            # Not by the config: megatron's own output layer would then require an extension of
+            # APEX.
             for module in gpt.modules():
                 if hasattr(module, "fuse_wgrad_accumulation"):
                     module.fuse_wgrad_accumulation = True
@@ -265,7 +266,7 @@ class StockMegatron:
         return 0
 
     def _capture(self) -> None:
-        """Graphs of every layer, as megatron's own training loop makes them after warming up."""
+        """Capture graphs of every layer, as megatron's own training loop does after warming up."""
         from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
         helper = TECudaGraphHelper(
@@ -283,8 +284,9 @@ class StockMegatron:
             helper.cuda_graph_set_manual_hooks()
 
     def close(self) -> None:
-        """Let go of what outlives the model. All ranks together: DeepEP's buffer is shared."""
-        # Hooks inside autograd's C++ nodes hold the model, where Python's collector cannot look.
+        """Release what outlives the model. All ranks together: DeepEP's buffer is shared."""
+        # Hooks inside autograd's C++ nodes reference the model, where Python's collector cannot see
+        # them.
         self.model.grad_accs.clear()
         set_experimental_flag(False)
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
@@ -318,10 +320,10 @@ class StockMegatron:
 
 
 def free_large_tensors(device: torch.device, at_least: int = 1 << 27) -> None:
-    """Give back the memory of every tensor of `at_least` bytes on the device, whoever holds it.
+    """Free the memory of every tensor of `at_least` bytes on the device, wherever it is referenced.
 
-    Megatron's modules are held from places that nothing clears, and the next stack needs the room.
-    What is smaller may be a workspace that TransformerEngine keeps for whoever comes next.
+    Megatron's modules are referenced from places that are never cleared, and the next stack needs
+    the memory. Smaller tensors may be workspaces that TransformerEngine keeps for later use.
     """
     torch.cuda.synchronize(device)
     gc.collect()

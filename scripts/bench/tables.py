@@ -17,7 +17,7 @@ COMPARED = (
     "kept for backward, MiB/layer",
     "dispatched MiB/step",
 )
-"""Of a comparison, what holds on any machine."""
+"""Rows of a comparison that hold on any machine."""
 
 
 class InputError(Exception):
@@ -85,7 +85,8 @@ def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
-    """The fastest that is not ours, of the row's routing and sitting, at its own micro-batch."""
+    """The fastest stack that is not ours, of the row's routing and sitting, at its own
+    micro-batch."""
     peers = [
         peer
         for peer in rows
@@ -113,7 +114,7 @@ def failure(row: Row) -> str:
 
 
 def _ratio(ours: Spread, theirs: Spread) -> str:
-    """Of the medians, and how small and how large it gets between any two of the repeats."""
+    """Ratio of the medians, and its smallest and largest value between any two of the repeats."""
     low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
     middle = f"{ours['median'] / theirs['median']:.3f}"
     return middle if low == high else f"{middle} [{low:.3f} to {high:.3f}]"
@@ -207,7 +208,7 @@ def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return _table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
 
 
-# Runs laid side by side: scripts/compare/__main__.py
+# Runs compared: scripts/compare/__main__.py
 
 
 def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
@@ -249,7 +250,8 @@ KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "run": _comparison,
     "traced": _step_kernels,
 }
-"""By a key that only rows of that kind have; of several, the first. (Kernels have shapes too.)"""
+"""By a key that only rows of that kind have; the first one that matches. (Kernels have shapes
+too.)"""
 
 
 def _spread(figure: Spread, form: str) -> str:

@@ -5,10 +5,10 @@
         [--machine "2 x NVIDIA H200"] [--commit HASH]
 
 A trace is what torch.profiler exports, also compressed as .json.gz. A kernel is of the first kind
-whose pattern its name has. `idle` is the time between the first and the last kernel in which none
-ran; kernels of different streams can run at the same time, so kinds and `idle` may add up to more
-than `span`. One step of one rank, with the profiler's own cost in the gaps: to see shares, not to
-compare speeds.
+whose pattern matches its name. `idle` is the time between the first and the last kernel in which
+none ran; kernels of different streams can run at the same time, so kinds and `idle` may add up to
+more than `span`. One step of one rank, with the profiler's own cost in the gaps: it shows shares,
+and cannot compare speeds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Event(TypedDict, total=False):
 KINDS = {
     "optimizer, gradient norm": r"multi_tensor_apply|FusedOptimizer|adamw",
     "attention": r"sdpa|fmha|cudnn::fusion",
-    # The last letters say how cuBLAS reads its factors; a wgrad's are NT.
+    # The last letters say how cuBLAS reads its operands; a wgrad's are NT.
     "expert weight gradients": r"grouped_mm_wgrad|grouped_gemm_wgrad|ptrGroup_NT",
     "expert GEMMs": r"_grouped_gemm_kernel|sm90_fp8_gemm|GemmUniversal|_qqtst_|ptrGroup",
     "dense GEMMs": r"nvjet|cutlass|sm90_xmma|gemm",
@@ -52,7 +52,7 @@ KINDS = {
     "permute, unpermute": r"permute|_place_kernel|_count_kernel|_scan_kernel",
     "norms, positions": r"rmsnorm|rope|layernorm",
 }
-"""Names of kernels by kind, the first that matches; all else is `other`."""
+"""Patterns of kernels' names by kind, the first that matches; everything else is `other`."""
 
 
 def kind_of(kernel: str) -> str:

@@ -6,16 +6,16 @@
         [--minutes 25] [--ahead] [--sitting NAME] [--out docs/results] [key=value ...]
 
 Stacks are named as scripts/bench/stacks.py says. All have the same ranks, shape, batches, AdamW and
-routing. Each runs in processes of its own (scripts/bench/measure.py), so that none starts from
-another's memory or leaves it anything:
+routing. Each runs in processes of its own (scripts/bench/measure.py), so that none is affected by
+another's memory:
 
 1. Each is screened once, at the micro-batches of `--screen`, unless that names only one.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
-   rotated, and turned round every second time, so that it favours nobody.
+   rotated, and reversed every second time, so that it favours no stack.
 
-Writes `train_<config>.json` after every process. What is there already is not measured again: with
-`--minutes` a long plan is spread over several sittings, on one machine each. Every sitting measures
-the anchors too, and rows say whose they are: speeds are compared within a sitting.
+Writes `train_<config>.json` after every process. What has been measured is not measured again: with
+`--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
+measures the anchors, and rows name their sitting: speeds are compared within a sitting.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
 loaded when its turn comes; until then it does not touch the GPUs. That saves some 20 s a process,
@@ -25,8 +25,8 @@ Natural routing (`--routings natural`) trains the real router on the config's te
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,
 on random tokens.
 
-A stack that fails gets a row with `error`, and the others go on. Exit codes: 0 done, or the minutes
-are over; 2 bad input, said in one line.
+A stack that fails gets a row with `error`, and the others continue. Exit codes: 0 done, or the
+minutes are over; 2 bad input, reported in one line.
 """
 
 import argparse
@@ -52,11 +52,11 @@ from train.config import Config, ConfigError, check_world
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN = SCREEN_STEPS, SCREEN_WARMUP = 5, 6
 PROCESS_MINUTES = 1.5
-"""What to leave for a process that has not run yet."""
+"""Minutes to reserve for a process that has not run yet."""
 
 
 class Sitting:
-    """One stretch of time on one machine: starts processes, and writes down what they find."""
+    """A session on one machine: starts processes, and records their results."""
 
     def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
         self.arguments, self.content, self.path = arguments, content, path
@@ -65,7 +65,7 @@ class Sitting:
         self.longest = PROCESS_MINUTES * 60
 
     def is_over(self) -> bool:
-        """Whether the next process might not end within the minutes."""
+        """Whether the next process may not end within the minutes."""
         minutes = self.arguments.minutes
         return minutes and time.monotonic() - self.began + self.longest > minutes * 60
 
@@ -92,7 +92,7 @@ class Sitting:
         self.write()
 
     def version(self, spec: Spec) -> str | None:
-        """Of the stack."""
+        """The version of the stack."""
         origin = self.content["sittings"].get(self.name, {})
         if spec.stack == "ours":
             return origin.get("commit")
@@ -137,7 +137,7 @@ class Sitting:
 def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:
     """The stacks in this repeat's order: rotated by one each time, and every second time backward.
 
-    In twice as many repeats as there are stacks, each is before any other as often as after it.
+    In twice as many repeats as there are stacks, each runs before any other as often as after it.
     """
     start = repeat // 2 % len(specs)
     order = [*specs[start:], *specs[:start]]
@@ -176,7 +176,7 @@ def bench(arguments: argparse.Namespace) -> int:
     sitting = Sitting(arguments, content, path)
     for routing in arguments.routings:
         if not measure_routing(sitting, specs, anchors, routing, configs):
-            print(f"{arguments.minutes} minutes are over; the same command goes on")
+            print(f"{arguments.minutes} minutes are over; the same command continues")
             break
     table(content, sitting.name, path)
     return 0
@@ -236,7 +236,7 @@ def measure_routing(
 
 def table(content: dict[str, Any], sitting: str, path: Path) -> None:
     """What this sitting measured, for the terminal."""
-    # Into a log file the table goes whole, whatever width a terminal would have.
+    # A log file gets the whole table, whatever the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 150)
     shown = Table(title=f"{path}, sitting {sitting}")
     for name in ("stack", "routing", "micro-batch", "repeats", "ms/step", "from", "to",
@@ -277,10 +277,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all stacks")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides for all stacks"
+    )
     parser.add_argument("--gpus", type=positive, required=True, help="ranks, on this machine")
     parser.add_argument("--stacks", default=DEFAULT_STACKS, help="default: %(default)s")
-    parser.add_argument("--anchors", default="", help="measured in every sitting")
+    parser.add_argument("--anchors", default="", help="stacks measured in every sitting")
     parser.add_argument("--routings", type=_routings, default=["balanced"])
     parser.add_argument("--screen", type=positive_list, default=[1, 2, 4, 8], metavar="N,N")
     parser.add_argument("--repeats", type=positive, default=5)

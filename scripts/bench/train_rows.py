@@ -1,7 +1,7 @@
 """The file of `scripts.bench.train`: a row a stack and sitting, in `screening` and in `rows`.
 
 A row has the raw `windows` of its repeats, and medians, extremes and 95% intervals made from them,
-so that a later sitting can go on where this one stopped. No ratio is made of two sittings' rows.
+so that a later sitting can continue where this one stopped. No ratio mixes rows of two sittings.
 """
 
 import json
@@ -17,7 +17,7 @@ from train.metrics import flops
 from train.metrics.throughput import peak_bf16_flops
 
 SAME = ("stack", "path", "operations", "flags", "routing", "gpus")
-"""What makes two rows the same stack's, whatever the micro-batch and the sitting."""
+"""What identifies a row's stack, whatever the micro-batch and the sitting."""
 
 
 def read(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lay runs side by side: one table, `compare.png`, `compare.json`, a self-contained `compare.html`.
+"""Compare runs: one table, `compare.png`, `compare.json`, a self-contained `compare.html`.
 
     python -m scripts.compare runs/A runs/B [...] [--out DIR] [--baseline NAME]
     python -m scripts.compare --group GROUP [--runs DIR]
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from scripts import terminal
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import save_png
+from scripts.compare.printed import print_table
 from scripts.compare.reading import reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
@@ -63,21 +62,11 @@ def make_json(
     }
 
 
-def print_table(console: Console, runs: Sequence[Run], table: Sequence[Row]) -> None:
-    shown = Table()
-    shown.add_column("run", no_wrap=True)
-    for run in runs:
-        shown.add_column(escape(run.name), justify="right", overflow="fold", min_width=6)
-    for row in table:
-        shown.add_row(escape(row.label), *(escape(cell.text) for cell in row.cells))
-    console.print(shown)
-
-
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.compare",
-        description="Lay runs side by side: one table, compare.png and compare.html.",
+        description="Compare runs: one table, compare.png and compare.html.",
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/NAME")
     parser.add_argument("--group", help="all runs of this experiment (run.group), below --runs")
@@ -117,7 +106,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         console.print(f"- {text}", markup=False)
     for text in warnings(runs):
         console.print(f"! {text}", markup=False)
-    console.print(f"{out / 'compare.html'}  {out / 'compare.png'}", markup=False, soft_wrap=True)
+    for name in ("compare.html", "compare.png"):
+        console.print(str(out / name), markup=False, soft_wrap=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Repeats: runs of one configuration are one side of a comparison, which is called an arm."""
+"""Repeats: the runs of one configuration together are one side of a comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ REPEAT_MAY_DIFFER = ("run.", "tracking.", "train.seed")
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration, run once or more."""
+    """One side of a comparison: a configuration, run once or more."""
 
     name: str
     runs: list[Run]
@@ -31,8 +31,8 @@ class Arm:
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """The runs by configuration, in order of appearance.
 
-    An arm of one run is called after it. One of several is called after its path, or after its
-    first run where two arms share a path.
+    A side of one run has its name. One of several is named after its path, or after its first run
+    where two sides share a path.
     """
     grouped: dict[str, list[Run]] = {}
     for run in runs:

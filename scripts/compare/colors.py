@@ -1,4 +1,4 @@
-"""A colour for each path, by its place in the list of paths: a new one has its own without an edit.
+"""A colour for each path, by its place in the list of paths, so that a new one gets its own.
 
 The first are Okabe and Ito's, told apart by the colour-blind too.
 """
@@ -13,11 +13,11 @@ class Color(NamedTuple):
     """One path's, as #rrggbb."""
 
     paper: str
-    """In `compare.png`, black on white."""
+    """The colour in `compare.png`, black on white."""
     light: str
-    """On the page: where Okabe and Ito's is too pale for thin lines, a darker one."""
+    """The colour on the page: a darker one where Okabe and Ito's is too pale for thin lines."""
     dark: str
-    """On the page of a dark screen."""
+    """The colour on a dark page."""
 
 
 CHOSEN = (

@@ -3,9 +3,9 @@
     python -m scripts.compare.dashboard GROUP [--entity ME] [--project P] [--baseline RUN]
         [--runs DIR]
 
-With an API key it saves both and prints their links. Without one it writes what it would save to
-a file, and nothing leaves the machine. Panels of metrics that no run of the group in `--runs` has
-logged are left out; where there is no such run, all panels are made.
+With an API key it saves both and prints their links. Without one it writes what it would save to a
+file, and sends nothing. Panels of metrics that no run of the group in `--runs` has logged are left
+out; without such a run all panels are made.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MEDIA = {"moe/expert_load"}
 
 @dataclass(frozen=True)
 class Group:
-    """Which runs a dashboard shows. `entity` is empty offline, where nobody knows it."""
+    """Which runs a dashboard shows. `entity` is empty offline, where it is not known."""
 
     name: str
     project: str
@@ -42,7 +42,7 @@ class Group:
     """Name of the run that gaps refer to."""
     baseline_id: str | None = None
     logged: frozenset[str] | None = None
-    """Names of the metrics that its runs have logged; None where that is not known."""
+    """Names of the metrics that its runs have logged; None if unknown."""
 
 
 def describe_group(
@@ -94,7 +94,7 @@ def make_workspace(group: Group) -> ws.Workspace:
 
 
 def make_report(group: Group) -> wr.Report:
-    """The report: the same panels, with what a newcomer has to know to read them."""
+    """The report: the same panels, with the explanation that a newcomer needs."""
     blocks: list[BlockTypes] = [
         wr.P(
             "One config key, moe.path, decides how tokens get from the router to the experts' "
@@ -165,7 +165,7 @@ def save(group: Group) -> tuple[str, str]:
             spec=GAP_CHART,
         )
     except wandb.errors.Error as error:
-        # Most likely it is there from an earlier call; without it one panel stays empty.
+        # Most likely it exists from an earlier call; without it one panel stays empty.
         print(f"dashboard: chart {CHART_NAME} was not made: {error}", file=sys.stderr)
     workspace, report = make_workspace(group), make_report(group)
     workspace.save()

@@ -3,8 +3,8 @@
 Speeds are measured by logging intervals. Where both sides were run more than once, a run is one
 observation, its median: two runs of one path differ by more than the intervals of one run show.
 The interval is then Student's, after Welch. Where a side was run once, its logging intervals are
-all there is. They are not independent either: neighbours share a cause, such as a clock that falls.
-So they are drawn anew (bootstrap) in blocks of neighbours.
+all there is. They are not independent either: neighbours share a cause, such as a falling clock. So
+they are resampled (bootstrap) in blocks of neighbours.
 """
 
 import math
@@ -17,15 +17,15 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 DIGITS = 3
-"""To which ratios are shown, so that what is shown and the verdict never disagree."""
+"""Decimals of a shown ratio; the verdict uses them too, so that the two never disagree."""
 
 FEWEST = 5
-"""Intervals of a run below which nothing is said: the ends of their range mean little."""
+"""Fewest intervals of a run for a verdict: with fewer, the ends of their range mean little."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the baseline's something is, with the interval of CONFIDENCE around it."""
+    """A ratio to the baseline, with its interval of CONFIDENCE."""
 
     value: float
     low: float
@@ -105,7 +105,7 @@ def _between_runs(
 def _between_intervals(
     ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
 ) -> tuple[float, float]:
-    """The interval of the ratio from logging intervals, drawn anew."""
+    """The interval of the ratio from resampled logging intervals."""
     generator = np.random.default_rng(0)
     ratios = _resample(ours, generator) / _resample(theirs, generator)
     return _middle(ratios)

@@ -1,4 +1,4 @@
-"""What a comparison says in words, and what to beware of."""
+"""A comparison in words, and its caveats."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ PERCENT = f"{CONFIDENCE:.0%}".replace("%", " %")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arm's speed against the baseline's."""
+    """One side's speed against the baseline's."""
 
     arm: Arm
     ratio: Ratio
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def speed_verdicts(arms: Sequence[Arm], baseline: Arm) -> list[Verdict]:
-    """A verdict for each arm but the baseline; none for arms without a measured speed."""
+    """A verdict for each side but the baseline; none for sides without a measured speed."""
     found = []
     for arm in arms:
         ratio = None if arm is baseline else arm.speed_ratio(baseline)
@@ -103,7 +103,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def _other_functions(runs: Sequence[Run]) -> str | None:
-    """Which runs dropped rows that others computed with: a number is not for every path."""
+    """Which runs dropped rows that others computed with: not every path applies a capacity."""
     most = {run.name: max(run.finite("moe/dropped_rows"), default=0) for run in runs}
     dropped = [
         f"{run.name} ({run.path}) dropped up to {most[run.name]:,.0f} rows a step"
@@ -118,7 +118,7 @@ def _other_functions(runs: Sequence[Run]) -> str | None:
     return (
         f"The runs computed different functions: with moe.capacity={' and '.join(capacity)} "
         f"{', '.join(dropped)}{others}. A number is another function than auto or null, and only "
-        "in paths that heed it: those that launch one GEMM an expert do not, nor any on a CPU. "
+        "in paths that apply it: those that launch one GEMM an expert do not, nor any on a CPU. "
         "Their losses and speeds are not of the same work; leave moe.capacity out, or raise it "
         "until nothing is dropped."
     )
@@ -182,7 +182,7 @@ def reading(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> list[str
 
 
 def _relayout_time(arm: Arm) -> str:
-    """How much of its profiled steps an arm spent on relayouts; empty without profiled steps."""
+    """How much of its profiled steps a side spent on relayouts; empty without profiled steps."""
     steps = [parts for run in arm.runs if (parts := step_parts(run))]
     if not steps:
         return ""
@@ -192,7 +192,8 @@ def _relayout_time(arm: Arm) -> str:
 
 
 def _gap(arm: Arm, baseline: Arm) -> str:
-    """The loss of an arm against the baseline's: of one run by its steps, of more by the runs."""
+    """The loss of a side against the baseline's: of one run by its steps, of several by the
+    runs."""
     found = [loss_gap(run, partner(run, baseline)) for run in arm.runs]
     gaps = [gap for gap in found if gap is not None]
     if not gaps:
@@ -204,7 +205,7 @@ def _gap(arm: Arm, baseline: Arm) -> str:
         low, high = mean_interval_of_runs(gaps)
         return (
             f"The {len(gaps)} runs of {arm.name} ended with training losses {_beside(mean)} those "
-            f"of {baseline.name} in the mean, {_inside(low, high)} the noise between runs "
+            f"of {baseline.name} on average, {_inside(low, high)} the noise between runs "
             f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
         )
     if _unsure_gap(arm, baseline):
@@ -230,7 +231,7 @@ def _inside(low: float, high: float) -> str:
 
 
 def _unsure_gap(arm: Arm, baseline: Arm) -> float | None:
-    """The gap of an arm of one run whose end has too few steps for a word about noise."""
+    """The gap of a side of one run whose end has too few steps to judge noise."""
     gap = loss_gap(arm.runs[0], partner(arm.runs[0], baseline))
     few = len(arm.runs) == 1 and len(_last_gaps(arm, baseline)) < FEWEST
     return gap if few and gap and math.isfinite(gap) else None

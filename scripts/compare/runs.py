@@ -1,4 +1,4 @@
-"""Finished runs: their folders read, their figures, and what can be said of them."""
+"""Finished runs: reads their folders, and computes their figures."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from train.config import Config, ConfigError, load
 
 TAIL = 0.1
-"""Share of the logged steps, at the end, over which a "final" loss is averaged: one step's loss is
-mostly the luck of its batch."""
+"""Share of the logged steps, at the end, over which a "final" loss is averaged: one step's loss
+depends mostly on its batch."""
 
 EQUAL_BY_DESIGN = ("moe.path", "run.", "tracking.")
 """Config keys in which fairly compared runs may differ."""
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def computed_in(self) -> str:
-        """What was computed in, `fp32` or `bf16`, whatever the path is called.
+        """The dtype of the computation, `fp32` or `bf16`, whatever the path is called.
 
         On a CPU FP8 is emulated in it.
         """
@@ -131,7 +131,7 @@ def _is_row(row: object) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read all; runs that share a name are called by the folder as it was given."""
+    """Read all; runs that share a name are named by the folder as it was given."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [
@@ -143,7 +143,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def find_group(parent: Path, group: str) -> list[Run]:
     """The runs below `parent` whose `run.group` is `group`, oldest first; perhaps none.
 
-    Folders that hold no readable run are passed over: a run that is starting has no metrics yet.
+    Folders without a readable run are skipped: a run that is starting has no metrics yet.
     """
     folders = sorted(
         (path.parent for path in parent.glob("**/metrics.jsonl")),

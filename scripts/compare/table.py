@@ -19,6 +19,8 @@ class Cell:
     text: str
     spread: str = ""
     """The middle half of the measurements, if the figure is a median that varies."""
+    short: str = ""
+    """What a narrow terminal shows instead of `text`; empty for `text` itself."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         Row("path", [Cell(path) for path in paths], "config.yaml: moe.path"),
         Row(
             "computed in",
-            [Cell(_computed_in(run)) for run in runs],
+            [_computed_in(run) for run in runs],
             "config.yaml: train.dtype; auto is bf16 on a GPU and fp32 on a CPU",
         ),
         Row(
@@ -101,9 +103,10 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
     return [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
 
 
-def _computed_in(run: Run) -> str:
-    emulated = run.device == "cpu" and run.path.startswith("fp8")
-    return f"{run.computed_in}, FP8 emulated" if emulated else run.computed_in
+def _computed_in(run: Run) -> Cell:
+    if run.device == "cpu" and run.path.startswith("fp8"):
+        return Cell(f"{run.computed_in}, FP8 emulated", short="emulated")
+    return Cell(run.computed_in)
 
 
 def _row(runs: Sequence[Run], label: str, figure: Figure, form: str, source: str) -> Row:

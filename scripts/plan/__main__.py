@@ -1,4 +1,4 @@
-"""Plan a run before anything starts, on any machine: will it fit, how fast, and what bounds it.
+"""Plan a run before it starts, on any machine: does it fit, how fast is it, and what bounds it.
 
     python -m scripts.plan configs/qwen3_30b_a3b.yaml --gpus 64 [--gpus-per-node 8]
         [--machine h100] [--picture plan.png] [key=value ...]
@@ -31,7 +31,7 @@ def count(text: str) -> int:
     with suppress(ValueError):
         if int(text) > 0:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs")
 
 
 def errors() -> str:
@@ -89,19 +89,25 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for bad input, said in one line on stderr."""
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/moe_small.yaml")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="such as train.micro_batch=8")
     parser.add_argument(
-        "--gpus", type=count, metavar="N", help="of the run (parallel.expert_parallel)"
+        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=8"
     )
-    parser.add_argument("--gpus-per-node", type=count, default=8, metavar="M", help="(8)")
-    parser.add_argument("--machine", choices=MACHINES, default="h100", help="(h100)")
+    parser.add_argument(
+        "--gpus", type=count, metavar="N", help="GPUs of the run (parallel.expert_parallel)"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=count, default=8, metavar="M", help="GPUs of a node (8)"
+    )
+    parser.add_argument(
+        "--machine", choices=MACHINES, default="h100", help="GPU to plan for (h100)"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.png|svg")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -26,7 +26,7 @@ from train.metrics.environment import commit
 from train.planning.memory import FIT, GIB, peak
 
 MEMORY_BOUND, TIME_BOUND = 0.05, 0.15
-"""Of what was measured: errors of the rows that are checked."""
+"""Largest errors of checked rows, as a share of what was measured."""
 
 
 def fit_overhead(rows: Sequence[Measured]) -> float:
@@ -109,7 +109,7 @@ def _errors(unit: str, found: float, planned: float, role: str) -> dict[str, Any
 
 
 def beyond(result: dict[str, Any]) -> list[str]:
-    """Of rows that are checked, what is out of bounds, a line each."""
+    """A line for each checked row that is out of bounds."""
     bounds = {"gib": result["bounds"]["memory"], "ms": result["bounds"]["time"]}
     return [
         f"{row['planned']}: measured {row[f'measured_{unit}']} {unit}, planned "

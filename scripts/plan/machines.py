@@ -1,4 +1,4 @@
-"""GPUs and links that a plan is for: what their makers say, and what is assumed of it."""
+"""GPUs and links of a plan: the vendors' figures, and assumptions about them."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,12 @@ class Machine:
     memory: float
     """Bytes, as CUDA reports them."""
     bandwidth: float
-    """Of its memory, the maker's."""
+    """Memory bandwidth, the vendor's figure."""
     nvlink: float
-    """To the other GPUs of its node, the maker's."""
+    """Bandwidth to the other GPUs of its node, the vendor's figure."""
     network: float
-    """To other nodes: one adapter of 400 Gbit/s a GPU, an assumption of the cluster."""
+    """Bandwidth to other nodes: one adapter of 400 Gbit/s per GPU, an assumption about the
+    cluster."""
 
 
 MACHINES = {
@@ -32,15 +33,15 @@ MEASURED_ON = MACHINES["h200"]
 memory, and GEMMs and attention do not scale, as both have the same tensor cores."""
 
 COLLECTIVE_SHARE = 0.75
-"""Of a link, what NCCL's gather and reduce reach. An assumption."""
+"""Share of a link's bandwidth that NCCL's gather and reduce reach. An assumption."""
 
 ASSUMPTIONS = (
-    "NVLink 450 GB/s and the network 50 GB/s a GPU and direction (the makers', one adapter of 400 "
-    "Gbit/s a GPU), of which NCCL reaches 75%",
+    "NVLink 450 GB/s and the network 50 GB/s a GPU and direction (the vendors' figures, one "
+    "adapter of 400 Gbit/s a GPU), of which NCCL reaches 75%",
     "dispatch over NVLink at the speed that was traced, over the network at 75% of it",
-    "gathering runs beside the forward pass and reducing beside the backward pass; what is longer "
-    "is waited for",
+    "gathering overlaps with the forward pass and reducing with the backward pass; the rest is "
+    "waited for",
     "tensors may take 92% of a GPU's memory: the rest is for CUDA, NCCL, DeepEP and fragmentation",
-    "where the router chooses, the fullest rank of a group gets 1.2 times its share of the rows",
+    "where the router chooses, the most loaded rank of a group gets 1.2 times its share of rows",
 )
-"""For whoever reads a plan."""
+"""Printed with every plan."""

@@ -23,7 +23,7 @@ MEMORY_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#8cd17d", "#E69F00", "#F0E442
 def draw(
     path: Path, title: str, machine: Machine, found: Mapping[int, Sequence[Plan]], chosen: str
 ) -> None:
-    """Into a .png or .svg; `chosen` is the path whose time and memory are shown in parts.
+    """Draw a .png or .svg; `chosen` is the path whose time and memory are shown in parts.
 
     Raises OSError where it cannot be written.
     """

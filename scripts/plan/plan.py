@@ -18,7 +18,7 @@ MOST = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one path."""
+    """The plan of one path."""
 
     path: PathName
     shape: Shape
@@ -28,7 +28,7 @@ class Plan:
     largest: int | None
     """The largest micro-batch that fits, of those that fill the global batch; None if none does."""
     ms: dict[str, float]
-    """Of a step, by part."""
+    """Milliseconds of a step, by part."""
     flops_per_token: float
 
     @property
@@ -41,12 +41,12 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens per second of one GPU."""
         return self.shape.tokens * self.shape.micro_batches / self.step_ms * 1e3
 
     @property
     def tflops(self) -> float:
-        """Of one GPU, as training logs them."""
+        """TFLOP/s of one GPU, as training logs them."""
         return self.tokens_per_second * self.flops_per_token / 1e12
 
     @property
@@ -58,7 +58,7 @@ class Plan:
 def plans(
     config: Config, gpus: int, node: int, machine: Machine, rates: Rates, fit: Fit
 ) -> list[Plan]:
-    """One for each path. Raises ConfigError where so many GPUs cannot run the config."""
+    """One for each path. Raises ConfigError where this many GPUs cannot run the config."""
     check_world(config, gpus)
     found = []
     for path in PATH_NAMES:
@@ -82,7 +82,7 @@ def plan_of(
     rates: Rates,
     fit: Fit,
 ) -> Plan:
-    """Of a shape; `micro_batches` are those that could be taken."""
+    """The plan of a shape; `micro_batches` are the candidates."""
     room = budget(machine.memory)
     fitting = [size for size in micro_batches if peak(_with(shape, config, size)).total <= room]
     return Plan(

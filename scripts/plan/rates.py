@@ -1,4 +1,4 @@
-"""How fast kernels are, from what was measured: `kernels.json`, `step_kernels.json` and, for what
+"""How fast kernels are, from measurements: `kernels.json`, `step_kernels.json` and, for what
 waiting costs, `moe_layer.json`."""
 
 import json
@@ -15,16 +15,16 @@ from train.planning.shapes import Shape, shape_of
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 TRACED = ("train_qwen3_30b_a3b_8l.json", 2, 4)
-"""Of step_kernels.json: the config, GPUs and micro-batch of the step that was traced."""
+"""The traced step of step_kernels.json: its config, GPUs and micro-batch."""
 
 
 WAITED = "qwen3_30b_a3b"
-"""Of moe_layer.json: the shape that waiting is taken from; the others are checked."""
+"""The shape of moe_layer.json from which the cost of waiting is taken; the others are checked."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of the GPU that was measured. FLOP/s, or bytes a second."""
+    """Rates of the GPU that was measured: FLOP/s, or bytes per second."""
 
     attention: float
     dense: float
@@ -37,19 +37,19 @@ class Rates:
     stock_fp8: float
     """Dense GEMMs of cuBLAS in FP8, of which TransformerEngine's for all experts reach a share."""
     moving: float
-    """What a kernel reaches that moves bytes."""
+    """Rate of a kernel that only moves bytes."""
     optimizer: float
-    """What AdamW and the gradient's norm reach."""
+    """Rate of AdamW and the gradient's norm."""
     dispatch: float
     """DeepEP's kernels over NVLink, the wait for other ranks in it."""
     wait_ms: float
-    """Of a layer that waits for the count of its rows: what permuting takes longer in the forward
-    pass, where it waits, than in the backward pass."""
+    """Cost of waiting for the count of rows, per layer: how much longer permuting takes in the
+    forward pass, where it waits, than in the backward pass."""
 
 
 @cache
 def measured(results: Path = RESULTS) -> Rates:
-    """From the files. Raises OSError, KeyError, ValueError."""
+    """Read the rates from the files. Raises OSError, KeyError, ValueError."""
     kernels = _read(results / "kernels.json")["rows"]
     traced = {row["traced"]: row["ms"] for row in _read(results / "step_kernels.json")["rows"]}
     bf16 = {kind: ms / 1e3 for kind, ms in traced["bf16"].items()}
@@ -75,7 +75,7 @@ def measured(results: Path = RESULTS) -> Rates:
 
 
 def traced_shape(results: Path = RESULTS) -> Shape:
-    """Of the step in step_kernels.json."""
+    """The shape of the step in step_kernels.json."""
     name, gpus, micro_batch = TRACED
     config = Config.model_validate(_read(results / name)["config"])
     return shape_of(config, gpus, micro_batch=micro_batch)

@@ -18,17 +18,17 @@ from train.planning.shapes import Shape, shape_of
 FITTED_MEMORY = (("bf16", ("prepare",), 4), ("fp8_direct", ("prepare",), 4))
 FITTED_TIME = (("bf16", ("prepare",), 4), ("bf16", ("prepare",), 8), ("fp8_compact", (), 4))
 FITTED_FILE = "train_qwen3_30b_a3b_8l.json"
-"""Rows of this file by path, flags and micro-batch, balanced and on two GPUs: what is fitted is
-fitted on them. All others are checked."""
+"""Rows of this file by path, flags and micro-batch, balanced and on two GPUs: figures are fitted on
+them. All other rows are checked."""
 
 ONE_GPU = "train_qwen3_30b_a3b_8l_1gpu.json"
-"""Whose config files without one of their own are of, but for what their rows say."""
+"""The config of files that have none of their own; their rows override it."""
 
 KNOWN_FLAGS = {"prepare", "recompute", "waits", "environment"}
-"""Rows with others, such as other operations, are no plan's."""
+"""Flags that a plan knows; rows with others, such as other operations, are not planned."""
 
 ALONE = ("bf16_again",)
-"""Runs of moe_small.json that had the GPU for themselves: the others' speed means nothing."""
+"""Runs of moe_small.json that had the GPU to themselves: the others' speed means nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Measured:
     peak_gib: float | None
     step_ms: float | None
     is_assumed: bool = False
-    """Whether how uneven the routing was is assumed, as no plan knows it: no bound is demanded."""
+    """Whether the imbalance of the routing is assumed, as a plan cannot know it: no bound is
+    demanded."""
     is_layer: bool = False
     """Whether it is of one layer's experts, and no step."""
 
@@ -93,7 +94,8 @@ def _training(path: Path) -> Iterator[Measured]:
 def _shape(
     tree: dict[str, Any], row: Row, routing: str, flags: tuple[str, ...], **model: int
 ) -> Shape | None:
-    """As `scripts.bench.stacks.config_of` makes the config; None for keys of another version."""
+    """The shape of the config that `scripts.bench.stacks.config_of` makes; None for keys of another
+    version."""
     tree = json.loads(json.dumps(tree))
     tree["moe"]["path"] = row["path"]
     if routing == "natural":
@@ -123,7 +125,7 @@ def _name(path: Path, row: Row, routing: str, flags: tuple[str, ...]) -> str:
 
 
 def _losses(path: Path) -> Iterator[Measured]:
-    """Of moe_small.json: training runs on one GPU."""
+    """The rows of moe_small.json: training runs on one GPU."""
     result = _read(path)
     for row in result["rows"]:
         tree = result["config"]
@@ -143,8 +145,8 @@ def _losses(path: Path) -> Iterator[Measured]:
 
 
 def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
-    """Of moe_layer.json, in time: one layer's experts, with even routing. Those of the stock GEMMs
-    were launched one by one there, which is no plan's."""
+    """The rows of moe_layer.json, time only: one layer's experts, with even routing. Those of the
+    stock GEMMs were launched one by one there, which is not planned."""
     result, tree = _read(path), _read(config_from)["config"]
     for row in result["rows"]:
         if "error" in row or row["gpus"] != 1:
@@ -171,7 +173,7 @@ def _layers(path: Path, config_from: Path) -> Iterator[Measured]:
 
 
 def _pairs(path: Path, config_from: Path) -> Iterator[Measured]:
-    """Of pairs.json, whose rows say how they differ from the benchmark's config on one GPU."""
+    """The rows of pairs.json, which say how they differ from the benchmark's config on one GPU."""
     result, tree = _read(path), _read(config_from)["config"]
     seen = set()
     for row in result["rows"]:

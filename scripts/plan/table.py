@@ -59,7 +59,7 @@ def _memory(plans: Sequence[Plan], machine: Machine) -> str:
         else ", ".join(f"{plan.path}: {name}" for plan, name in zip(plans, where, strict=True))
     )
     title = f"memory of a rank, GiB of {machine.memory / GIB:.1f}"
-    return "\n".join([_table(title, plans, rows), f"  the fullest moment: {said}"])
+    return "\n".join([_table(title, plans, rows), f"  at the peak: {said}"])
 
 
 def _traffic(plans: Sequence[Plan]) -> str:

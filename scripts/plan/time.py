@@ -15,10 +15,10 @@ WAITING = ("waiting for counts",)
 LINKS = ("dispatch, NVLink", "dispatch, network", "gather and reduce, waited for")
 
 ONCE = ("optimizer", "weights prepared", "FSDP's copies")
-"""Beside these nothing else runs."""
+"""Parts during which nothing else runs."""
 
 BACKWARD = 2 / 3
-"""Of a micro-batch's time, about, that its backward pass takes."""
+"""Share of a micro-batch's time that its backward pass takes, about."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Fit:
     passes: float
     """Over the residual stream, a layer: norms, positions, residuals, router, loss, launches."""
     stock_share: float
-    """Of cuBLAS's dense FP8 rate that TransformerEngine's GEMM for all experts reaches."""
+    """Share of cuBLAS's dense FP8 rate that TransformerEngine's GEMM for all experts reaches."""
 
 
 def fitted() -> Fit:
-    """From docs/results/plan_fit.json. Raises OSError, KeyError, ValueError."""
+    """Read the fit from docs/results/plan_fit.json. Raises OSError, KeyError, ValueError."""
     return Fit(**json.loads(FIT.read_text(encoding="utf-8"))["time"])
 
 
@@ -69,8 +69,8 @@ def parts_ms(shape: Shape, machine: Machine, rates: Rates, fit: Fit) -> dict[str
 
 
 def layer_ms(shape: Shape, machine: Machine, rates: Rates, fit: Fit) -> float:
-    """Of the experts of one layer alone, forward and backward, as `scripts.bench.layer` times them:
-    weights, in BF16 there, are prepared for each pass."""
+    """Milliseconds of the experts of one layer alone, forward and backward, as
+    `scripts.bench.layer` times them: weights, in BF16 there, are prepared for each pass."""
     parts = parts_ms(shape, machine, rates, fit)
     names = ("expert GEMMs", "expert weight gradients", "experts' rows", "waiting for counts")
     prepared = 0 if shape.linear == "bf16" else shape.experts * 2 * work.HALF
@@ -78,7 +78,7 @@ def layer_ms(shape: Shape, machine: Machine, rates: Rates, fit: Fit) -> float:
 
 
 def gemm_rates(shape: Shape, rates: Rates, fit: Fit) -> tuple[float, float]:
-    """Of the experts' GEMMs, and of those of their weight gradients."""
+    """Rates of the experts' GEMMs, and of those of their weight gradients."""
     if shape.linear == "bf16":
         return rates.bf16, rates.bf16_wgrad
     if shape.linear == "direct":
@@ -88,7 +88,7 @@ def gemm_rates(shape: Shape, rates: Rates, fit: Fit) -> tuple[float, float]:
 
 
 def waited(shape: Shape, machine: Machine, seconds: float) -> float:
-    """What a step waits for gathering and reducing, beyond the pass that each runs beside;
+    """What a step waits for gathering and reducing, beyond the pass that each overlaps with;
     `seconds` are those that a micro-batch computes."""
     speeds = {
         "all": _speed(shape, machine, 1),

@@ -1,4 +1,4 @@
-"""What a micro-batch, or a step, makes a GPU compute and move: FLOPs and bytes, counted."""
+"""FLOPs and bytes that a micro-batch or a step costs a GPU, counted."""
 
 from models.fp8.tensor import BLOCK
 from train.planning.shapes import Shape
@@ -9,7 +9,7 @@ HALF, FULL = 2, 4
 
 
 def flops(shape: Shape) -> dict[str, float]:
-    """Of a micro-batch, forward and backward, by what carries it out. Padding is computed too."""
+    """FLOPs of a micro-batch, forward and backward, by kind of kernel. Padding is computed too."""
     model, layers, tokens = shape.model, shape.model.num_layers, shape.tokens
     hidden = model.hidden_size
     shared = 3 * hidden * (shape.moe.shared_ffn_hidden_size or 0)
@@ -26,7 +26,7 @@ def flops(shape: Shape) -> dict[str, float]:
 
 
 def moved(shape: Shape) -> float:
-    """Bytes that the experts' kernels read and write beside their GEMMs, of a micro-batch."""
+    """Bytes that the experts' kernels other than GEMMs read and write, of a micro-batch."""
     hidden, ffn, rows = shape.model.hidden_size, shape.moe.ffn_hidden_size, shape.rows
     received, tokens = shape.received * hidden, shape.tokens * hidden
     wide = rows * hidden
@@ -57,12 +57,12 @@ def streamed(shape: Shape) -> float:
 
 
 def optimizer_bytes(shape: Shape) -> float:
-    """Of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
+    """Bytes of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
     return shape.stored * (7 * FULL + FULL)
 
 
 def prepared_bytes(shape: Shape) -> float:
-    """Of casting or quantizing experts' weights once a step."""
+    """Bytes of casting or quantizing experts' weights once a step."""
     count = shape.model.num_layers * shape.experts
     if shape.linear == "bf16" and shape.replicas > 1:
         return 0.0  # as they were gathered
@@ -97,8 +97,8 @@ def reduced_bytes(shape: Shape) -> dict[str, float]:
 
 
 def copied_bytes(shape: Shape) -> float:
-    """Of FSDP's own copies in a step: casts, what is gathered into place, gradients into float32
-    and into one buffer. Also where there is one rank."""
+    """Bytes of FSDP's own copies in a step: casts, what is gathered into place, gradients into
+    float32 and into one buffer. Also where there is one rank."""
     whole = shape.model.num_layers * shape.dense + shape.root
     if shape.replicas > 1:
         whole += shape.model.num_layers * shape.experts
@@ -110,7 +110,8 @@ def copied_bytes(shape: Shape) -> float:
 
 def dispatched(shape: Shape) -> dict[str, float]:
     """Bytes that a rank sends to others of its group in a micro-batch, both passes, by where they
-    go: `node` or `network`. Tokens and gradients out in the path's format, home in BF16."""
+    go: `node` or `network`. Tokens and gradients are dispatched in the path's format and combined
+    in BF16."""
     hidden = shape.model.hidden_size
     out = HALF if shape.linear == "bf16" else FP8
     trips = 2 * out + 2 * HALF + (out if shape.moe.recompute else 0)
@@ -120,7 +121,8 @@ def dispatched(shape: Shape) -> dict[str, float]:
 
 
 def out_bytes(shape: Shape) -> float:
-    """Of `dispatched`, what `moe/dispatched_mib` counts: the ways out, in a micro-batch."""
+    """The part of `dispatched` that `moe/dispatched_mib` counts: dispatch without combine, in a
+    micro-batch."""
     total = sum(dispatched(shape).values())
     out = HALF if shape.linear == "bf16" else FP8
     ways = 3 if shape.moe.recompute else 2

@@ -237,7 +237,7 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in shown
     drawn = picture.read_bytes()
     assert run(tmp_path, text, "--check")[0] == 0
-    # New figures make the picture old, which --check says, and writing draws it anew.
+    # New figures make the picture old, which --check says, and writing draws it again.
     write_results(tmp_path, [row("fp8_direct", 12600), row("fp8", 10000, "megatron-core")])
     capsys.readouterr()
     assert run(tmp_path, text, "--check")[0] == 1

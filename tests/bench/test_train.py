@@ -43,7 +43,7 @@ def failing(rank: int, argv: list[str]) -> int:
 
 
 class Uneven:
-    """A stack whose step takes rank 1 longer; nobody waits for anybody."""
+    """A stack whose step takes rank 1 longer; no rank waits for another."""
 
     def __init__(self, rank: int) -> None:
         self.seconds = 0.01 + 0.05 * rank
@@ -115,7 +115,7 @@ def test_a_micro_batch_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_p
 
 
 class Machine:
-    """In the place of processes: what each would find, and in which order they were started."""
+    """Instead of processes: what each would find, and in which order they were started."""
 
     def __init__(self, monkeypatch, speeds: dict[str, dict[int, float | str]]) -> None:
         """speeds: seconds a step of each stack and micro-batch, or the error that it ends with."""
@@ -330,7 +330,7 @@ def test_which_deep_ep_dispatches():
 
 
 def test_weights_are_prepared_where_a_row_says_so():
-    """Whatever a training does by default."""
+    """Whatever a run does by default."""
     for name, more, want in (
         ("fp8_direct", [], False),
         ("fp8_direct:prepare", [], True),

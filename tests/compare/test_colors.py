@@ -1,4 +1,4 @@
-"""The colours of the paths, also of paths that nobody has thought of."""
+"""The colours of the paths, also of future paths."""
 
 import itertools
 

@@ -26,7 +26,7 @@ def speeds(generator: np.random.Generator, count: int, mean: float, tied: float)
 
 @pytest.mark.parametrize(("tied", "fewest"), [(0.0, 53), (0.5, 46)])
 def test_equal_speeds_are_noise(tied: float, fewest: int) -> None:
-    """Of 60 pairs whose truth is a ratio of 1, about 95 % are called noise; fewer where
+    """About 95 % of 60 pairs with a true ratio of 1 are called noise; fewer where
     neighbours follow each other more than blocks of four make up for."""
     generator = np.random.default_rng(7)
     found = [
@@ -82,7 +82,7 @@ def test_centre_is_of_runs_not_of_intervals() -> None:
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
 def test_equal_paths_run_several_times_are_noise(repeats: int) -> None:
-    """Of 400 comparisons whose truth is 1, at most about 5 % are called a difference."""
+    """At most about 5 % of 400 comparisons with a true ratio of 1 are called a difference."""
     generator = np.random.default_rng(3)
     wrong = 0
     for _ in range(400):

@@ -407,7 +407,7 @@ def test_names_do_not_break_out(browser: Any, tmp_path: Path, name: str) -> None
 
 @pytest.mark.slow
 def test_from_two_finished_runs_to_the_page_in_ten_seconds(tmp_path: Path) -> None:
-    """Of 5,000 logged steps each, which is a long run; imports included."""
+    """With 5,000 logged steps each, which is a long run; imports included."""
     folders = []
     for path in ("fp8_baseline", "fp8_compact"):
         folder = write_gpu_run(tmp_path / path, path, SPEEDS[path])

@@ -1,4 +1,4 @@
-"""The bias that experts are chosen by: its rule, and that nothing else sees it."""
+"""The bias by which experts are chosen: its rule, and that nothing else uses it."""
 
 from types import SimpleNamespace
 

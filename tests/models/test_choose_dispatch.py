@@ -1,4 +1,4 @@
-"""Who dispatches where: which version of DeepEP, and what is said where it can't run.
+"""Which dispatcher runs where: which version of DeepEP, and what is said where it can't run.
 
 No GPU is needed: what the driver, NCCL and the package answer is made up.
 """
@@ -165,7 +165,7 @@ def test_between_nodes_it_needs_what_is_switched_off(machine):
 
 
 class Made:
-    """In the place of a dispatcher's class: what it was made with."""
+    """Instead of a dispatcher's class: what it was made with."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -181,7 +181,7 @@ class MadeV2(Made):
 
 @pytest.fixture
 def chosen(machine):
-    """Of a path, `moe.dispatch` and the package's classes: who dispatches, and what is said."""
+    """The dispatcher of a path, for `moe.dispatch` and the package's classes, and what is said."""
     machine.setattr(runtime.operations, "why_not", lambda path, device: None)
     machine.setattr(deep_ep_v1, "DeepEPv1", MadeV1)
     machine.setattr(deep_ep_v2, "DeepEPv2", MadeV2)

@@ -246,7 +246,7 @@ def round_trips(dispatcher: Dispatcher, batches: list[Batch], fp8_first: bool) -
         assert home_weights is not None
         assert torch.equal(home_weights, batch.weights), "each weight returns to its place"
         results |= {f"home {i}": home, f"home with {i}": home_with}
-        # Scales as they lie in a GEMM_READY tensor: what arrives is COMPACT all the same.
+        # Scales as they lie in a GEMM_READY tensor: what arrives is COMPACT anyway.
         transposed = batch.scales.T.contiguous().T
         results[f"strided {i}"] = dispatcher.dispatch_again((batch.data, transposed), handle)[1]
     return results

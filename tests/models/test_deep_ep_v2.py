@@ -155,7 +155,7 @@ def round_trip(
 
 
 def what_is_not_waited_for_is_the_same(ranks: Ranks, seed: int) -> None:
-    """The rows that came, and behind them some that are no expert's."""
+    """The rows that came, and after them some that belong to no expert."""
     v2 = ranks.v2()
     batch = ranks.batch(61, seed)
     (data, scales), ids, weights, _ = v2.dispatch(
@@ -200,7 +200,7 @@ def both(trips: Trips, call: Callable[[Trip], Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
-    """Of both precisions, for each way to say how many rows there are, lost rows included."""
+    """In both precisions, for each way to give the number of rows, lost rows included."""
     v2, other = ranks.v2(), ranks.all_to_all()
     for tokens, only in cases(ranks.size):
         batch = ranks.batch(tokens[ranks.rank], seed, only)
@@ -223,7 +223,7 @@ def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
                 same(bf16[:end], want[1][:end], "rows in BF16")
                 same_sum(ranks, home, want[2], "home")
                 same_sum(ranks, homes[0], want[3][0], "home with weights")
-                same(homes[1], want[3][1], "weights at home")
+                same(homes[1], want[3][1], "weights back")
         assert v2.bytes_sent == other.bytes_sent
     v2.close()
 
@@ -276,7 +276,7 @@ def send(
 
 
 def layers_compute_the_same(ranks: Ranks, seed: int) -> None:
-    """Whoever dispatches; and fp8_fused what fp8_direct does."""
+    """With either dispatcher; and fp8_fused computes what fp8_direct does."""
     v2, other = ranks.v2(), ranks.all_to_all()
     for path, as_path in (
         ("bf16", "bf16"),
@@ -328,7 +328,7 @@ def layer(
 
 
 def the_gemm_gets_scales_as_it_reads_them(ranks: Ranks, seed: int) -> None:
-    """Whoever dispatches, and whichever layout that is."""
+    """With either dispatcher, whichever layout that is."""
     v2, batch = ranks.v2(), ranks.batch(40, seed)
     seen: list[Layout] = []
 

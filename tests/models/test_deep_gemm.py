@@ -1,4 +1,4 @@
-"""DeepGEMM's grouped GEMM in the place of ours, on a GPU where it is installed."""
+"""DeepGEMM's grouped GEMM instead of ours, on a GPU where it is installed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def deep_gemm():
-    # First, as in a training: a DeepGEMM linked with a C++ library of its own crashes without it.
+    # First, as in a run: a DeepGEMM linked with a C++ library of its own crashes without it.
     pytest.importorskip("transformer_engine.pytorch", reason="TransformerEngine is not installed")
     pytest.importorskip("deep_gemm", reason="DeepGEMM is not installed")
     from models.fp8 import deep_gemm

@@ -47,7 +47,7 @@ def check_dispatch(rank: int, counts: list[int], seed: int, only: list[int] | No
         assert got_ids.tolist() == row_ids
         assert torch.equal(got_weights, torch.stack(row_weights))
 
-    # Going home: each copy adds what its rank gives it, and each weight returns to its place.
+    # Back: each copy adds what its rank gives it, and each weight returns to its place.
     home, home_weights = dispatcher.combine(got * (rank + 1), handle, got_weights * (got_ids >= 0))
     ranks_of = [{int(e) // local for e in token} for token in ids]
     factors = torch.tensor([float(sum(r + 1 for r in ranks)) for ranks in ranks_of])
@@ -55,7 +55,7 @@ def check_dispatch(rank: int, counts: list[int], seed: int, only: list[int] | No
     assert home_weights is not None
     assert torch.equal(home_weights, weights)
 
-    # The same way again, as gradients travel.
+    # The same routing again, as for gradients.
     (again,) = dispatcher.dispatch_again((x * 2,), handle)
     assert torch.equal(again, got * 2)
 

@@ -1,4 +1,4 @@
-"""The optimizer's kernels: within rounding of AdamW in float64, and quantized as by themselves."""
+"""The optimizer's kernels: within rounding of float64, and quantized as by the quantize kernels."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def prepared(monkeypatch, request):
 
 
 def tensors(device: str, *shape: int) -> Four:
-    """w, gradient and moments as in the middle of a training; sizes differ by magnitudes."""
+    """w, gradient and moments as in the middle of a run; sizes differ by magnitudes."""
     gen = generator()
 
     def some() -> Tensor:

@@ -35,7 +35,7 @@ def prepared(monkeypatch, request):
 
 @pytest.fixture(params=["kernels", "cuBLAS"])
 def bf16(device, request) -> ModuleType:
-    """Whoever multiplies bfloat16: `kernels/`, and cuBLAS where it is new enough."""
+    """What multiplies bfloat16: `kernels/`, and cuBLAS where it is new enough."""
     if request.param == "kernels":
         return ops
     if device == "cpu":

@@ -85,7 +85,7 @@ def bits(x):
 
 
 def assert_same_bits(got, expected):
-    """Tensors, or FP8 block tensors; NaN equals NaN, as its payload is nobody's promise."""
+    """Tensors, or FP8 block tensors; NaN equals NaN, as its payload is not guaranteed."""
     if not isinstance(got, torch.Tensor):
         assert getattr(got, "layout", None) is getattr(expected, "layout", None)
         assert torch.equal(bits(got.data), bits(expected.data))

@@ -18,7 +18,7 @@ def stock(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen_and_passed_on(rank: int, config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one layer whose router is very sure: megatron-core's map, the weights and experts that
+    """For one layer whose router is very sure: megatron-core's map, the weights and experts that
     tokens are sent with, and how often the layer counts each expert."""
     layer = build(config).moe_layers()[0]
     sent = {}
@@ -39,7 +39,7 @@ def chosen_and_passed_on(rank: int, config) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def test_tokens_go_to_the_experts_of_the_map():
-    """Not to those of the largest probabilities: a chosen one's may have underflowed to 0."""
+    """Not those with the largest probabilities: a chosen one's may have underflowed to 0."""
     ((routing_map, ids, weights, load),) = run_ranks(1, chosen_and_passed_on, configure(*ALONE))
     assert (weights == 0).sum() > 32, "no probability has underflowed"
     sent = torch.zeros_like(routing_map).scatter(1, ids, True)

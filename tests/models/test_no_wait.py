@@ -1,4 +1,4 @@
-"""With room set aside for the experts' rows, a layer never makes the host wait for the GPU."""
+"""With room reserved for the experts' rows, a layer never makes the host wait for the GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,7 +76,7 @@ def test_no_wait_and_the_same_result(layer, path):
 
 @pytest.mark.parametrize("path", PATH_NAMES)
 def test_no_wait_with_room_by_what_was_needed(layer, path):
-    """Nor does asking all ranks whether it was enough, until the answer is read."""
+    """Asking all ranks whether it was enough does not wait either, until the answer is read."""
     runtime = layer.runtime(path)
     room = runtime.room
     if room is None:

@@ -200,7 +200,7 @@ def test_dequantize_wants_compact(gen):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantizing_again_changes_no_value(dtype, gen):
-    """So a path that dequantizes and quantizes again in rows pays with time, not with accuracy."""
+    """A path that dequantizes and quantizes again in rows pays with time, not with accuracy."""
     x = spread_randn(gen, 400, 256).to(dtype)
     once = ops.quantize(x, COMPACT)
     back = ops.dequantize(once, dtype)

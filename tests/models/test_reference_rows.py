@@ -69,7 +69,8 @@ def test_plan_rows(kind, alignment, gen):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("room", [-256, -128, 0, 256])
 def test_plan_rows_with_a_bound(kind, room, gen):
-    """More room is padding behind; with less, copies beyond it are dropped, and nothing else."""
+    """More room is padding at the end; with less, copies beyond it are dropped, and nothing
+    else."""
     ids, experts = routing(kind, gen)
     rows, counts, offsets = naive_rows(ids.tolist(), experts, BLOCK)
     size = max(offsets[-1] + room, 0)

@@ -1,4 +1,4 @@
-"""How much room the experts get, and what is said of it."""
+"""How much room the experts get, and what is said about it."""
 
 import re
 from dataclasses import replace
@@ -19,8 +19,8 @@ EVEN, MOST, STEP = 1024, 4096, 64
 
 
 def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
-    """P of the second of three layers in steps in which it needs so many rows on this rank, and the
-    others hardly any; or, after it has lost rows, `misled` more."""
+    """P of the second of three layers in steps in which it needs this many rows on this rank, and
+    the others hardly any; or, after it has lost rows, `misled` more."""
     found = []
     for need in needs:
         with room.open(wait=False):
@@ -85,7 +85,7 @@ GEMMS, SPLITS = "its GEMMs want it", "all_to_all wants it"
         ("default", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
         ("default", "cuda", None, SPLITS, None, False, f"every layer waits .* as {SPLITS}"),
         ("auto", "cpu", None, SPLITS, None, True, "what was needed lately"),
-        ("auto", "cuda", None, SPLITS, None, True, f"waits all the same, as {SPLITS}"),
+        ("auto", "cuda", None, SPLITS, None, True, f"waits anyway, as {SPLITS}"),
         ("auto", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
         (1.5, "cuda", None, None, 1.5, False, r"capacity=1.5: bf16 drops rows .* another function"),
         (1.5, "cuda", GEMMS, None, None, False, f"ignored, as {GEMMS}: .* another function"),
@@ -132,7 +132,7 @@ def test_the_table_of_what_deep_ep_v2_would_take():
         most = ranks * tokens * min(top_k, local) + local * 127
         most = -(-most // 128) * 128
         fp8 = hidden * 33 // 32
-        # A row in BF16, and what travels with it: experts, weights, numbers, to a multiple of 32.
+        # A row in BF16, and what is sent with it: experts, weights, numbers, to a multiple of 32.
         row = hidden * 2 + -(-(top_k * 8 + (1 + top_k) * 4) // 32) * 32
         sizes = [rows * fp8, most * fp8, ranks * tokens * row]
         want = [ranks, local, rows, most, *(round(size / 2**20) for size in sizes)]

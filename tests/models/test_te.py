@@ -227,7 +227,7 @@ def test_grouped_linear(te_linear, counts):
 
 
 def test_rows_after_the_last_expert_change_nothing(te, te_linear):
-    """Where room is set aside for P rows: what lies behind is whatever was in memory."""
+    """Where room is reserved for P rows: memory after the last row is uninitialized."""
     if te_linear.NEEDS_SEGMENTS_ON_HOST:
         pytest.skip("is given no more than what arrived")
     counts, n, k = [256, 0, 128], 256, 384

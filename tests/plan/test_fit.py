@@ -135,7 +135,7 @@ def test_rows_that_are_no_plans_are_left_out(results):
 
 
 def test_rates_are_those_of_the_files(results):
-    """Of kernels that nothing is left out of: what was counted for them is right."""
+    """For complete kernels the counted work is right."""
     found = measured(results)
     kernels = json.loads((RESULTS / "kernels.json").read_text())["rows"]
     grouped = [row["tflops"] for row in kernels if row["kernel"] == "grouped_mm"]

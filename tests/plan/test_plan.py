@@ -50,7 +50,7 @@ def test_what_is_dispatched_is_what_training_counted():
 
 
 def test_flops_are_those_of_mfu():
-    """Without padding and capacity, but for embedding rows, router and norms."""
+    """Without padding and capacity; embedding rows, router and norms are left out."""
     one = shape("moe.capacity=null", "parallel.expert_parallel=1", ranks=1)
     padding = one.even / one.rows
     counted = work.flops(one)
@@ -157,7 +157,7 @@ def test_micro_batches_fill_the_global_batch():
 def test_many_gpus_have_the_same_work_each():
     config = load("configs/qwen3_30b_a3b.yaml")
     found = scaled(config, 16, 8, (4, 8, 64, 1024, 2048), H100, measured(), fitted())
-    assert list(found) == [8, 64, 1024, 2048], "4 are no whole group of experts"
+    assert list(found) == [8, 64, 1024, 2048], "4 are not a whole group of experts"
     for of_paths in found.values():
         assert [plan.path for plan in of_paths] == list(PATH_NAMES)
         assert {plan.shape.micro_batches for plan in of_paths} == {4}
@@ -223,7 +223,7 @@ def test_no_number_of_gpus(capsys):
         with pytest.raises(SystemExit) as ended:
             main([BENCH, "--gpus", wrong])
         assert ended.value.code == 2
-    assert "is no number of GPUs" in capsys.readouterr().err
+    assert "is not a number of GPUs" in capsys.readouterr().err
 
 
 def test_without_a_fit(monkeypatch, tmp_path: Path, capsys):

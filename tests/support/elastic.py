@@ -1,9 +1,9 @@
 """A package `deep_ep` for a CPU: what v2's kernels do with a handle, in plain PyTorch.
 
 Written from what version 2.1.0 does, and stricter: memory that nothing was written to is full of
-NaN, and a place that is used twice, or a handle that speaks of other tokens than those that came,
-is an error. A first dispatch, without a handle, takes places from the last token to the first,
-since the order is nobody's promise. Slow, and for tests alone.
+NaN, and a place that is used twice, or a handle that does not fit the tokens that came, is an
+error. A first dispatch, without a handle, takes places from the last token to the first, since no
+order is guaranteed. Slow, and only for tests.
 """
 
 import sys
@@ -188,7 +188,7 @@ class ElasticBuffer:
         return home, None if topk_weights is None else home_weights, None
 
     def _arrived(self, handle: Any) -> Iterator[tuple[int, int, int]]:
-        """Of each row that came: its number, its sender, and its place in that one's buffer."""
+        """For each row that came: its number, its sender, and its place in the sender's buffer."""
         start = 0
         for sender, end in enumerate(handle.psum_num_recv_tokens_per_scaleup_rank.tolist()):
             for row in range(start, end):

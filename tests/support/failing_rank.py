@@ -1,6 +1,6 @@
-"""Run by tests under torchrun: training in which rank 1 fails in its third step, by itself or with
-PLANNED=kill as if somebody had killed it. With PLANNED=spin the other rank then hears nothing, as
-in a collective of NCCL. Started again by torchrun it does not fail."""
+"""Run by tests under torchrun: training in which rank 1 fails in its third step, with an error or,
+with PLANNED=kill, as if it had been killed. With PLANNED=spin the other rank then learns nothing,
+as in a collective of NCCL. Started again by torchrun it does not fail."""
 
 import os
 import signal

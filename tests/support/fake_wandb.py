@@ -81,7 +81,7 @@ def fake_wandb() -> Iterator[tuple[FakeWandb, str]]:
         def do_POST(self) -> None:
             data = self.read()
             if self.path != "/graphql" and not self.path.endswith("/file_stream"):
-                return self.answer({})  # such as W&B's figures about itself, which are no JSON
+                return self.answer({})  # such as W&B's figures about itself, which are not JSON
             body = json.loads(data)
             fake.requests.append(f"{self.path} {body.get('operationName') or ''!s}".strip())
             if self.path == "/graphql":

@@ -1,4 +1,4 @@
-"""What makes a training fail, planted in a rank before it starts."""
+"""What makes a run fail, planted in a rank before it starts."""
 
 import ctypes
 import time
@@ -29,7 +29,7 @@ def poison(step: int, rank: int, value: float):
 
 
 def quick_watchdog(rank: int) -> None:
-    """Ranks of one machine write down where they are, and read it, in less time than nodes do."""
+    """Ranks of one machine write and read their positions faster than nodes do."""
     from train.safety import watchdog
 
     watchdog.GRACE_S, watchdog.GATHER_S, watchdog.END_S = 1.0, 2.0, 7.0
@@ -52,7 +52,7 @@ def hang(rank: int) -> None:
 
     loop.step = stuck
 
-    # The rank that speaks begins last: the other must not end before it has spoken.
+    # The rank that reports starts last: the other must not end before it has reported.
     report = watchdog.Watchdog._report
 
     def late(self):
@@ -82,8 +82,8 @@ def hang_with_the_lock(stuck: set[int]):
 
 
 def cramp(*steps: int):
-    """Room for next to no row in these steps, counted from 0, and losses that are NaN where rows
-    are lost: nothing of such an attempt may be left."""
+    """Almost no room for rows in these steps, counted from 0, and NaN losses where rows are lost:
+    nothing of such an attempt may remain."""
 
     def plant(rank: int) -> None:
         from models.moe.room import Room

@@ -58,7 +58,7 @@ def make(kind: str, hub: Path, packed: Path, dtype: torch.dtype, **keys: object)
 
 
 def logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Of the model in a folder, computed in float32 without a class of ours."""
+    """Logits of the model in a folder, computed in float32 without our code."""
     model = AutoModelForCausalLM.from_pretrained(folder).float()
     with torch.no_grad():
         return model.eval()(tokens).logits
@@ -77,7 +77,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def numbers(folder: Path, texts: list[str], begun: bool) -> list[list[int]]:
-    """Of texts, by the tokenizer in a folder; `begun` with the tokens that it puts before them."""
+    """Token numbers of texts, by the tokenizer in a folder; `begun`: with the tokens that it puts
+    before them."""
     tokenizer = load_tokenizer(folder)
     return [tokenizer(text, add_special_tokens=begun)["input_ids"] for text in texts]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 class Expected(NamedTuple):
     relayouts: int
-    """Of one layer and pass."""
+    """Relayouts of one layer and pass."""
     bound: float
     """Relative Frobenius error that it may have against float64; why so much, test_experts says."""
     parts: list[str]

@@ -3,7 +3,7 @@
     python -m tests.support.planted FAULT ARGV...
 
 
-What is forked cannot use a GPU that its parent has used, so these start anew. FAULT is `none`,
+What is forked cannot use a GPU that its parent has used, so these start again. FAULT is `none`,
 `poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 3,
 4 and 6 have no room for the experts' rows) or `crowd` (in steps 3 and 6 all tokens go to two).
 """

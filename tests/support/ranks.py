@@ -47,12 +47,13 @@ def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 120):
 def run_main(
     world_size: int, main: Callable[[list[str]], int], argv: list[str], timeout: float = 180
 ) -> list[int]:
-    """A command's `main(argv)` on so many ranks, as torchrun would start them; their exit codes."""
+    """A command's `main(argv)` on this many ranks, as torchrun would start them; their exit
+    codes."""
     return _run(world_size, _main, (main, argv), timeout)
 
 
 def run_train(world_size: int, argv: list[str], timeout: float = 180) -> list[int]:
-    """`python -m train ARGV` on so many ranks, as torchrun would start them; their exit codes."""
+    """`python -m train ARGV` on this many ranks, as torchrun would start them; their exit codes."""
     return run_main(world_size, main, argv, timeout)
 
 
@@ -75,7 +76,7 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
     """Start all ranks and tell them where to meet; they do as long as the result is kept.
 
     Only then, since a meeting point has a thread, which answers the first rank while the last is
-    being forked: that one would wait for ever for a lock of the C library that the thread held.
+    being forked: that one would wait forever for a lock of the C library that the thread held.
     """
     if _other_threads():
         gc.collect()  # such as a data loader that nobody uses any more, and its threads with it
@@ -84,7 +85,7 @@ def _fork(processes: list[Any], ports: Any) -> dist.TCPStore:
             time.sleep(0.01)
     threads = _other_threads()
     assert not threads, (
-        f"{threads} of an earlier test run in this process: a copy of it would wait for ever for "
+        f"{threads} of an earlier test run in this process: a copy of it would wait forever for "
         "what they hold; such tests come last, in tests/conftest.py"
     )
     # What was dropped here and not collected yet is not the copies' to clean up: a store's end
@@ -170,7 +171,7 @@ def _alone(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> An
 
 
 class Training:
-    """A training in the background, one process a rank, to do harm to.
+    """A run in the background, one process a rank, to be harmed.
 
     `plant(rank)` runs in each process first. What they print goes to the file `log`.
     """
@@ -215,7 +216,7 @@ class Training:
             time.sleep(0.002)
 
     def exit_codes(self, timeout: float = 60) -> list[int]:
-        """Of all ranks, once they have ended by themselves; minus a signal's number if killed."""
+        """Exit codes of all ranks, once they have ended; minus a signal's number if killed."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -235,7 +236,7 @@ def _training(
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    # pytest has its own in their place.
+    # pytest has replaced them by its own.
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     logging.getLogger().handlers.clear()
     faulthandler.enable(handle)
@@ -257,7 +258,8 @@ def _be_rank(rank: int, world_size: int, ports: Any) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-    # No torchrun ends the others when one has ended, so that nobody need let another speak first.
+    # Without torchrun no rank is ended when another has ended, so none need let another report
+    # first.
     failure.PATIENCE_S = 0.1
 
 

@@ -1,4 +1,4 @@
-"""The smallest training, for tests that start many, and what must repeat from run to run."""
+"""The smallest run, for tests that start many, and the metrics that must repeat from run to run."""
 
 import time
 from pathlib import Path
@@ -41,7 +41,7 @@ REPEATED = (
 
 
 def argv(folder: Path, name: str, *overrides: str) -> list[str]:
-    """Of a training in `folder/name`."""
+    """Arguments of a run in `folder/name`."""
     return [*TINY, f"run.dir={folder}", f"run.name={name}", *overrides]
 
 
@@ -66,7 +66,7 @@ def differences(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]
 
 
 Rows = list[dict[str, float]]
-"""Of metrics.jsonl."""
+"""Rows of metrics.jsonl."""
 
 OF_ROOM = ("moe/room", "moe/redone_steps", "moe/kept_mib")
 """Metrics that `moe.capacity` may change though nothing is dropped; kept_mib is memory, the room

@@ -29,7 +29,7 @@ def artifacts(run_dir: Path) -> list[Any]:
     found: list[Any] = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
         deadline = time.monotonic() + 30
-        # W&B's own process may write the last of it after the training has ended.
+        # W&B's own process may write the last of it after the run has ended.
         while not any(record.HasField("exit") for record in records(path)):
             assert time.monotonic() < deadline, f"{path} has no end"
             time.sleep(0.1)
@@ -98,7 +98,7 @@ def test_a_failure_is_one_warning(tmp_path, monkeypatch, caplog):
     found.finish()
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "train.metrics.artifacts"]
     assert warning == (
-        "a checkpoint is not logged to W&B, nor any further one; training goes on "
+        "a checkpoint is not logged to W&B, nor any further one; training continues "
         "(RuntimeError: no room there)"
     )
 

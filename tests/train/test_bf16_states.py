@@ -67,7 +67,7 @@ def keep_gradients(folder: Path, experts_in: torch.dtype):
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
 @pytest.mark.parametrize("experts", [EP2, REPLICAS])
 def test_gradients_are_near_those_in_fp32(tmp_path, experts, path):
-    """Of two micro-batches on each of two ranks: rounded where they are summed."""
+    """Gradients of two micro-batches on each of two ranks: rounded where they are summed."""
     keys = [experts, f"moe.path={path}", "train.steps=1"]
     for name, more in (("fp32", []), ("bf16", [GRADS])):
         # Where FSDP gathers weights, gradients come in their dtype.

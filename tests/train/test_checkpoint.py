@@ -1,4 +1,4 @@
-"""What is on disk: whole or not there, the right ones kept, and a damaged one found out."""
+"""What is on disk: whole or absent, the right ones kept, and damage detected."""
 
 import shutil
 import subprocess
@@ -37,8 +37,8 @@ def test_the_last_ones_and_every_so_many_steps_are_kept(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    """With a disk so slow that a save takes 3 s, steps are trained and logged meanwhile, nobody
-    sees half a checkpoint, and what is saved is as it was when the save began."""
+    """With a disk so slow that a save takes 3 s, steps are trained and logged meanwhile, no reader
+    sees half a checkpoint, and what is saved is the state when the save began."""
 
     def slow_disk(rank: int) -> None:
         slow_saves(3)
@@ -136,7 +136,7 @@ def put_foreign_files(folder: Path) -> None:
 
 
 def test_files_that_are_not_ours_are_no_damage(tmp_path, saved):
-    """They cost no progress, and what somebody has put there is not deleted with the checkpoint."""
+    """They cost no progress, and a user's files are not deleted with the checkpoint."""
     run_dir = shutil.copytree(saved, tmp_path / "a")
     put_foreign_files(folder_of(run_dir, 4))
     above = run_dir / "checkpoints"
@@ -159,7 +159,7 @@ def test_files_that_are_not_ours_are_no_damage(tmp_path, saved):
 
 
 def test_files_that_are_not_ours_are_not_signed(tmp_path):
-    """What lies there while a checkpoint is written may be gone at the next moment."""
+    """Files there may disappear while a checkpoint is written."""
 
     def a_busy_folder(rank: int) -> None:
         quick = Writer.write_data
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, sav
     said = f"damaged checkpoint {folder_of(run_dir, 4)}: __1_0.distcp is not what was written"
     assert log.count(said) == 1
     assert "start     step 2 of 6" in log
-    # Nothing is deleted that somebody may want to look at.
+    # Nothing is deleted that a user may want to inspect.
     assert folder_of(run_dir, 4).with_name("step_00000004.damaged").is_dir()
     assert checkpoints(run_dir) == [4, 6]
     want, got = repeated(saved), repeated(run_dir)
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, sav
 
 @pytest.mark.parametrize("names", [*((name,) for name in OF_A_CHECKPOINT), OF_A_CHECKPOINT])
 def test_a_checkpoint_after_a_power_cut(tmp_path, saved, names):
-    """Whichever files are empty, it is told which, and the one before it is taken."""
+    """Whichever files are empty, they are named, and the previous checkpoint is used."""
     run_dir = shutil.copytree(saved, tmp_path / "a")
     for name in names:
         empty(folder_of(run_dir, 4) / name)

@@ -281,7 +281,7 @@ FREE = {
     *("train.profile", "train.profile_every", "train.trace_step"),
     *("optim.prepare_weights", "data.workers"),
 }
-"""Sections and keys; whoever marks another one says here that no result depends on it."""
+"""Sections and keys; a newly marked one must be added here, if no result depends on it."""
 
 SAID = {
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction"),

@@ -199,7 +199,7 @@ def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     assert str(path) in line
 
 
-# What is no text
+# What is not text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
         (bytes(range(256)) * 50, "NUL bytes"),
         ("".join(TEXTS).encode("utf-16"), "UTF-16; convert it"),
         ("".join(TEXTS).encode("utf-16-le"), "NUL bytes, as binary files and UTF-16 do"),
-        ("привет мир, как дела ".encode("cp1251") * 50, "are no UTF-8; convert it"),
+        ("привет мир, как дела ".encode("cp1251") * 50, "are not UTF-8; convert it"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.bin", "a.txt", "a.TXT.gz", "a"])
@@ -548,7 +548,7 @@ def stream_config(path: Path, *overrides: str):
 
 
 def streamed(path: Path) -> set[str]:
-    """What a stream trains on and is validated on, a folder in the place of the hub's."""
+    """What a stream trains on and is validated on, a folder instead of the hub's."""
     corpus = data.load(stream_config(path))
     assert isinstance(corpus.train, datasets.IterableDataset)
     from train.data.sources import load_stream

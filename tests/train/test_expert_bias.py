@@ -1,4 +1,4 @@
-"""`moe.expert_bias` over a training: what it brings, what it counts, and that it is kept."""
+"""`moe.expert_bias` over a run: its effect, its counts, and that it is saved."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_biases_go_on_where_they_were(tmp_path):
 
 
 def test_only_steps_of_training_that_are_taken_count(tmp_path):
-    """Not a validation, and not a step that is skipped."""
+    """Neither a validation nor a skipped step counts."""
     keys = [*BIASED, "moe.bias_update_rate=1", "train.on_nonfinite=skip"]
     nan = poison(0, 0, float("nan"))
 

@@ -1,4 +1,4 @@
-"""How an error is said: the line, the exit code, and who speaks first."""
+"""How an error is reported: the line, the exit code, and which rank reports first."""
 
 import errno
 
@@ -40,7 +40,7 @@ from train.failure import (
         ),
         (
             OSError(27, "File too large"),  # as after ulimit -f
-            "error: rank {rank}: a file of the run cannot be written (File too large); make room",
+            "error: rank {rank}: a file of the run cannot be written (File too large); free some",
             1,
             (0, PATIENCE_S),
         ),
@@ -61,7 +61,7 @@ from train.failure import (
         ),
         (
             RuntimeError("[device.cc:84] ifa != nullptr. Unable to find address for: eth9"),
-            "error: GLOO_SOCKET_IFNAME=None is no network interface with an address here; unset",
+            "error: GLOO_SOCKET_IFNAME=None is not a network interface with an address here; unset",
             2,
             (0, PATIENCE_S),
         ),

@@ -1,4 +1,4 @@
-"""Each fault, made to happen: it ends in a run that goes on, or in one clear line."""
+"""Each fault, provoked: it ends in a run that continues, or in one clear line."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def errors(training: Training) -> list[str]:
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
     """-9 to a random rank at a random moment, ten times anywhere and ten times in a save. Each
-    time the run goes on from the newest checkpoint, and in the end nothing shows that it ever
+    time the run resumes from the newest checkpoint, and in the end nothing shows that it ever
     happened."""
     chance = random.Random(6)
     keys = argv(tmp_path, "a", LONG, "checkpoint.every=2", "data.workers=1")
@@ -104,7 +104,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_during_a_save(small_disk, tmp_path):
-    """Training goes on, with the checkpoint before; when there is room again it is used."""
+    """Training continues, with the checkpoint before; when there is room again it is used."""
     run_dir = small_disk / "a"
     keys = argv(small_disk, "a", LONG, "checkpoint.every=2", "checkpoint.keep=1")
     with Training(2, keys, tmp_path / "log") as training:
@@ -120,7 +120,7 @@ def test_a_full_disk_during_a_save(small_disk, tmp_path):
         assert checkpoints(run_dir) == kept, "nothing saved is lost"
         filler.unlink()
         training.wait_until(lambda: checkpoints(run_dir) > kept)
-        # At the end there is nothing left to go on with: one line.
+        # At the end there is nothing left to continue with: one line.
         fill(filler, leave=100_000)
         training.signal(0, signal.SIGTERM)
         assert training.exit_codes() == [1, 1]
@@ -132,7 +132,7 @@ def test_a_full_disk_during_a_save(small_disk, tmp_path):
     )
     (line,) = set(errors(training))  # each rank says it where no torchrun ends the others
     assert "could not be saved" in line
-    assert "make room and start again" in line
+    assert "free some space and start again" in line
     assert len(checkpoints(run_dir)) == 1
     filler.unlink()
     with Training(2, keys, tmp_path / "log") as training:
@@ -141,7 +141,7 @@ def test_a_full_disk_during_a_save(small_disk, tmp_path):
 
 
 def fill(path: Path, leave: int) -> None:
-    """Fill the disk but for `leave` bytes."""
+    """Fill the disk except for `leave` bytes."""
     with path.open("wb") as file:
         while (room := shutil.disk_usage(path.parent).free - leave) > 4096:
             file.write(b"\0" * room)
@@ -154,7 +154,7 @@ def test_a_picture_that_cannot_be_written(tmp_path):
     keys = ["train.steps=2", "tracking.pictures_every=1"]
     with Training(2, argv(tmp_path, "a", *keys), tmp_path / "log") as training:
         assert training.exit_codes() == [0, 0]
-    assert "training goes on" in training.log.read_text()
+    assert "training continues" in training.log.read_text()
     assert len(read_metrics(tmp_path / "a")) == 2
 
 
@@ -311,7 +311,7 @@ def test_a_hung_collective_names_the_ranks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
-    """No thread of it runs, so it cannot speak, and whoever waits for it does."""
+    """No thread of it runs, so it cannot report, and the rank that waits for it does."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5")
     with Training(2, keys, tmp_path / "log", hang_with_the_lock({stuck})) as training:
         codes = training.exit_codes()
@@ -325,7 +325,7 @@ def test_a_rank_that_hangs_with_pythons_lock_is_named(tmp_path, stuck):
 
 @pytest.mark.slow
 def test_all_ranks_hang_with_pythons_lock(tmp_path):
-    """Nobody can say a line; every process ends, with its stack on the terminal."""
+    """No rank can print a line; every process ends, with its stack on the terminal."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=5", "parallel.expert_parallel=1")
     with Training(1, keys, tmp_path / "log", hang_with_the_lock({0})) as training:
         assert training.exit_codes() == [-signal.SIGALRM]
@@ -334,7 +334,7 @@ def test_all_ranks_hang_with_pythons_lock(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_too(tmp_path):
-    """SIGSTOP, as of a machine that is gone: it cannot even say where it is."""
+    """SIGSTOP, like a machine that is gone: the rank cannot even report where it is."""
     keys = argv(tmp_path, "a", LONG, "parallel.timeout_s=4")
     with Training(2, keys, tmp_path / "log", quick_watchdog) as training:
         training.wait_until(lambda: logged(tmp_path / "a") >= 2)
@@ -419,5 +419,5 @@ def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path, monkeypatch):
         assert training.exit_codes(90) == [0]
     log = training.log.read_text()
     assert "Traceback" not in log
-    assert log.count("WARNING: W&B failed; training goes on without it") == 1
+    assert log.count("WARNING: W&B failed; training continues without it") == 1
     assert len(repeated(tmp_path / "a")) == 60

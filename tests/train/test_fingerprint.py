@@ -1,4 +1,4 @@
-"""What a run was trained on is known again, at whatever path, and what changed is said."""
+"""A run's data is recognized at any path, and changes are reported."""
 
 import json
 import shutil

@@ -27,7 +27,7 @@ KEYS = [
 
 
 class Ranks:
-    """A training in the background, a process for each GPU; what they print is in `log`."""
+    """A run in the background, a process for each GPU; what they print is in `log`."""
 
     def __init__(self, count: int, folder: Path, name: str, *keys: str, fault: str = "none"):
         if DEVICE == "cuda" and torch.cuda.device_count() < count:
@@ -73,7 +73,7 @@ class Ranks:
                 process.kill()
 
     def finished(self) -> Path:
-        """The run's folder, after a training that went well."""
+        """The run's folder, after a run that went well."""
         assert set(self.exit_codes()) == {0}, self.log.read_text()
         return self.run_dir
 
@@ -130,7 +130,7 @@ def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, path, fault, redone
         pytest.skip("forced routing does not look at what a router says")
     keys = ["model.hidden_size=256", "model.seq_len=128", f"moe.path={path}", "train.log_every=2"]
     keys += [f"moe.force_balance={balance}", "train.valid_every=4", "train.valid_batches=1"]
-    # Only the crowding is part of the training; where nothing is set aside, nothing is cramped.
+    # Only the crowding is part of the run; where nothing is set aside, nothing is cramped.
     want = Ranks(2, tmp_path, "null", *keys, "moe.capacity=null", fault=fault).finished()
     got = Ranks(2, tmp_path, "auto", *keys, "moe.capacity=auto", fault=fault).finished()
     assert computed(read_metrics(got)) == computed(read_metrics(want))

@@ -58,7 +58,7 @@ def keys_of(run_dir: Path, name: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
 def test_files_are_as_they_are_on_the_hub_or_packed(models, kind, layout):
-    """So that the tests below see both; transformers might change what it writes."""
+    """The tests below need both layouts; transformers might change what it writes."""
     folder = models / kind / layout / "model"
     last = {"qwen3_moe": "mlp.experts.3.up_proj.weight"}.get(
         kind, "block_sparse_moe.experts.3.w3.weight"
@@ -145,7 +145,7 @@ def test_round_trip_is_bit_for_bit(models, tmp_path, kind, layout, ranks, ep):
 
 @pytest.mark.parametrize("kind", hf_config.FAMILIES)
 def test_the_first_loss_is_that_of_transformers(models, tmp_path, kind):
-    """So that what is trained is the model, and not only its numbers in some order."""
+    """What is trained is the model, not only its numbers in some order."""
     folder = models / kind / "packed" / "model"
     argv = [str(yaml_of(folder)), *keys_of(tmp_path, "a", "train.global_batch=2")]
     assert run_train(1, argv) == [0]
@@ -185,9 +185,9 @@ CONFIGS = {
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
         ({"router_sparkle": 3}, "router_sparkle=3"),
-        ({"model_type": "llama"}, "model_type='llama' is no model of this kind"),
+        ({"model_type": "llama"}, "model_type='llama' is not a model of this kind"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-        ({"num_attention_heads": "many"}, "num_attention_heads='many' is no number"),
+        ({"num_attention_heads": "many"}, "num_attention_heads='many' is not a number"),
     ],
     "mixtral": [
         ({"sliding_window": 4096}, "sliding_window=4096"),
@@ -325,7 +325,7 @@ def test_files_that_do_not_fit_are_one_line(folder, tmp_path):
     assert f"{file.name} cannot be read" in refused(copy)
     index = copy / "model.safetensors.index.json"
     index.write_text("[]")
-    assert "is no index of weights" in refused(copy)
+    assert "is not an index of weights" in refused(copy)
     index.unlink()
     assert "has neither model.safetensors.index.json nor model.safetensors" in refused(copy)
     (copy / "config.json").write_text("{")

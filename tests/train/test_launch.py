@@ -36,11 +36,11 @@ def _alone(monkeypatch):
         ({"PMI_SIZE": "4"}, "mpiexec started 4 processes"),
         ({"RANK": "0"}, "RANK=0 is in the environment without WORLD_SIZE and MASTER_ADDR and"),
         (GOOD | {"MASTER_ADDR": ""}, "RANK=1 is in the environment without MASTER_ADDR, which"),
-        (GOOD | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment is no number"),
-        (GOOD | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no number"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment cannot be meant"),
-        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE=abc in the environment is no number"),
-        (GOOD | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment cannot be meant"),
+        (GOOD | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment is not a number"),
+        (GOOD | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is not a number"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 in the environment makes no sense"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE=abc in the environment is not a number"),
+        (GOOD | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment makes no sense"),
         (GOOD | {"RANK": "2"}, "RANK=2 is none of the WORLD_SIZE=2 ranks"),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_meeting_point_that_is_nowhere(tmp_path, monkeypatch, capsys, host):
 
 @pytest.fixture
 def silent_port():
-    """Of an address where nobody listens."""
+    """The port of an address where nothing listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
@@ -129,7 +129,7 @@ def test_a_meeting_point_where_nobody_comes(tmp_path, silent_port, environment, 
 
 @pytest.mark.slow
 def test_a_meeting_point_where_somebody_else_listens(tmp_path):
-    """PyTorch, which waits for an answer for ever, is not waited for."""
+    """PyTorch, which waits for an answer forever, is not waited for."""
 
     def plant(rank: int) -> None:
         os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}

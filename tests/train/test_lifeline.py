@@ -57,7 +57,7 @@ def test_a_rank_that_spins_ends_with_the_one_that_failed(tmp_path, how, with_the
     if with_the_lock:
         assert " in stepped" in log, "its stack"
     else:
-        assert log.count("error: rank 0 lost another rank (rank 1), whose end is reported") == 1
+        assert log.count("error: rank 0 lost another rank (rank 1); its own error line") == 1
 
 
 @pytest.mark.slow

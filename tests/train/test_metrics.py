@@ -243,7 +243,7 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_on_a_full_disk_all_lines_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Disk:
-        """Has room for so many bytes; takes a part of what is too much."""
+        """Has room for this many bytes; takes a part of what is too much."""
 
         def __init__(self, file: Any, room: int) -> None:
             self.file, self.name, self.room = file, file.name, room
@@ -327,7 +327,7 @@ def test_crash_while_dropping_lines_loses_nothing(
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_a_metrics_file_that_is_removed_while_it_is_written(tmp_path, caplog, moved):
-    """Or what comes after it would go where nobody finds it."""
+    """Otherwise later lines would be lost."""
     path = tmp_path / "a" / "metrics.jsonl"
     path.parent.mkdir()
     file = MetricsFile(path)

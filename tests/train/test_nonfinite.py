@@ -1,4 +1,4 @@
-"""Steps that are skipped have a limit; an infinity that FP8 hides is noticed all the same."""
+"""Steps that are skipped have a limit; an infinity that FP8 hides is noticed anyway."""
 
 import json
 from pathlib import Path
@@ -201,4 +201,4 @@ def test_one_bad_step_is_no_series(tmp_path: Path):
     keys = argv(tmp_path, "a", "train.steps=6", "train.on_nonfinite=skip")
     with Training(2, keys, tmp_path / "log", poison(5, 0, float("inf"))) as training:
         assert training.exit_codes() == [0, 0]
-    assert checkpoints(tmp_path / "a") == [6], "the end is saved all the same"
+    assert checkpoints(tmp_path / "a") == [6], "the end is saved anyway "

@@ -52,7 +52,8 @@ def test_vectors_do_not_decay():
 
 
 def norms(rank: int) -> list[float]:
-    """Of gradients in float32 and bfloat16, together, in float64; and what clipping says."""
+    """Norm of gradients in float32 and bfloat16 together, in float64; and the one that clipping
+    returns."""
     mesh = init_device_mesh("cpu", (1,))
     parameters = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A log that goes away: the training goes on, saves, and ends as it would have."""
+"""A log that fails: training continues, saves, and ends as it would have."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def test_a_training_ends_well_without_its_log(tmp_path, log):
 
 @LOGS
 def test_a_signal_saves_without_a_log(tmp_path, log):
-    """Ctrl-C ends `tee` too, and the next print meets a pipe that nobody reads."""
+    """Ctrl-C ends `tee` too, and the next print meets a pipe without a reader."""
     keys = argv(tmp_path, "a", "train.steps=2000")
     with Training(2, keys, tmp_path / "log", later(log, 0 if log is closed else 2)) as training:
         training.wait_until(lambda: len(rows(tmp_path / "a")) >= 3)

@@ -246,7 +246,7 @@ def test_a_full_disk_names_hf_home_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_cache_of_somebody_else_is_read(tmp_path):
-    """Shared, and not to be written by whoever trains."""
+    """Shared, and read-only for the training process."""
     config = configure(f"data.path={write_jsonl(tmp_path / 'a.jsonl', TEXTS)}")
     data.load(config)
     for path in cached():

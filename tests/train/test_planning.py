@@ -36,7 +36,7 @@ ONE_RANK = ["parallel.expert_parallel=1"]
 
 
 def saved(model: GPT, tokens: torch.Tensor) -> Counter[int]:
-    """How often autograd keeps a memory of so many bytes, the model's parameters left out."""
+    """How often autograd keeps a memory of this many bytes, the model's parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is taken again
 
@@ -111,7 +111,7 @@ def kept_by_experts(rank: int, config: Config) -> int:
 @pytest.mark.parametrize("path", PATH_NAMES)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_experts_keep(path, recompute):
-    """To the byte but for padding, of which half a step an expert is planned."""
+    """To the byte except for padding, of which half a step an expert is planned."""
     keys = [*ONE_RANK, f"moe.path={path}", f"moe.recompute={recompute}", "model.seq_len=512"]
     config = configure(*keys, "moe.capacity=null")
     shape = shape_of(config, 1)

@@ -158,7 +158,7 @@ def test_losses_are_those_of_a_run_on_the_text_and_a_run_goes_on_from_one_to_the
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Of a few files, and in parts of few characters; in this process alone."""
+    """Make units of a few files, with parts of few characters; in this process only."""
     monkeypatch.setattr(sources, "UNIT", 3000)
     monkeypatch.setattr(units, "PART", 500)
     monkeypatch.setattr(units, "TOGETHER", 200)
@@ -191,7 +191,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, tokenizer, monkeypatc
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("what", ["survey_unit", "tokenize_unit", "_add", "write_survey", "about"])
 def test_broken_off_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, what):
-    """By an error that nobody catches, at each call of a function, as a kill would."""
+    """By an uncaught error, at each call of a function, like a kill."""
 
     class Killed(BaseException):
         pass
@@ -373,7 +373,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         time.sleep(0.3 * number)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
-        assert said == "stopped; the same command goes on where it was\n"
+        assert said == "stopped; the same command continues where it stopped\n"
         assert process.returncode == 130
         assert not [*out.rglob("*.unfinished")]
     wait_for(lambda: not left_over(tmp_path), "processes outlive the command")
@@ -390,14 +390,14 @@ def test_two_at_once_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "tokenize_unit", meanwhile)
     assert prepare(out, f"data.path={text}") == 0
     assert codes == [2]
-    assert "another prepare_data is at work" in capsys.readouterr().err
+    assert "another prepare_data is running" in capsys.readouterr().err
 
 
 # A data set of the hub
 
 
 def hub(tmp_path: Path, texts: list[str], form: str) -> Path:
-    """A folder in the place of one on the hub, in three files."""
+    """A folder instead of one on the hub, in three files."""
     folder = tmp_path / "hub"
     folder.mkdir()
     for number in range(3):
@@ -641,7 +641,7 @@ def raise_keyboard_interrupt(*args):
     ("name", "content", "words"),
     [
         ("unfinished/plan.json", b"{", "plan.json is not what prepare_data writes; remove that fo"),
-        ("unfinished/survey-00001.npz", b"junk", "survey-00001.npz is no survey ("),
+        ("unfinished/survey-00001.npz", b"junk", "survey-00001.npz is not a survey ("),
         ("unfinished/limit", b"\xff", None),
         ("unfinished/done-00001", b"", None),
         ("unfinished/done-00001", None, None),

@@ -1,4 +1,4 @@
-"""A run that goes on is the run that never stopped, bit for bit."""
+"""A run that continues is the run that never stopped, bit for bit."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_name_its_data_is_loaded_with_a_warning(tmp_p
     sign(saved)
     with Training(1, argv(tmp_path, "a", *keys, "train.steps=2"), tmp_path / "log") as training:
         assert training.exit_codes() == [0]
-    assert "did not note its data: whether this is the same cannot be" in training.log.read_text()
+    assert "did not record its data: it may be other data than now" in training.log.read_text()
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_another_model_is_refused_beside_a_damaged_checkpoint(tmp_path, capsys, 
 
 
 def test_fewer_steps_beside_a_damaged_checkpoint(tmp_path):
-    """Nothing is left to do, and no checkpoint is called after a step that it is not of."""
+    """Nothing is left to do, and no checkpoint is named after another step."""
     keys = ["parallel.expert_parallel=1", "checkpoint.every=2", "checkpoint.keep=9"]
     run_dir = train(tmp_path, "a", 1, *keys, "train.steps=4")
     metadata = run_dir / "checkpoints" / "step_00000004" / ".metadata"
@@ -252,7 +252,7 @@ def test_a_save_before_the_first_update_changes_nothing(tmp_path, monkeypatch, k
 
 
 def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
-    """As after NaN, whose line says: lower optim.lr. What the keys come to is what is trained."""
+    """As after NaN, whose line says: lower optim.lr. The new keys take effect."""
     keys = ["parallel.expert_parallel=1", "train.steps=4", "checkpoint.every=2"]
     train(tmp_path, "a", 1, *keys, "optim.schedule=constant", "optim.weight_decay=0")
     for name, more, says in (

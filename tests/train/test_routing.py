@@ -76,7 +76,7 @@ def test_a_run_logs_its_routing(tmp_path: Path) -> None:
     assert all(0.5 < row["moe/router_entropy"] < 1 for row in rows), "it has learnt little yet"
     assert all(0 < row["moe/load_entropy"] <= 1 for row in rows)
 
-    # Every third step, at the next one that is logged; the second run goes on after the first.
+    # Every third step, at the next one that is logged; the second run continues after the first.
     lines = (tmp_path / "a" / "routing.jsonl").read_text().splitlines()
     maps = {row["progress/step"]: row["moe/expert_load"] for row in map(json.loads, lines)}
     assert list(maps) == [4, 6]

@@ -32,14 +32,14 @@ def to_itself(path: Path) -> None:
         (to_nothing, "metrics.jsonl", "a link to nothing"),
         (to_nothing, "stalled", "a link to nothing"),
         (to_itself, "checkpoints", "Too many levels of symbolic links"),
-        (Path.touch, "", "is no folder, and a run has a folder there; move it away"),
-        (Path.touch, "checkpoints", "is no folder, and a run has a folder there; move it away"),
-        (Path.touch, "stalled", "is no folder, and a run has a folder there; move it away"),
-        (Path.mkdir, "metrics.jsonl", "is no file, and a run has a file there; move it away"),
-        (Path.mkdir, "config.yaml", "is no file, and a run has a file there; move it away"),
-        (Path.mkdir, "environment.json", "is no file, and a run has a file there; move it away"),
-        (Path.mkdir, "in_use", "is no file, and a run has a file there; move it away"),
-        (os.mkfifo, "routing.jsonl", "is no file, and a run has a file there; move it away"),
+        (Path.touch, "", "is not a folder, and a run has a folder there; move it away"),
+        (Path.touch, "checkpoints", "is not a folder, and a run has a folder there; move it away"),
+        (Path.touch, "stalled", "is not a folder, and a run has a folder there; move it away"),
+        (Path.mkdir, "metrics.jsonl", "is not a file, and a run has a file there; move it away"),
+        (Path.mkdir, "config.yaml", "is not a file, and a run has a file there; move it away"),
+        (Path.mkdir, "environment.json", "is not a file, and a run has a file there; move it away"),
+        (Path.mkdir, "in_use", "is not a file, and a run has a file there; move it away"),
+        (os.mkfifo, "routing.jsonl", "is not a file, and a run has a file there; move it away"),
     ],
 )
 def test_what_is_in_the_way(tmp_path, capsys, harm, name, says):
@@ -107,7 +107,7 @@ def test_a_run_on_another_disk(tmp_path, elsewhere, what):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_moved_to_another_disk(tmp_path, elsewhere):
-    """It is resumed from, and where its time is over the link goes, and nothing behind it."""
+    """The run resumes from it; when it is rotated away only the link is deleted."""
     keys = [ALONE, "checkpoint.every=1", "checkpoint.keep=2"]
     assert run_train(1, argv(tmp_path, "a", *keys, "train.steps=2")) == [0]
     newest = files.checkpoint_of(files.folder_of(tmp_path / "a"), 2)
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_was_moved_to_another_disk(tmp_path, elsewhere):
 
 @pytest.mark.slow
 def test_a_checkpoint_on_a_disk_that_is_not_there(tmp_path):
-    """The one before it is taken, and it says so: it is not as if there had been none."""
+    """The previous one is used, and the run says so instead of ignoring the link."""
     keys = [ALONE, "checkpoint.every=2", "checkpoint.keep=9"]
     assert run_train(1, argv(tmp_path, "a", *keys, "train.steps=4")) == [0]
     newest = files.checkpoint_of(files.folder_of(tmp_path / "a"), 4)

@@ -1,4 +1,4 @@
-"""Two trainings do not share a run folder."""
+"""Two runs do not share a run folder."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def test_a_second_training_of_the_same_run_is_one_line(tmp_path, capsys):
         (first,) = training.processes
         assert main(keys) == 2
         line = capsys.readouterr().err.strip()
-        assert line.startswith(f"error: another training is at work in {tmp_path / 'a'} (process")
+        assert line.startswith(f"error: another run is using {tmp_path / 'a'} (process")
         assert f"process {first.pid} on " in line
         assert first.is_alive()
     first.join()
@@ -52,7 +52,7 @@ def test_the_lock_ends_with_its_holder_and_not_with_what_that_forked(tmp_path):
     child = pids.get()
     try:
         with (
-            pytest.raises(ConfigError, match="another training is at work"),
+            pytest.raises(ConfigError, match="another run is using"),
             run_lock.hold(tmp_path),
         ):
             pass

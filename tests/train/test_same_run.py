@@ -66,7 +66,8 @@ NEVER_FREE = {
         *("num_experts", "top_k", "ffn_hidden_size", "capacity", "aux_loss_coeff", "expert_bias")
     },
 }
-"""Of these sections all keys, or these: not the same training, whatever a mark says."""
+"""All keys of these sections, or the listed ones: a change makes it another run, whatever the marks
+say."""
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
@@ -103,7 +104,7 @@ def test_what_makes_another_training_is_not_marked():
 
 @pytest.mark.parametrize("where", ["optim", "train", "attention"])
 def test_a_key_of_another_version_cannot_be_told(tmp_path, where):
-    """Not even where all others are equal: nobody here knows what it does."""
+    """Not even where all others are equal: its meaning is unknown here."""
     config = config_of()
     before = config.model_dump(mode="json")
     before.setdefault(where, {})["sparkle"] = 3
@@ -202,4 +203,4 @@ def test_what_is_loaded_is_compared(tmp_path, saved):
     log = training.log.read_text()
     assert "train.seed: 5 there, 0 now" in log
     assert "Traceback" not in log
-    assert checkpoints(run_dir) == [2, 4], "nothing is renamed by a training that does not start"
+    assert checkpoints(run_dir) == [2, 4], "nothing is renamed by a run that does not start"

@@ -1,4 +1,4 @@
-"""How a checkpoint gets on disk: what is copied, by which threads, and what is said meanwhile."""
+"""How a checkpoint gets on disk: what is copied, by which threads, what is printed."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def many_files(rank: int) -> None:
 
 
 def test_several_files_a_rank(tmp_path):
-    """Written at once, and whole; a run goes on from them as from one."""
+    """Written at once, and whole; a run resumes from them as from one."""
     keys = argv(tmp_path, "a", "train.steps=4", "checkpoint.every=2")
     with Training(2, keys, tmp_path / "log", many_files) as training:
         assert training.exit_codes() == [0, 0]
@@ -120,7 +120,7 @@ def test_several_files_a_rank(tmp_path):
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_2.distcp", "rank_00001.pt", ".metadata.tmp"])
 @pytest.mark.parametrize("opens", [True, False])
 def test_an_error_of_any_thread_is_said(tmp_path, name, opens):
-    """PyTorch's threads end without a word to anybody but the terminal."""
+    """An error in PyTorch's threads is only printed."""
 
     def full_disk(rank: int) -> None:
         many_files(rank)
@@ -231,7 +231,7 @@ def test_a_hash_is_of_what_was_written(tmp_path):
 
 
 def test_every_byte_is_on_disk_before_a_checkpoint_gets_its_name(tmp_path):
-    """Or a power cut leaves files of no bytes under it."""
+    """Otherwise a power cut leaves empty files under it."""
 
     def plant(rank: int) -> None:
         fsync, rename = os.fsync, Path.rename

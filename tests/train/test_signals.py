@@ -1,4 +1,4 @@
-"""Signals: the step is ended, saved, and the exit code says that the same command goes on."""
+"""Signals: the step is ended, saved, and the exit code says that the same command continues."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ STEPS = "train.steps=400"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict:
-    """The first steps of a training that nothing happened to."""
+    """The first steps of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     with Training(2, argv(folder, "a", STEPS, "data.workers=1"), folder / "log") as training:
         training.wait_until(lambda: logged(folder / "a") >= 40)
@@ -51,7 +51,7 @@ def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
     (saved,) = checkpoints(tmp_path / "a")
     log = training.log.read_text()
     assert "Traceback" not in log
-    said = f"after step {saved} of 400, which is saved; the same command goes on from there"
+    said = f"after step {saved} of 400, which is saved; the same command resumes from there"
     assert log.count(f"stopped by {name} {said}") == log.count("stopped by") == 1
     rows = repeated(tmp_path / "a")
     assert max(rows) == saved, "a step was trained and not saved"
@@ -66,7 +66,7 @@ def test_a_signal_to_one_rank_saves_and_says_requeue_me(tmp_path, whole, name):
 
 
 def test_nohup_means_it(tmp_path):
-    """It has the training ignore SIGHUP before it begins."""
+    """It has the run ignore SIGHUP before it begins."""
 
     def nohup(rank: int) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -115,7 +115,7 @@ def slow_save(rank: int) -> None:
 
 
 def test_a_limit_on_cpu_time(tmp_path):
-    """`ulimit -S -t`: the system says so again after every second of it, and that is no second
+    """`ulimit -S -t`: the system says so again after every second of it, and that is not a second
     request."""
 
     def busy_save(rank: int) -> None:

@@ -126,7 +126,7 @@ def test_a_failure_is_one_warning(tmp_path, monkeypatch, caplog):
     tracker.finish()
     (warning,) = [r.getMessage() for r in caplog.records if "tensorboard" in r.name]
     assert warning == (
-        "TensorBoard failed; training goes on without it (RuntimeError: the disk is full)"
+        "TensorBoard failed; training continues without it (RuntimeError: the disk is full)"
     )
 
 

@@ -111,7 +111,7 @@ def test_hash_is_stable_after_use_and_after_pickling(trained):
 
 
 def test_bytes_of_text_are_counted(trained):
-    """Whole documents exactly, whatever their tokens; ends of documents are no text."""
+    """Whole documents exactly, whatever their tokens; ends of documents are not text."""
     text = "for i in range(3): dürfen 世界 🙂\n"
     for tokenizer in (ByteTokenizer(), load_tokenizer(str(trained[0]))):
         (ids,) = tokenizer.encode([text])
@@ -218,7 +218,7 @@ def test_a_tokenizer_of_the_hub(folder, monkeypatch):
     tokenizer = load_tokenizer("user/name")
     assert tokenizer.eod == tokenizer.vocab_size - 1
     with pytest.raises(
-        ConfigError, match="no such file or folder here, and not to be had"
+        ConfigError, match="no such file or folder here, and not available"
     ) as error:
         load_tokenizer("user/other")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""W&B: what it records offline, and that no failure of it reaches the training."""
+"""W&B: what it records offline, and that no failure of it reaches the run."""
 
 import json
 import os
@@ -146,7 +146,7 @@ def test_offline_run_holds_everything(
     assert axes["throughput/*"].step_metric == "progress/step"
     assert next(r.exit.exit_code for r in found if r.HasField("exit")) == 0
     output = capfd.readouterr()
-    assert "wandb" not in output.out + output.err  # the terminal belongs to the training
+    assert "wandb" not in output.out + output.err  # the terminal belongs to the run
 
 
 VARIABLES = {
@@ -239,7 +239,7 @@ def test_init_that_raises_leaves_the_training_alone(
     tracker.finish(1)
     assert tracker.describe() == "W&B: off"
     (warning,) = warnings(caplog)
-    assert "training goes on" in warning
+    assert "training continues" in warning
     assert "\n" not in warning
 
 

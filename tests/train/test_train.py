@@ -66,7 +66,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     bits = rows[-1]["loss/valid"] / math.log(2)
     assert bits <= rows[-1]["loss/valid_bpb"] < 1.02 * bits
     sent = [row["moe/dispatched_mib"] for row in rows]
-    assert max(sent) < 1.3 * min(sent), "validation counts as training's traffic"
+    assert max(sent) < 1.3 * min(sent), "validation counts as traffic of training"
     assert 1 <= rows[-1]["moe/max_expert_load"] <= 4
     # One auxiliary loss a layer, 1 when the load is even (Switch Transformer, eq. 4).
     assert 0.9 < rows[-1]["loss/aux"] < 4
@@ -320,7 +320,7 @@ def test_a_path_with_markup_in_it_is_printed_as_it_is(tmp_path):
         assert training.exit_codes() == [0], training.log.read_text()
     log = training.log.read_text()
     assert f"run       {folder}/a\n" in log
-    assert f"everything is in {folder}/a: " in log
+    assert f"everything is in {folder}/a:" in log
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

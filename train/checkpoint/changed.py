@@ -8,7 +8,7 @@ from train.config import Config, is_said
 
 
 def changed_keys(checkpoint: Path, config: Config) -> str:
-    """The keys that may change and are said, in one line; nothing where all are as they were."""
+    """The changed keys that the start reports, in one line; empty where none has changed."""
     there = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     return ", ".join(
         f"{section}.{key}={value} (was {before})"

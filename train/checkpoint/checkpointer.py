@@ -6,9 +6,9 @@
       config.yaml training.json  the config; step, ranks, sequences that were trained on
       checksums.sha256           of all the others
 
-The schedule and the place in the data follow from the step. A checkpoint is written beside its
-final name and renamed when it is whole, so a reader never sees half of one. What happens to it
-later, the checksums tell.
+The schedule and the place in the data follow from the step. A checkpoint is written under another
+name and renamed when it is whole, so a reader never sees half of one. Checksums detect later
+damage.
 """
 
 import datetime
@@ -50,7 +50,7 @@ FAILURES = (Exception, dcp.CheckpointException)
 
 
 class Checkpointer:
-    """Saves and restores one training. Every rank has one and calls it at the same steps."""
+    """Saves and restores one run. Every rank has one and calls it at the same steps."""
 
     def __init__(
         self,
@@ -61,17 +61,17 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
-        """`fingerprint` is that of the data; see `train.data.fingerprint`."""
+        """`fingerprint` is the data's; see `train.data.fingerprint`."""
         self.folder = files.folder_of(run_dir)
         self.config, self.ranks, self.fingerprint = config, ranks, fingerprint
         self.state = _ModelAndOptimizer(model, optimizer)
         self.saved: int | None = None
-        """Step of the last save that was begun."""
+        """Step of the last save that was started."""
         self._stalls: list[float] = []
         self._pending: Future | None = None
         self._copy = HostCopy(ranks.device)
         optimizer.register_step_pre_hook(lambda *_: self._copy.wait_before_update())
-        # A group of its own, since a save talks while the training does.
+        # A group of its own, since a save communicates while training does.
         self.group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=config.parallel.timeout_s)
         )
@@ -81,7 +81,7 @@ class Checkpointer:
         dist.barrier(group=self.group)
 
     def restore(self) -> tuple[int, Gathered | None]:
-        """Load the newest whole checkpoint, cut for the ranks that are here now.
+        """Load the newest whole checkpoint, resharded for the ranks that are here now.
 
         Returns its step (0 without one), and what this rank passed to `save` as `metrics` if there
         were as many ranks then. Raises ConfigError if it is of another run, or if there are
@@ -106,8 +106,8 @@ class Checkpointer:
         self.saved = about["step"]
         if self.fingerprint is not None and not about.get("data") and self.ranks.is_first:
             log.warning(
-                "%s is of a version that did not note its data: whether this is the same cannot be "
-                "told, and documents that are held out now may have been trained on",
+                "%s is of a version that did not record its data: it may be other data than now, "
+                "and documents that are held out now may have been trained on",
                 path,
             )
         if own is None:
@@ -116,15 +116,15 @@ class Checkpointer:
         return about["step"], own["metrics"]
 
     def allocate(self) -> None:
-        """Get the memory that saves copy to, so that the first does not wait for it. After an
-        optimizer step, which makes the state."""
+        """Allocate the memory that saves copy to, so that the first does not wait for it. Call it
+        after an optimizer step, which makes the state."""
         self._copy.allocate({"training": self.state.state_dict()})
 
     def save(self, step: int, metrics: Gathered | None = None) -> None:
-        """Copy the training as it is after `step` steps, and write it while training goes on.
+        """Copy the state after `step` steps, and write it while training continues.
 
         `metrics` must not change afterwards. Waits for the save before this one. A save that fails
-        says so; training goes on, and the next one tries again.
+        is reported; training continues, and the next save tries again.
         """
         begin = time.perf_counter()
         self.wait()
@@ -154,7 +154,7 @@ class Checkpointer:
         self._pending = pending if isinstance(pending, Future) else pending.upload_completion
 
     def metrics(self) -> dict[str, float]:
-        """How long a save since the last call kept the training from its next step, on average."""
+        """How long a save since the last call delayed the next step, on average."""
         if not self._stalls:
             return {}
         mean = sum(self._stalls) / len(self._stalls)
@@ -162,7 +162,8 @@ class Checkpointer:
         return {"time/checkpoint_ms": mean * 1e3}
 
     def wait(self) -> str | None:
-        """Wait until what was begun is on disk; why it is not, in a few words, if it failed."""
+        """Wait until the save that was started is on disk; returns why it is not, in a few words,
+        if it failed."""
         if self._pending is None:
             return None
         assert self.saved is not None
@@ -192,9 +193,9 @@ class Checkpointer:
         return None
 
     def finish(self, step: int, metrics: Gathered | None = None) -> None:
-        """Have step `step` on disk when this returns. Raises TrainingFailed if that cannot be.
+        """Have step `step` on disk when this returns. Raises TrainingFailed if that fails.
 
-        Written from where it is, without a copy: no training goes on meanwhile.
+        Written in place, without a copy: no training runs meanwhile.
         """
         self.wait()
         if self.saved != step:
@@ -203,7 +204,7 @@ class Checkpointer:
             if reason:
                 raise TrainingFailed(
                     f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}; "
-                    "make room and start again, which goes on from the one before"
+                    "free some space and start again, which resumes from the one before"
                 )
 
     def _newest_whole(self) -> tuple[Path | None, list[str]]:
@@ -227,8 +228,8 @@ class Checkpointer:
             damaged.append(f"{path}: {problem}")
         if damaged:
             raise ConfigError(
-                f"every checkpoint is damaged ({'; '.join(damaged)}); to start anew, move the "
-                "folder away or choose another run.name"
+                f"every checkpoint is damaged ({'; '.join(damaged)}); to start from scratch, move "
+                "the folder away or choose another run.name"
             )
         return None, []
 
@@ -247,7 +248,7 @@ class Checkpointer:
 
 def _set_aside(damaged: list[str]) -> None:
     for line in damaged:
-        log.warning("damaged checkpoint %s; it is renamed, and the one before it taken", line)
+        log.warning("damaged checkpoint %s; it is renamed, and the one before it is used", line)
         path = Path(line.partition(": ")[0])
         aside = path.with_name(f"{path.name}.damaged")
         if aside.is_symlink():
@@ -259,7 +260,7 @@ def _set_aside(damaged: list[str]) -> None:
 class _ModelAndOptimizer(Stateful):
     """Model and optimizer as one state, under parameter names instead of numbers."""
 
-    # Not strict: what `files.is_of_model` leaves out is not missed.
+    # Not strict: keys that `files.is_of_model` leaves out may be missing.
     options = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -267,7 +268,7 @@ class _ModelAndOptimizer(Stateful):
 
     @property
     def size(self) -> int:
-        """About so many bytes, on all ranks together: a weight has two running means."""
+        """About this many bytes, on all ranks together: a weight has two running means."""
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def state_dict(self) -> STATE_DICT_TYPE:
@@ -282,7 +283,7 @@ class _ModelAndOptimizer(Stateful):
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: STATE_DICT_TYPE) -> None:
-        # How a step is computed is this optimizer's matter, not that of the one that was saved.
+        # How a step is computed is this optimizer's setting, not that of the one that was saved.
         for key in state["optimizer"]:
             name = key.rpartition(".")[2]
             if key.startswith("param_groups.") and name in ("fused", "foreach", "capturable"):

@@ -2,9 +2,9 @@
 
     cd runs/<name>/checkpoints/step_00000200 && sha256sum -c checksums.sha256
 
-A file is hashed while it is written: reading it again afterwards would take as long again. Only
-files that a training writes count. What else lies in the folder, such as `.DS_Store`, `.nfs...` or
-somebody's export, is not ours to judge.
+A file is hashed while it is written: reading it again would take as long again. Only files that a
+run writes count. Anything else in the folder, such as `.DS_Store`, `.nfs...` or an export, is
+ignored.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ REQUIRED = (METADATA, CONFIG, ABOUT)
 """Every checkpoint has these, beside the files of its ranks."""
 
 EMPTY = hashlib.sha256().hexdigest()
-"""Of a file without a byte, as a power cut leaves one that was not synced."""
+"""Checksum of an empty file, which a power cut leaves of one that was not synced."""
 
 _OURS = re.compile(r"\.metadata|config\.yaml|training\.json|__\d+_\d+\.distcp|rank_\d+\.pt")
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 MOST_THREADS = 8
-"""Of one rank: more make no disk faster."""
+"""Most threads of one rank: more make no disk faster."""
 _CHUNK = 1 << 24
 """Bytes read and hashed at a time."""
 _WRITE_CHUNK = 1 << 26
@@ -52,12 +52,12 @@ class HashingStream:
             if len(chunk) < _WORTH_A_THREAD:
                 self._hash.update(chunk)
                 self._file.write(chunk)
-            else:  # neither holds Python's lock
+            else:  # both release Python's lock
                 hashing = self._thread.submit(self._hash.update, chunk)
                 try:
                     self._file.write(chunk)
                 finally:
-                    hashing.result()  # the memory is the caller's
+                    hashing.result()  # the caller owns the memory
             self.size += len(chunk)
         return len(view)
 
@@ -73,17 +73,17 @@ class HashingStream:
     def close(self) -> None:
         self._thread.shutdown()
         if not self._file.closed:
-            self._file.flush()  # DCP syncs what may wait in memory still
+            self._file.flush()  # DCP syncs what may still be in memory
             os.fsync(self._file.fileno())
             self._file.close()
 
     def hexdigest(self) -> str:
-        """Of all that was written."""
+        """SHA-256 of all that was written."""
         return self._hash.hexdigest()
 
 
 def is_ours(name: str) -> bool:
-    """Whether a training writes files of this name into a checkpoint."""
+    """Whether a run writes files of this name into a checkpoint."""
     return name == NAME or _OURS.fullmatch(name) is not None
 
 
@@ -116,8 +116,8 @@ def damage(
 ) -> str | None:
     """What is wrong with the folder, in a few words, or None.
 
-    Hashing takes long, so `shares` ranks can divide the files among them. `read_bytes` is told of
-    every so many bytes.
+    Hashing takes long, so `shares` ranks can divide the files among them. `read_bytes` is called
+    with the bytes read since its last call.
     """
     try:
         wanted = read(folder)
@@ -167,7 +167,7 @@ def hash_file(path: Path, read_bytes: Callable[[int], None] | None = None) -> st
 
 
 def threads(most: int) -> int:
-    """How many threads of this rank may hash or write at once, of `most` that have something to."""
+    """How many threads of this rank may hash or write at once, of `most` that have work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(most, (cores or 1) // ranks, MOST_THREADS))

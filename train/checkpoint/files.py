@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: how they are called, found, and dropped when they are old."""
+"""A run's folder of checkpoints: how they are named, found, and deleted when they are old."""
 
 import logging
 import os
@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 _UNFINISHED = ".unfinished"
 _TEMPORARY = re.compile(r"config\.yaml\.tmp|rank_\d+\.checksums\.sha256")
-"""In a checkpoint that did not become whole; the second of older versions."""
+"""Names of temporary files in a checkpoint that did not become whole; the second is of older
+versions."""
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -23,7 +24,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """The checkpoint after so many steps, there or not."""
+    """The path of the checkpoint after this many steps, whether it exists or not."""
     return folder / f"step_{step:08d}"
 
 
@@ -39,8 +40,8 @@ def newest(folder: Path) -> tuple[int, Path] | None:
 
 
 def finished(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or damaged. One that was moved to another disk
-    and is a link to it is one too, also where that disk is not there."""
+    """The checkpoints of a run, oldest first, whole or damaged. A link to one that was moved to
+    another disk counts too, even where that disk is not mounted."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -54,15 +55,16 @@ def step_of(path: Path) -> int:
 
 
 def rank_file(rank: int) -> str:
-    """What a rank alone needs of a checkpoint."""
+    """The part of a checkpoint that is for one rank alone."""
     return f"rank_{rank:05d}.pt"
 
 
 def is_of_model(key: str) -> bool:
-    """Whether a key of a module's state is the model's, and not of whoever computes it here.
+    """Whether a key of a module's state belongs to the model, and not to the library that runs it
+    here.
 
     TransformerEngine's modules keep the state of their FP8 recipe beside the weights. A CPU has
-    none, and what it has saved is to be loaded on a GPU.
+    none, and its checkpoints must load on a GPU.
     """
     return not key.endswith("_extra_state")
 
@@ -70,14 +72,14 @@ def is_of_model(key: str) -> bool:
 def size_of(folder: Path) -> int:
     """Bytes of its files so far."""
     total = 0
-    with suppress(OSError):  # one that is renamed at this moment
+    with suppress(OSError):  # one that is being renamed
         for path in folder.iterdir():
             total += path.stat().st_size
     return total
 
 
 def drop_left_overs(folder: Path) -> None:
-    """Delete what saves left that never became whole."""
+    """Delete checkpoints that never became whole."""
     for path in folder.glob(f"step_*{_UNFINISHED}"):
         is_one = path.is_dir() or path.is_symlink()
         if _NAME.fullmatch(path.name.removesuffix(_UNFINISHED)) and is_one:
@@ -92,16 +94,16 @@ def drop_old(folder: Path, config: CheckpointConfig) -> None:
         try:
             # Renamed first, so that a kill in the middle leaves no half of one under its name.
             half = old.rename(unfinished(old))
-        except OSError as error:  # no reason to call the new one a failure
+        except OSError as error:  # not a failure of the new one
             log.warning("the old checkpoint %s could not be deleted: %s", old, error.strerror)
         else:
             delete(half)
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint, whole or half; of one that is a link to another place, the link alone.
-    What somebody else put into its folder stays there, under a name of its own; but for hidden
-    files, such as a desktop's or a file system's."""
+    """Delete a checkpoint, whole or not; if it is a link to another place, only the link. Files in
+    its folder that a run did not write stay there, under a new name, except for hidden files, such
+    as a desktop's or a file system's."""
     try:
         if path.is_symlink():
             path.unlink()
@@ -122,7 +124,7 @@ def delete(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on disk, not only its files."""
+    """Sync a folder's names to disk, not only its files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """Reads the weights of a Hugging Face checkpoint onto the ranks, each of which takes what it holds.
 
-A file is mapped into memory, its tensors are copied, and it is let go before the next. Which tensor
-is which part of a weight of ours is in `models/hf/weights.py`, what config.json says in `config.py`
+A file is mapped into memory, its tensors are copied, and it is closed before the next. Which tensor
+is which part of our weights is in `models/hf/weights.py`, what config.json says in `config.py`
 beside it.
 """
 
@@ -22,14 +22,14 @@ from train.config import Config, ConfigError
 
 CONFIG = hf_config.FILE
 SINGLE = "model.safetensors"
-"""Where all weights are in one file, and no index says which is where."""
+"""The file's name where all weights are in one file, without an index."""
 
 DTYPES = ("F32", "BF16", "F16")
-"""What weights may be stored in, by safetensors' names: float32 holds each exactly."""
+"""Dtypes that weights may be stored in, by safetensors' names: float32 holds each exactly."""
 
 
 class Source(NamedTuple):
-    """Where weights are read from; what it holds fits the config."""
+    """The folder that weights are read from; it fits the config."""
 
     folder: Path
     files: dict[str, list[Piece]]
@@ -37,8 +37,9 @@ class Source(NamedTuple):
 
 
 def source(config: Config) -> Source:
-    """The folder `model.init_from`, after a look at its config and at the names, shapes and dtypes
-    in it; no weight is read. Raises ConfigError, in one line, where it does not fit the config."""
+    """The folder `model.init_from`, once its config and the names, shapes and dtypes in it are
+    checked; no weight is read. Raises ConfigError, in one line, where it does not fit the
+    config."""
     assert config.model.init_from is not None
     folder = Path(config.model.init_from).expanduser()
     family, keys = read_config(folder, "model.init_from=")
@@ -69,7 +70,7 @@ def source(config: Config) -> Source:
             wrong.append(f"{piece.theirs} is in {dtype}, not in {', '.join(DTYPES)}")
         files.setdefault(file, []).append(piece)
     if config.model.tie_embeddings:
-        wanted.add("lm_head.weight")  # some files hold it all the same; it is the embedding
+        wanted.add("lm_head.weight")  # some files hold it anyway; it is the embedding
     wrong += [f"{name} is not known" for name in there if name not in wanted]
     if wrong:
         more = f"; and {len(wrong) - 3} more like it" if len(wrong) > 3 else ""
@@ -88,12 +89,12 @@ def read_config(folder: Path, key: str = "") -> tuple[hf_config.Family, dict[str
     found = read_json(folder, key)
     try:
         return hf_config.from_theirs(found)
-    except (ValueError, TypeError) as error:  # the latter of a value of another kind
+    except (ValueError, TypeError) as error:  # the latter for a value of another type
         raise ConfigError(f"{key}{folder}: {CONFIG} {error}") from None
 
 
 def read_json(folder: Path, key: str = "") -> dict[str, Any]:
-    """A folder's config.json as it is. Raises ConfigError."""
+    """A folder's config.json, unchanged. Raises ConfigError."""
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
@@ -132,7 +133,7 @@ def _files(folder: Path) -> list[str]:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"model.init_from={folder}: {INDEX} is no index of weights: {error}"
+            f"model.init_from={folder}: {INDEX} is not an index of weights: {error}"
         ) from None
 
 
@@ -147,7 +148,7 @@ def _opened(folder: Path, file: str) -> safe_open:
 def load(weights: Source, model: GPT, speaks: bool) -> None:
     """Copy the weights into a model that is not sharded yet: its experts are this rank's alone.
 
-    Rank 0 `speaks` where it takes long.
+    Rank 0, which `speaks`, reports progress where it takes long.
     """
     parameters = dict(model.named_parameters())
     rank = parallel_state.get_expert_model_parallel_rank()
@@ -160,7 +161,7 @@ def load(weights: Source, model: GPT, speaks: bool) -> None:
 
 
 def _copy(tensors: safe_open, piece: Piece, weight: Tensor, rank: int) -> None:
-    """Into `weight`, one of ours, as far as the rank holds it."""
+    """Copy a tensor into `weight`, one of ours, as far as the rank holds it."""
     begin, end = rank * len(weight), (rank + 1) * len(weight)
     if not piece.of_experts:
         found = tensors.get_tensor(piece.theirs)

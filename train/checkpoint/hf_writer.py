@@ -1,6 +1,6 @@
 """Writes a model as a folder that Hugging Face's transformers loads: config.json and safetensors.
 
-Which part of a weight of ours is which tensor there is in `models/hf/weights.py`.
+`models/hf/weights.py` says which part of our weights is which tensor there.
 """
 
 import json
@@ -20,11 +20,11 @@ from train.checkpoint import progress
 from train.config import Config, ConfigError
 
 SHARD_BYTES = 5_000_000_000
-"""A file is not larger, unless one tensor is."""
+"""Most bytes of a file, unless one tensor has more."""
 
 
 def check_out(out: Path) -> None:
-    """Raise ConfigError where no folder can be made of that name."""
+    """Raise ConfigError where no folder of that name can be made."""
     if out.exists() or not out.name:
         raise ConfigError(f"--out {out} is there already; name a folder to make")
 
@@ -43,7 +43,7 @@ def write(
     others: texts of more files by name, as of a tokenizer. Raises ConfigError.
     """
     family = hf_config.family_of(config.model)
-    # In the hub's layout, which all versions read.
+    # In the hub's layout, which all versions of transformers read.
     held = list(pieces(config.model, config.moe, family, packed=False))
     if unlike := weights.keys() ^ {piece.ours for piece in held}:
         raise ConfigError(
@@ -89,14 +89,15 @@ def _write_shards(
 
 
 def readable(path: Path) -> None:
-    """Give a file the rights of any other new one: safetensors makes it for its owner alone."""
+    """Give a file the permissions of any other new one: safetensors gives access to its owner
+    only."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def _shards(held: Iterable[Piece], itemsize: int) -> Iterator[list[Piece]]:
-    """Neighbours, as many as a file may hold."""
+    """Groups of neighbours, as many as a file may hold."""
     shard: list[Piece] = []
     size = 0
     for piece in held:

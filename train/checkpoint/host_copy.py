@@ -1,4 +1,4 @@
-"""The copy of a training's state from which a save is written while training goes on."""
+"""The copy of a run's state from which a save is written while training continues."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 class HostCopy:
     """Copies of a state's tensors in the host's memory, in the same place every time.
 
-    The copying runs beside the next step's forward and backward pass, which change no weight:
-    `wait_before_update` is to be called before the optimizer does. DCP's own stager makes new
-    memory for every save, which takes ten times as long as the copying.
+    Copying overlaps with the next step's forward and backward pass, which change no weight:
+    `wait_before_update` must be called before the optimizer does. DCP's own stager allocates new
+    memory for every save, which takes ten times as long as the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,8 +29,8 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def allocate(self, state: STATE_DICT_TYPE) -> None:
-        """Get the memory for copies of such a state beside a training step. For a GPU it takes a
-        second a gigabyte, for most of which the driver lets that step's kernels wait: once a run,
+        """Allocate the memory for copies of such a state during a training step. For a GPU it takes
+        a second a gigabyte, for most of which the driver stalls that step's kernels: once a run,
         and not when something is to be saved."""
         leaves, _ = tree_flatten(state)
         self._copies = self._thread.submit(self._allocate, leaves)
@@ -41,7 +41,7 @@ class HostCopy:
             return [_like(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
     def begin(self, state: STATE_DICT_TYPE) -> Future[STATE_DICT_TYPE]:
-        """The state as it is now, once it is copied; the copy before it is gone."""
+        """The current state, once it is copied; it overwrites the previous copy."""
         if self._copies is None:
             self.allocate(state)
         assert self._copies is not None
@@ -71,7 +71,7 @@ class HostCopy:
         return self._thread.submit(finished)
 
     def wait_before_update(self) -> None:
-        """Nothing that is still to be copied changes after this. A GPU waits, not its host."""
+        """Wait until the state may change, as all of it is copied. The GPU waits, not its host."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
         elif self._copying is not None:

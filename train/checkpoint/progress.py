@@ -1,4 +1,4 @@
-"""Says what is waited for, where that takes long: nobody should wonder at a silent terminal."""
+"""Prints what is waited for, where that takes long, so that no terminal stays silent."""
 
 import sys
 import threading
@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 AFTER_S = 3.0
-"""What takes less is not worth a line."""
+"""What takes less gets no line."""
 EVERY_S = 10.0
 """Between two lines."""
 WAITING_EVERY_S = 30.0
-"""Between two lines of one that waits for others: there may be many ranks."""
+"""Between two lines of a rank that waits for others: there may be many ranks."""
 GB = 1e9
 
 
@@ -93,5 +93,5 @@ def _repeated(
 
 
 def _print(line: str, file: TextIO) -> None:
-    with suppress(OSError, ValueError):  # a terminal that is gone ends no training
+    with suppress(OSError, ValueError):  # a closed terminal must not end the run
         print(line, file=file, flush=True)

@@ -1,6 +1,6 @@
 """The random states of this process.
 
-Training draws little: dropout is off, and data order follows from seed and step.
+Training draws few random numbers: dropout is off, and data order follows from seed and step.
 `moe.force_balance` routes by them.
 """
 
@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 class Drawn(TypedDict):
-    """What a step of training draws from."""
+    """The generators that a training step draws from."""
 
     torch: torch.Tensor
     cuda: NotRequired[torch.Tensor]
@@ -22,7 +22,7 @@ class Drawn(TypedDict):
 
 
 class RandomState(Drawn):
-    """All there is, of types that `torch.load(weights_only=True)` takes."""
+    """All states, of types that `torch.load(weights_only=True)` accepts."""
 
     python: tuple[int, tuple[int, ...], float | None]
     numpy: tuple[torch.Tensor, int, int, float]
@@ -52,7 +52,7 @@ def drawn(device: torch.device) -> Drawn:
 
 
 def restore(state: RandomState, device: torch.device) -> None:
-    """Set what `state` returned; what belongs to another kind of device is left alone."""
+    """Set what `state` returned; the state of another kind of device is ignored."""
     random.setstate(state["python"])
     keys, position, has_gauss, gauss = state["numpy"]
     words = keys.numpy().astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Whether a run folder and a config are of one run, and whether that run has steps left."""
+"""Whether a run folder and a config belong to one run, and whether that run has steps left."""
 
 import json
 import os
@@ -22,15 +22,14 @@ IN_FINGERPRINT = {
         *("text_column", "tokenizer", "eod_token"),
     )
 }
-"""Keys that only say where the data is: a checkpoint with a fingerprint of the data itself knows
-better."""
+"""Keys that only locate the data: a fingerprint of the data in the checkpoint is a better test."""
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Raise ConfigError if the newest whole checkpoint is of another model or training.
 
-    Before anything starts, so that large files are read only where a checkpoint is refused;
-    `check_checkpoint` looks again, at the one that is loaded.
+    It runs before anything starts, and reads large files only where a checkpoint is refused;
+    `check_checkpoint` checks the one that is loaded again.
     """
     for path in reversed(finished(folder_of(run_dir))):
         if checksums.damage_of(path, checksums.CONFIG, checksums.ABOUT) is not None:
@@ -51,12 +50,12 @@ def check_checkpoint(
     fingerprint: Mapping[str, Any] | None = None,
     data_comes_later: bool = False,
 ) -> None:
-    """Raise ConfigError if a checkpoint is of another model or training than `config` on so many
+    """Raise ConfigError if a checkpoint is of another model or training than `config` on this many
     ranks, or if that cannot be told. The data is compared by its `fingerprint`, which may come
     later, or else by the keys that name it.
 
-    Keys that are marked FreeOnResume may differ, and so may values that SameTraining names. What
-    `train.micro_batch` and `train.global_batch` come to, with the number of ranks, may not.
+    Keys marked FreeOnResume may differ, and so may values that SameTraining lists. The global batch
+    that follows from `train.micro_batch`, `train.global_batch` and the number of ranks may not.
     """
     try:
         there = yaml.safe_load((path / checksums.CONFIG).read_text(encoding="utf-8"))
@@ -83,7 +82,7 @@ def check_checkpoint(
     if unknown:
         raise ConfigError(
             f"{path} has config keys that this version does not know ({'; '.join(unknown)}), so "
-            "nobody can tell whether it is the same run; choose another run.name, or continue it "
+            "it may be another run; choose another run.name, or continue this one "
             "with the version of this code that wrote it"
         )
 
@@ -107,7 +106,7 @@ def _default(config: Config, section: str, key: str) -> object:
 
 
 def _unknown_keys(there: dict[str, dict[str, Any]], config: Config) -> list[str]:
-    """Keys that another version of this code has, but for sections that are free as a whole."""
+    """Keys that another version of this code has, except for sections that are free as a whole."""
     known = config.model_dump(mode="json")
     return [
         f"{section}.{key}={value}"
@@ -119,13 +118,13 @@ def _unknown_keys(there: dict[str, dict[str, Any]], config: Config) -> list[str]
 
 
 def already_trained(config: Config) -> bool:
-    """Whether the run has its last step behind it; rank 0 then says so."""
+    """Whether the run has completed its last step; rank 0 then reports it."""
     found = newest(folder_of(config.run_dir))
     if found is None or found[0] < config.train.steps:
         return False
     step, path = found
     is_first = int(os.environ.get("RANK", "0")) == 0
-    # A damaged last checkpoint is found out when it is restored, and its steps are trained again.
+    # A damaged last checkpoint is noticed when it is restored, and its steps are trained again.
     count = progress.Count()
     with progress.said(f"checking {path.name}", size_of(path), count.get, is_first):
         problem = checksums.damage(path, read_bytes=count.add)
@@ -134,6 +133,6 @@ def already_trained(config: Config) -> bool:
     if is_first:
         print(
             f"{config.run_dir} has already trained {step} steps; raise train.steps="
-            f"{config.train.steps} to go on, or choose another run.name"
+            f"{config.train.steps} to continue, or choose another run.name"
         )
     return True

@@ -1,4 +1,4 @@
-"""How a checkpoint gets on disk: DCP's writer of files, with our files, checksums and name."""
+"""How a checkpoint gets on disk: DCP's file writer, plus our files, checksums and name."""
 
 import json
 import os
@@ -26,8 +26,8 @@ BYTES_PER_FILE = 1 << 28
 """A rank with more than this writes several files at once."""
 
 VISIBLE_S = 30.0
-"""How long a file that another node has written may take to be seen here: NFS remembers for some
-seconds what a folder held."""
+"""How long a file that another node has written may take to appear here: NFS caches the content of
+a folder for some seconds."""
 
 
 class OfOneRank(TypedDict):
@@ -47,7 +47,7 @@ class Written(list[WriteResult]):
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer of files, which adds ours, the checksums, and the name at the end.
+    """DCP's file writer, which adds our files, the checksums, and the name at the end.
 
     `write_data` runs on every rank and `finish` on the first one when all have written; both in
     the background. An error in either reaches every rank through DCP.
@@ -64,7 +64,7 @@ class Writer(dcp.FileSystemWriter):
         size: int = 0,
     ) -> None:
         """`about` becomes training.json, `own` is saved for this rank alone, and `size` is about
-        what the rank writes, in bytes. Without `copy` the state is written as it is, and must not
+        what the rank writes, in bytes. Without `copy` the state is written in place, and must not
         change until that is done."""
         self.folder = unfinished(final)
         threads = checksums.threads(1 + size // BYTES_PER_FILE)
@@ -93,7 +93,7 @@ class Writer(dcp.FileSystemWriter):
         try:
             super().finish(metadata, results)
         finally:
-            self.hashing.raise_error()  # rather than what followed from it
+            self.hashing.raise_error()  # rather than its consequences
         self.config.save(self.folder / checksums.CONFIG)
         text = json.dumps(dict(self.about), indent=2) + "\n"
         checksums.write_durably(self.folder / checksums.ABOUT, text)
@@ -144,13 +144,13 @@ class HashingFileSystem(FileSystem):
     def raise_error(self) -> None:
         """Raise what kept a file from being written, if anything did."""
         if self.error is not None:
-            # torch.save reports a full disk as an error in its own book-keeping.
+            # torch.save reports a full disk as an internal error.
             raise _what_the_system_said(self.error) or self.error from None
 
 
 @contextmanager
 def _without_crc32() -> Generator[None, None, None]:
-    """torch.save leaves out its own checksum of each tensor, which takes half as long as ours."""
+    """Make torch.save skip its own checksum of each tensor, which takes half as long as ours."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -160,7 +160,7 @@ def _without_crc32() -> Generator[None, None, None]:
 
 
 def _wait_for_files(folder: Path, rank: int, sizes: Mapping[str, int]) -> None:
-    """Return when the files that a rank has written are seen from here. Raises OSError."""
+    """Wait until the files that a rank has written are visible here. Raises OSError."""
     deadline = time.monotonic() + VISIBLE_S
     for name, size in sizes.items():
         while not _has(folder / name, size):
@@ -180,7 +180,7 @@ def _has(path: Path, size: int) -> bool:
 
 
 def _what_the_system_said(error: BaseException | None) -> OSError | None:
-    """The error of the operating system that led to this one."""
+    """The operating system's error that led to this one."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

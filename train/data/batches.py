@@ -1,4 +1,4 @@
-"""Text to batches: documents, packed into sequences, in an order that seed and step decide.
+"""Text to batches: documents, packed into sequences, in an order that follows from seed and step.
 
     corpus = load(config)
     for batch in corpus.train_batches(rank, world_size, start_step=0): ...
@@ -11,8 +11,8 @@ or held out.
 Local data (by default the source of Python's standard library) is made into tokens once, in the
 cache of `datasets` or by `scripts/prepare_data.py`. Its sequences have numbers, and `order.py` says
 which of them is sample g of the run. Which samples a step takes depends neither on the number of
-ranks nor on the size of micro-batches, and any step can be the first at no cost. Of several sources
-with weights each makes up its share of the samples.
+ranks nor on the size of micro-batches, and any step can be the first at no cost. With several
+weighted sources each gets its share of the samples.
 
 A hub data set is streamed: `stream.py`.
 """
@@ -68,7 +68,7 @@ class Batch:
     """Position within the document: 0 for a sequence's first token and after each `eod`."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy runs beside the host where memory is pinned."""
+        """The batch on a device; the copy is asynchronous where memory is pinned."""
         return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
 
     def pin_memory(self) -> "Batch":
@@ -81,7 +81,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Data that is ready to train on; `load` makes it."""
+    """Data ready to train on; `load` makes it."""
 
     config: Config
     tokenizer: Tokenizer
@@ -89,12 +89,12 @@ class Corpus:
     """Sequences (local data), or documents (streamed data)."""
     valid: Sequences | Joined
     order: Order
-    """In which local data is trained on."""
+    """The order in which local data is trained on."""
     valid_order: Order
     about: str
     """Source, kind and documents, in words."""
     contents: dict[str, Any]
-    """What of the data must be the same where a run is resumed; `train.data.fingerprint`."""
+    """What must be the same of the data when a run is resumed; `train.data.fingerprint`."""
 
     def describe(self) -> str:
         """One line for the start of a run: what is read, how much, by which tokenizer."""
@@ -122,7 +122,8 @@ class Corpus:
                 collate_fn=partial(make_batch, eod=eod),
                 num_workers=config.data.workers,
             )
-        # Several workers would each read their own files, and the order depend on their number.
+        # Several workers would each read their own files, and the order would depend on their
+        # number.
         return _loader(
             config,
             Stream(config, self.tokenizer, self.train, rank, world_size, start_step),
@@ -145,7 +146,7 @@ class Corpus:
 
 
 def check(config: Config) -> None:
-    """Find what is wrong with the data keys before anything is loaded. Raises ConfigError."""
+    """Check the data keys before anything is loaded. Raises ConfigError."""
     tokenizer = None
     if config.data.tokenizer == "bytes" or is_local(config.data.tokenizer):
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod_token)
@@ -189,7 +190,7 @@ def _load_local(config: Config, tokenizer: Tokenizer) -> Corpus:
     train, valid = prepared.sequences(folder, about, config.model.seq_len + 1)
     count = about.documents
     check_documents(config, count, about.valid_documents)
-    if count == 1:  # such as one long text file: hold its last sequences out instead
+    if count == 1:  # for example one long text file: hold its last sequences out instead
         both, held_out = train, math.ceil(len(train) * data.valid_fraction)
         train = both.part(0, len(both) - held_out)
         valid = both.part(len(both) - held_out, held_out)
@@ -199,7 +200,7 @@ def _load_local(config: Config, tokenizer: Tokenizer) -> Corpus:
     _check_not_empty(config, valid, f"the {about.valid_documents} validation document(s)", advice)
     line = f"{about.source}, {count:,} document(s)"
     if about.replaced:
-        line += f", {about.replaced:,} of them with U+FFFD for what is no UTF-8"
+        line += f", {about.replaced:,} of them with U+FFFD for what is not UTF-8"
     contents = {
         "documents": count,
         "text": about.text,
@@ -241,7 +242,7 @@ def _load_mixture(config: Config, tokenizer: Tokenizer) -> Corpus:
 
 @contextmanager
 def _named_mixture(config: Config) -> Iterator[None]:
-    """An error of one of several sources says so: it names data.path, which nobody has set."""
+    """Marks an error of one of several sources: it names data.path, which the user has not set."""
     try:
         yield
     except ConfigError as error:
@@ -282,7 +283,7 @@ def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> It
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=_start_worker,
-        # It would draw from the training's otherwise, once more in a run that was resumed.
+        # Otherwise it would draw from the training generator, and once more in a resumed run.
         generator=torch.Generator(),
         pin_memory=config.train.device != "cpu" and torch.cuda.is_available(),
         **options,

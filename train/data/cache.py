@@ -4,11 +4,11 @@ import errno
 
 
 def about_the_cache(error: BaseException) -> str:
-    """What would do where the cache of the Hugging Face libraries cannot be written, else nothing.
+    """Advice where the cache of the Hugging Face libraries cannot be written, else nothing.
 
-    To be put behind what the error says.
+    To be appended to the error's message.
     """
-    # Takes a second to import, which a tokenizer alone need not wait for.
+    # Imported here, as it takes a second that a tokenizer alone need not wait for.
     import datasets
 
     home, where = str(datasets.config.HF_CACHE_HOME), str(getattr(error, "filename", None) or "-")

@@ -12,7 +12,7 @@ from train.failure import TrainingFailed
 Item = TypeVar("Item")
 
 UNREADABLE = (DatasetsError, ArrowException, OSError, ValueError)
-"""What `datasets` and what lies below it raise for a record or a file they cannot read."""
+"""What `datasets` and the libraries below it raise for a record or a file that they cannot read."""
 
 
 class Unreadable(ValueError):
@@ -20,7 +20,7 @@ class Unreadable(ValueError):
 
 
 def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
-    """The same batches; where the next one cannot be had, TrainingFailed says why.
+    """The same batches; where the next one cannot be read, TrainingFailed says why.
 
     `source` is the data as an error message names it.
     """
@@ -33,8 +33,8 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
             raise
         except UNREADABLE as error:
             raise TrainingFailed(
-                f"{source} cannot be read any further: {last_line(error)}; once that is mended, "
-                "start again, which goes on from the newest checkpoint"
+                f"{source} cannot be read any further: {last_line(error)}; once that is fixed, "
+                "start again, which resumes from the newest checkpoint"
             ) from error
         yield batch
 

@@ -1,8 +1,9 @@
 """Which files `data.path` means, and of which kind they are: text, json, parquet or arrow.
 
-A suffix that is known tells the kind; a file without one that was named is judged by its content.
-Of a folder only files with known suffixes are read. A folder that `save_to_disk` wrote, or that was
-downloaded from the hub, holds more than data: what is left out of it, the start of a run says.
+A suffix that is known tells the kind; a file without one that was named explicitly is classified by
+its content. Of a folder only files with known suffixes are read. A folder that `save_to_disk`
+wrote, or that was downloaded from the hub, holds more than data: the start of a run says what is
+left out.
 """
 
 import glob
@@ -33,13 +34,13 @@ KINDS = {
     ".pq": "parquet",
     ".arrow": "arrow",
 }
-"""By suffix, in any case, with that of a compression behind it or not."""
+"""By suffix, in upper or lower case, followed by that of a compression or not."""
 
 NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library that hold no library source."""
 
 ABOUT_DATA = {"readme", "license", "licence", "changelog", "citation", "notice", "contributing"}
-"""Names of text files, without their suffix, that lie beside data and are none."""
+"""Names of text files, without their suffix, that accompany data and are not data."""
 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """JSON files that the `datasets` library writes beside data."""
@@ -52,16 +53,16 @@ SPLITS = {
 """Words in the names of files and folders, and the split they mean on the hub."""
 
 TABLES = (".csv", ".tsv")
-"""Suffixes of what is read by no one here, and would be trained on with its commas as text."""
+"""Suffixes of tables that are not read here: as text they would be trained on with their commas."""
 
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 """Suffixes that a download has until it is whole."""
 
 HEAD = 1 << 16
-"""Bytes of a file by which its content is judged."""
+"""Bytes of a file by which its content is classified."""
 
 MOST_REPLACED = 0.1
-"""Share of a text's characters that may be no UTF-8: Latin-1 has less, other encodings more."""
+"""Share of a text's characters that may be invalid UTF-8: Latin-1 has fewer, others more."""
 
 MOST_NULS = 0.001
 """Share of a text's characters that may be NUL: UTF-16 has half, binary files about 1/256."""
@@ -74,7 +75,7 @@ class LocalFiles:
     kind: str
     files: tuple[str, ...]
     left_out: str = ""
-    """What else of a folder was found and is not read, in words."""
+    """What else was found in a folder and is not read, in words."""
 
 
 def find_files(path: str | None, split: str = "train") -> LocalFiles:
@@ -119,7 +120,7 @@ def _kind_of_named(path: str, file: Path) -> str:
 
 
 def _suffix(path: Path | str) -> str:
-    """In lower case, without that of a compression."""
+    """A file's suffix in lower case, without that of a compression."""
     name = Path(path).name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
@@ -132,7 +133,7 @@ def kind_of(path: Path | str) -> str | None:
 
 
 def judge(path: Path) -> str:
-    """The kind that a file's content tells. Raises ConfigError for what is no text."""
+    """The kind that a file's content tells. Raises ConfigError where it is not text."""
     try:
         with open_file(str(path)) as file:
             head = file.read(HEAD)
@@ -155,14 +156,14 @@ def judge(path: Path) -> str:
 
 
 def too_strange(characters: int, replaced: int, nuls: int, begin: bytes = b"") -> str | None:
-    """Why a text with so many characters that are U+FFFD or NUL is none, or None."""
+    """Why a file with this many characters that are U+FFFD or NUL is not text, or None."""
     if begin in (b"\xff\xfe", b"\xfe\xff"):
         return f"it is UTF-16; {CONVERT}"
     if nuls > MOST_NULS * characters:
         return "it holds NUL bytes, as binary files and UTF-16 do"
     if replaced > MOST_REPLACED * characters:
         return (
-            f"{replaced / characters:.0%} of its characters are no UTF-8; convert it, for example "
+            f"{replaced / characters:.0%} of its characters are not UTF-8; convert it, for example "
             "with iconv -f WINDOWS-1251 -t UTF-8"
         )
     return None
@@ -227,8 +228,8 @@ def _in_folder(path: str, folder: Path, split: str) -> LocalFiles:
 
 
 def _without_what_is_about_it(kinds: dict[Path, str]) -> dict[Path, str]:
-    """Nothing but data where a folder holds some: Parquet and Arrow win over texts and .json beside
-    them, and JSON over texts that only describe it."""
+    """Only the data of a folder: Parquet and Arrow win over texts and .json files beside them, and
+    JSON over texts that only describe it."""
     data = {file: kind for file, kind in kinds.items() if file.name not in METADATA}
     if {"parquet", "arrow"} & set(data.values()):
         suffixes = {file: file.suffix.lower() for file in data}
@@ -245,7 +246,7 @@ def _is_about_data(file: Path) -> bool:
 def _of_split(
     path: str, folder: Path, kinds: dict[Path, str], split: str
 ) -> tuple[dict[Path, str], str]:
-    """The files of a split, with those that are of none; and how many of others are left out."""
+    """The files of a split, with those of no split; and how many of other splits are left out."""
     splits = {file: split_of(file.relative_to(folder)) for file in kinds}
     known = {*SPLITS.values()}
     wanted = {split, None}
@@ -315,7 +316,7 @@ def _of_one_kind(path: str, kinds: dict[Path, str]) -> LocalFiles:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Files below a folder, through links, each once; hidden ones are none."""
+    """Files below a folder, through links, each once; hidden ones are ignored."""
     found: list[Path] = []
     seen: set[str] = set()
     for where, inner, names in os.walk(folder, onerror=_raise, followlinks=True):
@@ -333,7 +334,7 @@ def _raise(error: OSError) -> None:
 
 
 def _distinct(files: Iterable[Path]) -> list[Path]:
-    """Sorted, and each file once, by whatever links it is reached."""
+    """Sorted, and each file once, whatever links lead to it."""
     return list({os.path.realpath(file): file for file in sorted(files, reverse=True)}.values())
 
 

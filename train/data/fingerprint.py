@@ -3,9 +3,8 @@
     saved = corpus.fingerprint()                    # plain values, kept with a checkpoint
     for line in differences(saved, corpus.fingerprint()): ...
 
-It is of contents, so the same data at another path has the same one. All of a stream is not read
-before it is trained on: its fingerprint is of its files' names and sizes and of the documents held
-out.
+It is of contents, so the same data at another path has the same one. A stream is not read in full
+before training: its fingerprint is of its files' names and sizes and of the documents held out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ HASHES = {
     "held-out text": "the text of the documents held out",
     "tokenizer": "the tokenizer or its end-of-document token",
 }
-"""Values that say nothing to a reader, in words."""
+"""Values that mean nothing to a reader, in words."""
 
 
 def of_stream(stream: datasets.IterableDataset, held_out: datasets.Dataset) -> dict[str, Any]:

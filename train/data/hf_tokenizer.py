@@ -1,4 +1,4 @@
-"""A tokenizer as the files that Hugging Face's `transformers` loads, bytes among them."""
+"""A tokenizer, also that of bytes, as the files that Hugging Face's `transformers` loads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files opened for reading, decompressed by what they hold and not by what they are called."""
+"""Opens files for reading, decompressed by their content and not by their name."""
 
 import bz2
 import gzip
@@ -17,14 +17,14 @@ try:
         from compression import zstd
     else:
         import backports.zstd as zstd
-except ImportError:  # said where a file needs it
+except ImportError:  # reported where a file needs it
     zstd = None  # type: ignore[assignment]
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4", ".zip")
 """What a compressed file's name may end with, after the suffix that tells its kind."""
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
-"""How the file begins that Git leaves in the place of a large one."""
+"""First bytes of the pointer that Git LFS leaves instead of a large file."""
 
 NOT_SUPPORTED = {
     b"PK\x03\x04": "a zip archive",
@@ -34,10 +34,10 @@ NOT_SUPPORTED = {
     b"Rar!": "a rar archive",
     b"\x1f\x9d": "data compressed with compress",
 }
-"""How files begin that are to be unpacked first."""
+"""First bytes of files that have to be unpacked first."""
 
 ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".zip", ".7z", ".rar")
-"""Suffixes of archives, a tar's with that of a compression behind it or not."""
+"""Suffixes of archives, a tar's followed by that of a compression or not."""
 
 TAR, TAR_AT = b"ustar", 257
 """What a tar archive holds at this byte."""

@@ -1,4 +1,4 @@
-"""In which order sequences are trained on: which of them is sample g of the run.
+"""The order in which sequences are trained on: which of them is sample g of the run.
 
     order = Shuffled(len(sequences), seed)
     order(g)                                 # the place of sample g
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from train.config import Config
 
 Order = Callable[[int], int]
-"""From a sample's number, counted from the start of the run, to a place in the data."""
+"""Maps a sample's number, counted from the start of the run, to a place in the data."""
 
 BLOCK = 1 << 16
 """Samples of a mixture of which each source has its exact share."""
@@ -45,11 +45,11 @@ class Shuffled:
 
 
 class Mixed:
-    """Places in several sources that lie behind each other, of sizes that need not fit their
-    weights: a source that is used up begins again, shuffled otherwise.
+    """Places in several concatenated sources, whose sizes need not fit their weights: a source that
+    is used up starts again, in another order.
 
     Each BLOCK of samples has as many of each source as its weight says, shuffled. So the numbers of
-    a source's samples are known without counting those before.
+    a source's samples are known without counting earlier ones.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -68,8 +68,8 @@ class Mixed:
 
 
 class Spread:
-    """As Mixed, without chance: each source's samples are evenly spread and in their own order, so
-    the first few have its share too. For validation."""
+    """Like Mixed, but not random: each source's samples are evenly spread and in their own order,
+    so the first few have the same shares. For validation."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
         self.sizes, self.shares = sizes, shares(weights)
@@ -88,7 +88,7 @@ class Spread:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Samples of each source in a BLOCK, which they sum up to; the largest remainders go up.
+    """Samples of each source in a BLOCK, to which they sum; the largest remainders are rounded up.
 
     0 for a weight that is below 1/BLOCK of all and not rounded up.
     """

@@ -2,9 +2,9 @@
 
     folder, about = load_packed(text, tokenizer, config)
 
-Of several processes that ask at once, the first makes the folder and the others wait and read what
-it wrote. It is found by the files' names, sizes and times, the tokenizer, and what is asked of
-them. Every process compares it with its checksums first, and what is damaged is made again.
+If several processes ask at the same time, the first makes the folder and the others wait and read
+what it wrote. Its name follows from the files' names, sizes and times, the tokenizer, and the
+settings. Every process first verifies its checksums, and damaged data is packed again.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def _cache() -> Path:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is not as it was written, in a few words, or None. Reads everything."""
+    """What is damaged, in a few words, or None. Reads everything."""
     try:
         names = {NAME, *checksums.read(folder)}
     except ValueError as error:
@@ -85,13 +85,13 @@ def _remove(folder: Path) -> None:
 
 
 def _speaks() -> bool:
-    """One process of a machine speaks for all."""
+    """One process of a machine prints for all."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """One process at a time; what the disk refuses is a ConfigError that names HF_HOME."""
+    """One process at a time; an error of the disk is a ConfigError that names HF_HOME."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -111,7 +111,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, text: Text, tokenizer: Tokenizer, config: Config) -> None:
-    # Beside its name and then renamed: what is in the cache is whole.
+    # Written under another name and then renamed: what is in the cache is whole.
     new = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -125,7 +125,7 @@ def _make(folder: Path, text: Text, tokenizer: Tokenizer, config: Config) -> Non
 
 
 class _Lines:
-    """Says now and then how far it is."""
+    """Reports progress now and then."""
 
     def __init__(self) -> None:
         self.said = time.monotonic()
@@ -134,5 +134,5 @@ class _Lines:
         if not total or time.monotonic() - self.said < QUIET_S:
             return
         self.said = time.monotonic()
-        with suppress(OSError):  # a terminal that is gone is no full cache
+        with suppress(OSError):  # a closed terminal is not a full cache
             print(f"packing the data: {done / total:.0%} of its text", flush=True)

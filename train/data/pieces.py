@@ -1,7 +1,7 @@
-"""Long texts in pieces, cut where tokenizers cut them too: in front of a line's end.
+"""Long texts in pieces, cut where tokenizers split them too: before the end of a line.
 
-A byte-level tokenizer looks at a run of white space together with what follows it, so a cut in
-front of the run changes no token. Others may have a token more or less there.
+A byte-level tokenizer looks at a run of white space together with what follows it, so a cut before
+the run changes no token. Other tokenizers may give a token more or less there.
 """
 
 from collections.abc import Iterator

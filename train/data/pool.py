@@ -13,20 +13,21 @@ from train.config import ConfigError
 from train.safety.parent import end_with_parent
 
 THREADS = "RAYON_NUM_THREADS"
-"""Says how many threads the tokenizers library takes; read when it first takes them."""
+"""Variable with the number of threads of the tokenizers library, which reads it when it starts
+them."""
 
 POLL_S = 0.2
 """Between two looks at how far the processes are."""
 
 
 class Said(Protocol):
-    """Told often how far it is: what is done, how much of what total, if that is known."""
+    """Called often to report progress: what is being done, how much, and of what total if known."""
 
     def __call__(self, what: str, done: int, total: int | None) -> None: ...
 
 
 Function = Callable[[Any, int, Callable[[int], None]], None]
-"""Called with what all jobs share, a job, and whom to tell how much was done."""
+"""Called with what all jobs share, a job, and a function that takes how much was done."""
 
 
 def spread(
@@ -40,8 +41,8 @@ def spread(
 ) -> None:
     """Do all jobs, in this process where one is asked for or there is one job.
 
-    Raises what the first job raises that fails, and ConfigError where a process was killed; the
-    others are ended then.
+    Raises the error of the first job that fails, and ConfigError where a process was killed; then
+    ends the others.
     """
     if workers == 1 or len(jobs) < 2:
         done = 0
@@ -55,7 +56,7 @@ def spread(
             function(shared, job, report)
         return
     processes = min(workers, len(jobs))
-    # The interpreter is started anew: the threads of the libraries do not survive a fork.
+    # A new interpreter each: the threads of the libraries do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("Q")
     with _threads(workers // processes):
@@ -77,8 +78,8 @@ def spread(
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise ConfigError(
-                    "a process that prepares data was killed, mostly for want of memory; the same "
-                    f"command goes on where it was, with fewer --workers than {processes}"
+                    "a process that prepares data was killed, mostly for lack of memory; the same "
+                    f"command continues where it stopped, with fewer --workers than {processes}"
                 ) from None
             raise
         pool.shutdown()
@@ -86,7 +87,7 @@ def spread(
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that are started inside never notice Ctrl-C; this one does right after, and ends
+    """Processes that are started inside ignore Ctrl-C; this one handles it right after, and ends
     them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -97,7 +98,7 @@ def _deaf() -> Iterator[None]:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """The tokenizers library takes so many in each process that is started inside."""
+    """The tokenizers library uses this many threads in each process that is started inside."""
     before = os.environ.get(THREADS)
     os.environ[THREADS] = str(count)
     try:
@@ -112,7 +113,7 @@ _shared: tuple[Function, Any, Any]
 
 
 def _begin(function: Function, shared: Any, counter: Any, parent: int) -> None:
-    """In a process, before its first job."""
+    """Set up a process before its first job."""
     global _shared
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed while this process imported what it needs

@@ -2,8 +2,8 @@
 
     prepare(folder, text, tokenizer, config, workers=8, said=print)
 
-The text is in units, such as a few files, each read by one process from begin to end. What a unit
-came to is a file, so whoever starts again leaves out what is there, and ends with the same bytes:
+The text is in units, such as a few files, each read by one process from start to finish. The result
+of a unit is a file, so a new start skips the units that are done, and ends with the same bytes:
 neither the number of processes nor where one was killed matters. `train.data.prepared` says what is
 in the folder.
 """
@@ -30,7 +30,7 @@ from train.data.units import Work, survey_unit, tokenize_unit
 
 LOCK = "lock"
 LIMIT = "limit"
-"""Under which limit of the split the parts were made that are there."""
+"""The limit of the split under which the existing parts were made."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Text:
 
     units: tuple[Unit, ...]
     about: str
-    """In words."""
+    """What is read, in words."""
     identity: tuple[str, ...]
     """Names, sizes and times of the files, as far as they are known."""
 
     @property
     def is_surveyed(self) -> bool:
-        """Whether it is read once before it is tokenized, which a stream from afar is not."""
+        """Whether it is read once before it is tokenized, which a remote stream is not."""
         return all(isinstance(unit, Files) for unit in self.units)
 
 
@@ -84,7 +84,7 @@ def _make(
         spread(survey_unit, work, missing, workers, said, "reading the text")
     while True:
         surveys = _surveys(work)
-        # Of text that is not known yet: as if some of it were held out, which is seldom wrong.
+        # Of text that is not read yet: as if some of it were held out, which is rarely wrong.
         fraction = config.data.valid_fraction
         limit = split.limit(fraction) if surveys is None else limit_of(fraction, surveys)
         _begin_with(limit, work)
@@ -131,8 +131,8 @@ def _read_plan(inner: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _begun(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """One process at a time works on a folder that is of this plan or new; when it is done, nothing
-    but the result is there."""
+    """One process at a time works on a folder, which is of this plan or new; when it is done, only
+    the result is left."""
     inner = folder / UNFINISHED
     if not (inner / PLAN).is_file() and folder.is_dir() and {*folder.iterdir()} - {inner}:
         raise ConfigError(
@@ -155,12 +155,12 @@ def _begun(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
             _remove_unfinished(folder)
             try:
                 yield
-            finally:  # where the disk is full, their room is wanted
+            finally:  # where the disk is full, their space is needed
                 _remove_unfinished(folder)
             shutil.rmtree(inner)
     except filelock.Timeout:
         raise ConfigError(
-            f"another prepare_data is at work in {folder}; wait for it, or name another folder"
+            f"another prepare_data is running in {folder}; wait for it, or name another folder"
         ) from None
 
 
@@ -186,7 +186,7 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 
 def _surveys(work: Work) -> Survey | None:
-    """Of all units, where all are known."""
+    """The survey of all units, if all are known."""
     if not all(work.survey_of(number).exists() for number in work.numbers):
         return None
     return joined([work.read_survey(number) for number in work.numbers])

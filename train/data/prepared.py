@@ -1,9 +1,9 @@
 """A folder of tokens that were made of text once: what is in it, and whether it can be read.
 
-    prepared.json               what was read, how, and how much came of it
+    prepared.json               what was read, how, and how much it gave
     train-00003-000.arrow       tokens of documents to train on: unit 3 of the text, its part 0
     valid-00003-000.arrow       those of documents held out
-    tokenizer.json              where the tokens are no bytes, with tokenizer_config.json
+    tokenizer.json              where tokens are not bytes, with tokenizer_config.json
     unfinished/                 while it is being made, by `train.data.prepare`
 
 All parts of a side, in order of their names, are one stream, which `train.data.tokens` cuts into
@@ -27,11 +27,11 @@ from train.data.tokens import Sequences
 NAME = "prepared.json"
 UNFINISHED = "unfinished"
 PLAN = "plan.json"
-"""In `unfinished`: what the folder is to hold."""
+"""A file in `unfinished`: what the folder is to hold."""
 
 VERSION = 3
-"""Raise it when what is prepared changes: the cache would go on serving what the old code made, and
-folders would be taken for what they are not."""
+"""Increase it when what is prepared changes: the cache would keep serving what the old code made,
+and folders would be taken for what they are not."""
 
 SIDES = ("train", "valid")
 
@@ -52,16 +52,17 @@ class About(Section):
     documents: NonNegativeInt
     valid_documents: NonNegativeInt
     replaced: NonNegativeInt
-    """Documents with U+FFFD, which stands for what is no UTF-8."""
+    """Documents with U+FFFD, which stands for what is not UTF-8."""
     copies: NonNegativeInt
-    """Documents whose text another one before them has; they are on its side."""
+    """Documents whose text an earlier one has; they are on its side."""
     characters: NonNegativeInt
     text: str
     """A hash of all documents in their order."""
     files: dict[str, tuple[NonNegativeInt, NonNegativeInt]]
     """Bytes and tokens of each file with tokens."""
     made_of: dict[str, Any]
-    """What decides the bytes of the folder, a hash of its files' names, sizes and times in it."""
+    """What determines the bytes of the folder, with a hash of the input files' names, sizes and
+    times."""
 
     def tokens(self, side: str) -> int:
         return sum(tokens for name, (_, tokens) in self.files.items() if name.startswith(side))
@@ -76,17 +77,18 @@ def is_prepared(path: str | Path | None) -> bool:
 
 
 def folder_of(path: str | Path | None) -> Path:
-    """As `data.path` is meant."""
+    """The folder that `data.path` names."""
     assert path is not None
     return Path(path).expanduser()
 
 
 def read(folder: Path) -> About:
-    """What a folder holds, that all of it is there. Raises ConfigError with what is wrong of it."""
+    """What a folder holds, after checking that all of it is there. Raises ConfigError that says
+    what is wrong."""
     if not (folder / NAME).is_file():
         raise ConfigError(
             f"{folder} was not prepared to its end; give the same python -m scripts.prepare_data "
-            "again, which goes on where it was"
+            "again, which continues where it stopped"
         )
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
@@ -115,7 +117,7 @@ def read(folder: Path) -> About:
 
 
 def write(folder: Path, about: About) -> None:
-    """The last file: what has it is whole. Raises OSError."""
+    """Written last: a folder that has it is whole. Raises OSError."""
     new = folder / f"{NAME}.unfinished"
     write_durably(new, about.model_dump_json(indent=1) + "\n")
     new.replace(folder / NAME)
@@ -144,14 +146,14 @@ def _not_ours(folder: Path, why: str) -> ConfigError:
 
 
 def damaged(folder: Path, what: str) -> ConfigError:
-    """The error of a folder that something has happened to."""
+    """The error of a damaged folder."""
     return ConfigError(f"{folder} is damaged: {what}; remove that folder and make it again")
 
 
 def check_keys(path: str, about: About, config: Config, tokenizer: Tokenizer | None) -> None:
     """Raise ConfigError where the config asks for other tokens than a folder holds.
 
-    A key that only says what is read of text may be left at its default.
+    A key that only says which part of the text is read may be left at its default.
     """
     data = config.data
     if tokenizer is not None and tokenizer.digest != about.tokenizer_digest:

@@ -3,9 +3,9 @@
     for document in read_documents("json", "corpus.jsonl.gz", column="text"):
         text = "".join(document)
 
-A text file is one document, read in pieces: it may be larger than memory. Of a record only the one
-column counts; records without text are left out. Bytes that are no UTF-8 and lone surrogates become
-U+FFFD, since no tokenizer takes them.
+A text file is one document, read in pieces: it may be larger than memory. Only one column of a
+record is read; records without text are left out. Bytes that are not UTF-8 and lone surrogates
+become U+FFFD, since no tokenizer takes them.
 """
 
 import io
@@ -42,14 +42,14 @@ def read_documents(kind: str, path: str, column: str) -> Iterator[Document]:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """What goes wrong inside names the file, and the record where that is known."""
+    """An error inside names the file, and the record where that is known."""
     try:
         yield
     except Unreadable:
         raise
     except READ_ERRORS as error:
         raise Unreadable(
-            f"{path}: {_reason(error)}; mend, replace or leave out that file"
+            f"{path}: {_reason(error)}; fix, replace or leave out that file"
         ) from error
 
 
@@ -221,7 +221,7 @@ def _texts(column: pa.Array) -> Iterator[Document]:
         return
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    # As bytes: nobody has checked that they are UTF-8.
+    # As bytes: they are not known to be UTF-8.
     for value in column.cast(pa.large_binary()):
         text = value.as_py()
         if text:
@@ -253,4 +253,4 @@ READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
 }
 
 CONVERT = "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"
-MEND = "mend or leave out that record"
+MEND = "fix or leave out that record"

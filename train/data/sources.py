@@ -35,15 +35,16 @@ UNIT = 1 << 26
 
 
 def quiet() -> None:
-    """Nothing of `datasets` on the terminal: every rank would say it."""
+    """Silence `datasets`: every rank would print its messages."""
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong, ConfigError says
-    # Nor every retry of the hub's client, once for each rank.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported as ConfigError
+    # And every retry of the hub's client, once for each rank.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def sources_of(config: Config) -> list[Config]:
-    """Of a mixture, a config for each source, with its path alone; otherwise the config itself."""
+    """A config for each source of a mixture, with its path alone; without a mixture the config
+    itself."""
     data = config.data
     return [
         config.model_copy(update={"data": data.model_copy(update={"path": path, "mixture": {}})})
@@ -150,7 +151,7 @@ def training_texts(config: Config) -> Iterator[str]:
 
 
 def _one_of_each(texts: list[Iterator[str]]) -> Iterator[str]:
-    """Whoever reads only the first texts of a mixture reads some of each source."""
+    """Interleaved, so that the first texts of a mixture are from every source."""
     while texts:
         for one in [*texts]:
             try:
@@ -161,7 +162,7 @@ def _one_of_each(texts: list[Iterator[str]]) -> Iterator[str]:
 
 @contextmanager
 def readable(config: Config, kind: str) -> Iterator[None]:
-    """What cannot be read inside is a ConfigError that names the data, the file and the record."""
+    """An error of reading inside is a ConfigError that names the data, the file and the record."""
     try:
         yield
     except Unreadable as error:
@@ -195,7 +196,7 @@ def split_stream(
         raise ConfigError(f"{source_of(config)} cannot be read: {last_line(error)}") from None
     if lowest is not None and not held_out:  # a few, by chance all of them above the limit
         limit, held_out = split.limit(data.valid_fraction, [lowest[0]]), [lowest[1]]
-    if len(held_out) < data.valid_documents:  # that was all there is
+    if len(held_out) < data.valid_documents:  # the stream has ended
         check_documents(config, count, len(held_out))
     column = data.text_column
     train = documents.select_columns(column).filter(
@@ -263,7 +264,7 @@ def _sizes(files: list[str]) -> dict[str, Any]:
         try:
             system, path = fsspec.core.url_to_fs(file)
             size = system.size(path)
-        except Exception:  # whatever the file system raises: it is only for the fingerprint
+        except Exception:  # any error of the file system: sizes are only for the fingerprint
             size = None
         sizes[re.sub(r"@[^/]*", "", file)] = {"num_bytes": size}
     return sizes
@@ -280,7 +281,7 @@ def check_documents(config: Config, count: int, held_out: int) -> None:
     """Raise ConfigError where there are no documents, or none to train on."""
     if count == 0:
         raise ConfigError(f"{source_of(config)} holds no documents; name data that is not empty")
-    if count == held_out:  # or all the same
+    if count == held_out:  # or all are equal
         raise ConfigError(
             f"data.valid_fraction={config.data.valid_fraction} of the {count} documents of "
             f"{source_of(config)} leaves none to train on; lower it, or add documents that differ"

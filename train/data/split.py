@@ -1,7 +1,7 @@
 """Which documents are held out for validation: a hash of the text decides.
 
-So a document stays on its side when others are added, moved or taken away, and copies of it fall
-on the same side. Neither the seed nor the number of ranks matters.
+So a document stays on its side when others are added, moved or removed, and copies of it are on the
+same side. Neither the seed nor the number of ranks matters.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ def place(digest: bytes) -> int:
 
 
 def limit(fraction: float, places: Sequence[int] = ()) -> int:
-    """Below which place so large a share of the documents is held out.
+    """The place below which this share of the documents is held out.
 
-    With the places of a whole corpus: so that at least one of them is. Whoever adds a document can
-    then move that one to training, and never one of training to validation.
+    With the places of a whole corpus: such that at least one document is held out. Adding a
+    document can then move that one to training, but never one from training to validation.
     """
     lowest = min(places, default=-1) + 1
     return max(int(fraction * 2**64), lowest)

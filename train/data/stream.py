@@ -37,7 +37,7 @@ def pack(
 
 
 def pack_args(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `pack` needs beside the documents."""
+    """What `pack` needs in addition to the documents."""
     length = config.model.seq_len + 1
     return {"tokenizer": tokenizer, "length": length, "dtype": token_type(tokenizer)}
 
@@ -74,7 +74,7 @@ class Stream(IterableDataset):
     def epoch(self, number: int) -> Iterator[np.ndarray]:
         """One pass over this rank's documents: sequences, integers [seq_len + 1]."""
         self.sequences.set_epoch(number)
-        # Not a plain loop over them, which shuffles otherwise in a worker process than outside.
+        # Not a plain loop over them, which shuffles differently in a worker process.
         for rows in self.sequences.iter(batch_size=1):
             yield np.asarray(rows["tokens"][0])
 

@@ -1,6 +1,6 @@
 """A first pass over local documents: whether all can be read, how many, and which are held out.
 
-It costs little beside tokenizing, and finds the broken record before that has begun.
+It costs little compared with tokenizing, and finds a broken record before that starts.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from train.data.readers import Document, read_documents
 
 
 class Unit(Protocol):
-    """A part of the text that one process reads from begin to end."""
+    """A part of the text that one process reads from start to finish."""
 
     def documents(self) -> Iterator[Document]:
         """Those that are not empty, the same ones each time. Raises Unreadable."""
@@ -50,12 +50,12 @@ class Survey:
     """A hash of each one's text; its bytes are two big-endian uint64 [documents, 2]."""
     characters: int
     replaced: int
-    """Documents with U+FFFD, which stands for what is no UTF-8."""
+    """Documents with U+FFFD, which stands for what is not UTF-8."""
 
     def is_valid(self, limit: int) -> np.ndarray:
         """Whether each is held out under a limit of `split.limit`; bool [documents]."""
         places = self.digests[:, 0].astype(np.uint64)
-        # 2^64 is one too many for an array.
+        # 2^64 does not fit into an array of uint64.
         return places <= np.uint64(limit - 1) if limit else np.zeros(len(places), bool)
 
     def text(self) -> str:
@@ -63,7 +63,7 @@ class Survey:
         return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
     def copies(self) -> int:
-        """Documents whose text another one before them has."""
+        """Documents whose text an earlier one has."""
         return len(self.digests) - len(np.unique(self.digests[:, 0]))
 
 
@@ -79,7 +79,7 @@ def survey(unit: Files, report: Callable[[int], None] = lambda characters: None)
             of_document = counting.count(document)[1]
             of_file.add(of_document)
             report(of_document.all)
-        # A NUL in a record was escaped, and so is meant.
+        # A NUL in a record was escaped, so it is intended.
         nuls = of_file.nuls if unit.kind == "text" else 0
         reason = too_strange(of_file.all, of_file.replaced, nuls)
         if reason:
@@ -97,17 +97,17 @@ def joined(surveys: list[Survey]) -> Survey:
 
 
 def limit_of(fraction: float, documents: Survey) -> int:
-    """Of the places of held-out documents, which are as many as `fraction` says.
+    """The limit below which documents are held out, as many as `fraction` says.
 
-    A single document, such as one long text file, is all training: whoever cuts it into sequences
-    holds the last ones out.
+    A single document, such as one long text file, is all training: its last sequences are held out
+    when it is cut into sequences.
     """
     places = documents.digests[:, 0]
     return split.limit(fraction, [int(places.min())]) if len(places) > 1 else 0
 
 
 class Counting:
-    """Makes a survey of documents as they pass."""
+    """Makes a survey of a stream of documents."""
 
     def __init__(self) -> None:
         self.digests = bytearray()

@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     eod: int
     """The token that ends every document and that no text encodes to."""
     digest: str
-    """Two tokenizers with the same one encode the same; it finds packed data again."""
+    """Two tokenizers with the same one encode alike; packed data is found by it."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Integer array [tokens] for each text, without `eod`.
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the tokens; `eod` and what is no valid text are left out or replaced."""
+        """Text of the tokens; `eod` is left out and invalid text replaced."""
         ...
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -136,9 +136,9 @@ class FileTokenizer:
         self._inner.no_truncation()
         self._inner.no_padding()
         vocab = self._inner.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1  # numbers may have gaps, so not len(vocab)
+        self.vocab_size = max(vocab.values()) + 1  # not len(vocab): numbers may have gaps
         self.eod = vocab[eod_token]
-        # Of what the file says, not of how it is laid out or what this version would write.
+        # Of the file's content, not of its formatting or of what this version would write.
         same = json.dumps([json.loads(text), eod_token], sort_keys=True)
         self.digest = hashlib.blake2b(same.encode(), digest_size=16).hexdigest()
 
@@ -160,7 +160,7 @@ class FileTokenizer:
             encoded = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the Rust library is no Exception
+        except BaseException as error:  # a panic of the Rust library is not an Exception
             if len(pieces) > 1:  # find the one
                 return [ids for piece in pieces for ids in self._encode([piece])]
             begin = pieces[0][:60] if isinstance(pieces[0], str) else pieces[0]
@@ -198,7 +198,7 @@ def _end_of_document(
             near = difflib.get_close_matches(eod_token, inner.get_vocab(), n=1)
             hint = f"did you mean {near[0]}?" if near else _special_tokens(inner)
             raise ConfigError(
-                f"data.eod_token={eod_token} is no token of data.tokenizer={name}; {hint}"
+                f"data.eod_token={eod_token} is not a token of data.tokenizer={name}; {hint}"
             )
         return eod_token
     for token in (*filter(None, map(_eos_token, settings)), *END_OF_DOCUMENT):
@@ -248,14 +248,14 @@ def _local(name: str) -> tuple[Path, list[Path]]:
 
 
 def _from_hub(name: str) -> tuple[Path, list[Path]]:
-    # Takes a second to import, which a local tokenizer need not wait for.
+    # Imported here, as it takes a second that a local tokenizer need not wait for.
     from huggingface_hub import hf_hub_download
 
     try:
         path = Path(hf_hub_download(name, FILE))
     except Exception as error:  # of many kinds: of the name, the network, the disk
         raise ConfigError(
-            f"data.tokenizer={name}: no such file or folder here, and not to be had from the hub "
+            f"data.tokenizer={name}: no such file or folder here, and not available from the hub "
             f"({_one_line(error)}){about_the_cache(error)}"
         ) from None
     settings = []

@@ -29,14 +29,14 @@ def token_type(tokenizer: Tokenizer) -> str:
 
 
 class TokenFile:
-    """A file of tokens, written from begin to end; until then it has another name.
+    """A file of tokens, written from start to finish; until then it has another name.
 
     Raises OSError where the disk refuses.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
-        # Of this process alone: one that was killed may not be gone yet.
+        # Of this process only: a killed one may not have ended yet.
         self.unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
         self.waiting: list[np.ndarray] = []
         self.size = 0
@@ -99,11 +99,11 @@ class Sequences:
 
     @property
     def tokens(self) -> int:
-        """In the whole stream."""
+        """Tokens in the whole stream."""
         return int(self._starts[-1])
 
     def part(self, first: int, count: int) -> "Sequences":
-        """So many of them, from the one with number `first` on."""
+        """This many of them, from the one with number `first` on."""
         part = Sequences(self.length, self.files, [] if self.files else self._arrays)
         part.first, part.count = self.first + first, count
         return part
@@ -126,7 +126,7 @@ class Sequences:
         end = begin + self.length
         at = int(np.searchsorted(self._starts, begin, side="right")) - 1
         pieces = []
-        while begin < end:  # seldom more than one
+        while begin < end:  # rarely more than one
             start = int(self._starts[at])
             piece = self._arrays[at][begin - start : end - start]
             pieces.append(piece)

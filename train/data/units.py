@@ -1,7 +1,7 @@
 """What one process makes of a unit of text: its survey, and its tokens in parts.
 
-A part that is there is left out, so a unit that was broken off is read again, but tokenized only
-from its last whole part on. Nothing in the files depends on who wrote them, or in how many starts.
+Existing parts are skipped, so an interrupted unit is read again, but tokenized only from its last
+whole part on. Nothing in the files depends on which process wrote them, or in how many starts.
 """
 
 import json
@@ -27,11 +27,11 @@ from train.data.tokenizer import TOGETHER, Tokenizer
 from train.data.tokens import TokenFile, read_tokens, token_type
 
 PART = 1 << 27
-"""Characters of a part, about. Those since its begin are tokenized again after a kill. Whoever
-changes it, TOGETHER or UNIT raises `prepared.VERSION`: what was begun has other parts."""
+"""Characters of a part, about. Those since its start are tokenized again after a kill. A change of
+this, TOGETHER or UNIT must increase `prepared.VERSION`: unfinished folders have other parts."""
 
 Report = Callable[[int], None]
-"""Told how many characters were read since it was told last."""
+"""Called with the characters read since its last call."""
 
 Parts = dict[str, tuple[int, int]]
 """Bytes and tokens of files with tokens."""
@@ -41,13 +41,13 @@ CHANGED = "files changed while they were read; start again"
 
 @dataclass(frozen=True)
 class Work:
-    """What all processes know. Pickles, and is sent to each once."""
+    """What all processes share. Pickled and sent to each once."""
 
     folder: Path
     units: tuple[Unit, ...]
     tokenizer: Tokenizer
     limit: int = 0
-    """Of the split."""
+    """The limit of the split."""
     part: int = PART
 
     @property
@@ -67,8 +67,8 @@ class Work:
         return self.inner / f"done-{number:05}"
 
     def is_done(self, number: int) -> bool:
-        """Whether the survey and all parts of a unit are there, as it left them; those that are
-        not as it left them are removed."""
+        """Whether the survey and all parts of a unit are there and intact; damaged ones are
+        removed."""
         mark = self.mark_of(number)
         files = self.files_of(number)
         if files is None or not self.survey_of(number).exists():
@@ -89,7 +89,7 @@ class Work:
             return None
 
     def write_mark(self, number: int) -> None:
-        """Say that all parts of a unit are there. Raises ConfigError for one that is damaged."""
+        """Mark a unit as done. Raises ConfigError for a damaged part."""
         files: Parts = {}
         for side in SIDES:
             for path in sorted(self.folder.glob(f"{side}-{number:05}-*.arrow")):
@@ -118,7 +118,7 @@ class Work:
             with np.load(path) as file:
                 return Survey(file["digests"], int(file["characters"]), int(file["replaced"]))
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = f"{path.name} is no survey ({type(error).__name__})"
+            reason = f"{path.name} is not a survey ({type(error).__name__})"
             raise prepared.damaged(self.folder, reason) from None
 
     def write_survey(self, number: int, found: Survey) -> None:

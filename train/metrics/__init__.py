@@ -1,6 +1,6 @@
-"""What a run says of itself.
+"""What a run logs.
 
-    step.py         what the model says of its steps: add a metric here
+    step.py         metrics of the model: add one here
     throughput.py   tokens/s, TFLOP/s, MFU, memory; flops.py counts what a token costs
     routing.py      expert load
     recorder.py     where it all goes: metrics_file.py, terminal.py, tracking.py (W&B) with

@@ -1,11 +1,11 @@
-"""Checkpoints as model artifacts of W&B, `tracking.artifacts`, beside the training.
+"""Checkpoints as model artifacts of W&B, `tracking.artifacts`, uploaded in the background.
 
 A checkpoint is whole as soon as it has its name. Then its files get a second name each, a hard link
 in the run's `wandb/artifacts/`, so that they can be hashed and uploaded in a thread of their own
 while the checkpoint is rotated away; no byte is copied. Offline the links stay until the run's
 `wandb/` is deleted, since `scripts/sync.sh` uploads what they name.
 
-Whatever fails, the training goes on, and one line says that no further checkpoint is logged.
+Whatever fails, training continues, and one line says that no further checkpoint is logged.
 """
 
 import logging
@@ -24,11 +24,11 @@ from train.metrics.tracking import Tracker
 log = logging.getLogger(__name__)
 
 LOGGED = "steps"
-"""In `wandb/artifacts/`: the steps that were logged, one a line."""
+"""A file in `wandb/artifacts/`: the steps that were logged, one a line."""
 
 
 class Artifacts:
-    """Of one run. Only rank 0 has it; no method raises."""
+    """The uploads of one run. Only rank 0 has it; no method raises."""
 
     def __init__(
         self, config: Config, run_dir: Path, tracker: Tracker | TensorBoard, first_step: int
@@ -51,7 +51,7 @@ class Artifacts:
                 self._log(path)
 
     def finish(self) -> None:
-        """The run has come to its end: log what is left, and wait for it."""
+        """Log what is left at the end of the run, and wait for the upload."""
         self.look()
         if self._wanted == "last":
             for path in finished(self._checkpoints)[-1:]:
@@ -90,7 +90,7 @@ class Artifacts:
         try:
             for file in path.iterdir():
                 os.link(file, folder / file.name)
-        except PermissionError:  # what a file system says that has no hard links
+        except PermissionError:  # a file system without hard links
             shutil.rmtree(folder, ignore_errors=True)
             return path
         return folder
@@ -117,6 +117,6 @@ class Artifacts:
     def _give_up(self, error: Exception) -> None:
         self._wanted = "none"
         log.warning(
-            "a checkpoint is not logged to W&B, nor any further one; training goes on (%s: %s)",
+            "a checkpoint is not logged to W&B, nor any further one; training continues (%s: %s)",
             *(type(error).__name__, " ".join(str(error).split())[:200]),
         )

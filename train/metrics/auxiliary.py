@@ -8,27 +8,27 @@ except ImportError:  # megatron-core 0.16.1, on Python 3.11
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     def sums() -> dict[str, Tensor]:
-        """By name, float32 [layers]: no copies, so that routers go on adding to them."""
+        """By name, float32 [layers]: no copies, so that routers keep adding to them."""
         kept = get_moe_layer_wise_logging_tracker()
         return {name: entry["values"] for name, entry in kept.items()}
 
     def keep(name: str, values: Tensor) -> None:
-        """Go on adding to `values`."""
+        """Keep adding to `values`."""
         get_moe_layer_wise_logging_tracker()[name] = {"values": values}
 
 else:
 
     def sums() -> dict[str, Tensor]:
-        """By name, float32 [layers]: no copies, so that routers go on adding to them."""
+        """By name, float32 [layers]: no copies, so that routers keep adding to them."""
         return {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
 
     def keep(name: str, values: Tensor) -> None:
-        """Go on adding to `values`."""
+        """Keep adding to `values`."""
         get_moe_metrics_tracker().metrics[name] = MetricEntry(values)
 
 
 def rewind(before: dict[str, Tensor]) -> None:
-    """Go on from copies of what `sums` returned; what has come since is at zero."""
+    """Continue from copies of what `sums` returned; anything newer is reset to zero."""
     for name, values in sums().items():
         if name in before:
             values.copy_(before[name])
@@ -37,6 +37,6 @@ def rewind(before: dict[str, Tensor]) -> None:
 
 
 def clear() -> None:
-    """Begin again at zero."""
+    """Start again at zero."""
     for values in sums().values():
         values.zero_()

@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit, for whoever compares two results."""
+"""The machine, the versions and the commit, so that two results can be compared."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ class Environment(TypedDict):
 
 
 def describe_environment(device: torch.device, world_size: int) -> Environment:
-    """Of this process and its `world_size` ranks."""
+    """Describe this process and its `world_size` ranks."""
     return {
         "device": device.type,
         "device_name": device_name(device),
@@ -39,12 +39,12 @@ def describe_environment(device: torch.device, world_size: int) -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as CUDA reports it, or the CPU's as the system does."""
+    """The GPU's name as CUDA reports it, or the CPU's as the system reports it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def versions() -> dict[str, str]:
-    """Of Python, CUDA (where PyTorch has it), and the packages that results depend on."""
+    """Versions of Python, CUDA (where PyTorch has it), and the packages that results depend on."""
     found = {"python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -64,8 +64,8 @@ def commit() -> str | None:
     if said := os.environ.get("SOURCE_COMMIT"):
         return said
     name = _git("describe", "--always", "--abbrev=12")
-    # Not `describe --dirty`, which writes the index: killed in between, it would leave a lock there
-    # that is in the way of everybody.
+    # Not `describe --dirty`, which writes the index: if killed, it would leave a lock that blocks
+    # every later git command.
     changes = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     return f"{name}-dirty" if name and changes else name or None
 

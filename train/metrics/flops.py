@@ -9,7 +9,7 @@ nothing. Four choices matter when comparing with other people's figures:
 - a token counts the `top_k` experts it is routed to, not all of them;
 - attention is halved, since the causal mask leaves half of the score matrix to compute
   (Megatron-LM's paper counts it whole);
-- the input embedding is left out, because looking a row up is no arithmetic; the output layer is
+- the input embedding is left out, because looking up a row is not arithmetic; the output layer is
   counted;
 - nothing is recomputed in backward.
 

@@ -23,7 +23,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open for the steps after `resume_step`; 0 begins anew.
+        """Open for the steps after `resume_step`; 0 starts a new file.
 
         A run that was killed has logged steps after its last checkpoint, and perhaps half a line.
         They are dropped, because the resumed run logs them again.
@@ -58,8 +58,8 @@ class MetricsFile:
             self._failing = True
 
     def _open_again_if_gone(self) -> None:
-        """Somebody may have deleted or moved the run's folder: what is written into a file without
-        a name is lost."""
+        """Open the file again if the run's folder was deleted or moved: what is written into a file
+        without a name is lost."""
         path = Path(self._file.name)
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(self._file.fileno())):

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Of one run; closed by `finish`, or by `give_up` where the training ends early."""
+    """Records the metrics of one run; closed by `finish`, or by `give_up` where the run ends
+    early."""
 
     def __init__(
         self, config: Config, run_dir: Path, environment: Environment, first_step: int
@@ -48,7 +49,8 @@ class Recorder:
         self.last |= row
 
     def look_for_checkpoints(self) -> None:
-        """Whether W&B is to get one that has become whole; before the next can take its place."""
+        """Whether W&B is to get a checkpoint that has become whole; called before the next can
+        replace it."""
         self.artifacts.look()
 
     def wants_picture(self, step: int) -> bool:
@@ -65,10 +67,10 @@ class Recorder:
             save_heat_map(path, row["moe/expert_load"], step)
             self.tracker.picture("moe/expert_load", path, step)
         except OSError as error:
-            log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
+            log.warning("%s cannot be written (%s); training continues", path, error.strerror)
 
     def give_up(self, exit_code: int) -> None:
-        """The training ends early: close what is open, so that nothing logged is lost."""
+        """Close what is open when the run ends early, so that nothing logged is lost."""
         self.progress.bar.stop()
         self.file.close()
         self.routing_file.close()
@@ -87,9 +89,9 @@ class Recorder:
 def describe(
     config: Config, ranks: Ranks, runs_on: str, data: str, first_step: int
 ) -> Recorder | None:
-    """Say what runs where: in the run's folder, to W&B and on the terminal.
+    """Report what runs where: in the run's folder, to W&B and on the terminal.
 
-    `runs_on` is who carries out the path on this machine, `data` what is read. Returns rank 0's
+    `runs_on` says which library runs what of the path, `data` what is read. Returns rank 0's
     Recorder, for the steps after `first_step`; the other ranks have none.
     """
     if not ranks.is_first:

@@ -16,7 +16,7 @@ from train.metrics.metrics_file import LoadRow
 
 
 class RoutingHealth:
-    """Of all MoE layers and ranks together, one logging interval at a time.
+    """Routing metrics of all MoE layers and ranks together, one logging interval at a time.
 
     `load` float64 [layers, experts] is the last interval's: the tokens that each expert got, over
     the mean of its layer. 1 everywhere is even.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def save_heat_map(path: Path, load: Sequence[Sequence[float]], step: int) -> None:
     """Draw `load` [layers][experts], tokens over the layer's mean, into a PNG at `path`."""
-    # Here, because it takes half a second, which a run without pictures need not pay.
+    # Imported here, because it takes half a second that a run without pictures need not pay.
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 

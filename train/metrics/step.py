@@ -1,4 +1,4 @@
-"""What a model says of its steps: loss, gradient norm, routing, relayouts, bytes sent."""
+"""Metrics of the model's steps: loss, gradient norm, routing, relayouts, bytes sent."""
 
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -24,10 +24,10 @@ class Gathered(TypedDict):
     auxiliary: dict[str, torch.Tensor]
     counts: dict[str, Count]
     relayouts: NotRequired[dict[str, int]]
-    """In checkpoints from before they were one of the counts."""
+    """Only in older checkpoints, where they were not yet one of the counts."""
     bytes_sent: int
     redone: NotRequired[int]
-    """Not in checkpoints from before `moe.capacity=auto`."""
+    """Missing in checkpoints from before `moe.capacity=auto`."""
 
 
 class Mark(NamedTuple):
@@ -41,16 +41,16 @@ class Mark(NamedTuple):
 
 
 class StepMetrics:
-    """What the model says of itself, gathered on the device and read once a logging interval.
+    """The model's metrics, gathered on the device and read once per logging interval.
 
-    Reading a number off a GPU waits for all the work queued on it.
+    Reading a number from a GPU waits for all the work queued on it.
     """
 
     def __init__(self, model: GPT, accumulation: int) -> None:
         self.layers = model.moe_layers()
         self.routing = RoutingHealth(self.layers)
         self.runtime = model.runtime
-        self.runtime.counts.reset()  # what this process did before is not of this training
+        self.runtime.counts.reset()  # what this process did before does not count for this run
         self.accumulation = accumulation
         self.steps = 0
         self.skipped = 0
@@ -98,7 +98,7 @@ class StepMetrics:
         )
 
     def rewind(self, mark: Mark) -> None:
-        """As if nothing had been added since."""
+        """Undo what has been added since."""
         for buffer, before in zip(self._buffers(), mark.buffers, strict=True):
             buffer.copy_(before)
         auxiliary.rewind(mark.auxiliary)
@@ -106,7 +106,7 @@ class StepMetrics:
         self.runtime.dispatcher.rewind(mark.sent)
 
     def _buffers(self) -> list[torch.Tensor]:
-        """Of the MoE layers: the expert load, and whatever else a router keeps count of."""
+        """Counters of the MoE layers: the expert load, and whatever else a router counts."""
         return [buffer for layer in self.layers for buffer in layer.buffers()]
 
     def state(self) -> Gathered:
@@ -126,7 +126,7 @@ class StepMetrics:
         }
 
     def load_state(self, state: Gathered) -> None:
-        """Go on gathering from what `state` returned."""
+        """Continue gathering from what `state` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.redone = state.get("redone", 0)
         device = self.loss.device
@@ -144,7 +144,7 @@ class StepMetrics:
         self.runtime.dispatcher.bytes_sent = state["bytes_sent"]
 
     def _dispatched_mib(self) -> float:
-        """Data and scales that travelled between ranks in one step, both ways out, all ranks."""
+        """Data and scales sent between ranks in one step, in both dispatches, by all ranks."""
         dispatcher = self.runtime.dispatcher
         sent = torch.tensor(float(dispatcher.bytes_sent), device=self.loss.device)
         dispatcher.bytes_sent = 0
@@ -152,7 +152,7 @@ class StepMetrics:
         return float(sent) / self.steps / 2**20
 
     def _dropped_rows(self) -> float:
-        """Copies of tokens that found no room with their experts, in one step of all ranks."""
+        """Copies of tokens that were dropped for lack of room, in one step of all ranks."""
         dropped = torch.zeros_like(self.loss) + self.runtime.counts.dropped_rows
         dist.all_reduce(dropped)
         return float(dropped) / self.steps

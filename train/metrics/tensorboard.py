@@ -1,8 +1,8 @@
-"""TensorBoard in the place of W&B, `tracking.backend=tensorboard`: the same names in event files.
+"""TensorBoard instead of W&B, `tracking.backend=tensorboard`: the same names in event files.
 
     tensorboard --logdir runs
 
-Whatever its library or the disk does, the training goes on: the first failure prints one line, and
+Whatever its library or the disk does, training continues: the first failure prints one line, and
 from then on `metrics.jsonl` is the only record.
 """
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "tensorboard"
-"""In the run's folder."""
+"""Name of the folder in the run's folder."""
 
 FLUSH_S = 10
-"""What was logged is on disk after so many seconds."""
+"""Seconds after which what was logged is on disk."""
 
 
 def why_not() -> str | None:
@@ -50,8 +50,8 @@ class TensorBoard:
         environment: "Environment | None" = None,
         first_step: int = 0,
     ) -> None:
-        """Write for the steps after `first_step`. What a run that was killed has logged of them
-        before is hidden from then on, since they are logged again."""
+        """Write for the steps after `first_step`. Lines of these steps that a killed run has left
+        are hidden, since they are logged again."""
         self.folder = run_dir / FOLDER
         self._writer: SummaryWriter | None = None
         self._step = first_step
@@ -88,7 +88,7 @@ class TensorBoard:
         self._try(scalars)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Log a PNG beside a step's metrics."""
+        """Log a PNG with a step's metrics."""
         if (writer := self._writer) is None:
             return
 
@@ -116,6 +116,6 @@ class TensorBoard:
             self._writer = None
             text = " ".join(str(error).split())[:200]
             log.warning(
-                "TensorBoard failed; training goes on without it (%s: %s)",
+                "TensorBoard failed; training continues without it (%s: %s)",
                 *(type(error).__name__, text),
             )

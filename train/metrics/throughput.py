@@ -1,8 +1,8 @@
 """Speed, MFU and memory.
 
-Speeds are wall time over whole logging intervals, not a step timed on its own: a GPU works behind
-the CPU's back, and waiting for it after every step would slow down what is measured. So the
-device is waited for once an interval, and around what is left out.
+Speeds are wall time over whole logging intervals, not a step timed on its own: a GPU works
+asynchronously, and waiting for it after every step would slow down what is measured. So the device
+is waited for once per interval, and around what is left out.
 """
 
 import logging
@@ -47,7 +47,7 @@ halved where they quote it with sparsity."""
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Dense BF16 peak in FLOP/s of the GPU that `torch.cuda.get_device_name` calls so.
+    """Dense BF16 peak in FLOP/s of the GPU with this `torch.cuda.get_device_name`.
 
     Only whole names match: a part of a GPU ("NVIDIA H100 80GB HBM3 MIG 1g.10gb") and a variant
     with other clocks ("NVIDIA H100 PCIe") carry the name of a faster one. None when unknown.

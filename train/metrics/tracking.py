@@ -1,7 +1,7 @@
-"""Weights & Biases, kept from ever getting in the way of the training.
+"""Weights & Biases, which never gets in the way of training.
 
-Online with an API key, offline without one. An offline run is whole: `scripts/sync.sh` uploads it
-later. Whatever W&B or the network does, the training goes on: the first failure prints one line,
+Online with an API key, offline without one. An offline run is complete: `scripts/sync.sh` uploads
+it later. Whatever W&B or the network does, training continues: the first failure prints one line,
 and from then on `metrics.jsonl` is the only record.
 """
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
 FINISHED_FILE = "finished"
-"""In the folder of an offline run that came to its end."""
+"""A file in the folder of an offline run that has ended."""
 
 INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 60
 """W&B's own defaults are 90 s and forever, during which the GPUs of a job would idle."""
 
 ARTIFACT_TIMEOUT_S = 600
-"""In the place of the latter where checkpoints are uploaded, whose GPUs idle for them knowingly."""
+"""Instead of the latter where checkpoints are uploaded, for which the user accepts idle GPUs."""
 
 
 class Tracker:
@@ -51,7 +51,7 @@ class Tracker:
         """Start the run, in `run_dir/wandb/`.
 
         `environment` (device, world size, versions, commit) goes into the run's config under that
-        name. With `resumed` the W&B run whose id is in the folder goes on; otherwise a new one
+        name. With `resumed` the W&B run whose id is in the folder continues; otherwise a new one
         begins, since W&B ignores a step that a run has already logged.
         """
         self._run: Run | None = None
@@ -89,7 +89,7 @@ class Tracker:
         self._try(lambda run: run.log(dict(metrics), step=step))
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Log a PNG beside a step's metrics."""
+        """Log a PNG with a step's metrics."""
 
         def log_image(run: "Run") -> None:
             import wandb
@@ -143,7 +143,7 @@ class Tracker:
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
         self.mode = "disabled"
-        _warn(f"{what}; training goes on without it", error)
+        _warn(f"{what}; training continues without it", error)
 
 
 def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
@@ -193,7 +193,7 @@ def _start(
     run = wandb.init(
         mode=mode,
         id=_run_id(run_dir, resumed),
-        resume="allow" if mode == "online" else None,  # offline there is nobody to ask
+        resume="allow" if mode == "online" else None,  # offline there is no server to ask
         project=_set_by("WANDB_PROJECT", config.tracking, "project"),
         group=_set_by("WANDB_RUN_GROUP", config.run, "group"),
         job_type=config.moe.path,
@@ -203,7 +203,7 @@ def _start(
         dir=str(run_dir),
         settings=wandb.Settings(
             silent=True,
-            console="off",  # the terminal is the training's own
+            console="off",  # the terminal belongs to the run
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S
             if config.tracking.artifacts == "none"
@@ -234,7 +234,7 @@ def _stop_service() -> None:
 
 
 def _run_id(run_dir: Path, resumed: bool) -> str:
-    """The id in the run's folder, so that a resumed run goes on in the same W&B run."""
+    """The id in the run's folder, so that a resumed run continues in the same W&B run."""
     path = run_dir / ID_FILE
     if not resumed or not path.exists():
         path.write_text(secrets.token_hex(4))

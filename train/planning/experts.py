@@ -19,7 +19,7 @@ class Rows:
 
     shape: Shape
     value: int = 2
-    """Of a value that is not in FP8."""
+    """Bytes of a value that is not in FP8."""
 
     def high(self, width: int) -> int:
         return self.shape.rows * width * self.value
@@ -37,15 +37,15 @@ class Rows:
 
 
 def kept_bytes(shape: Shape, value: int = 2) -> int:
-    """Of `Saved`: h, x and a; with `moe.recompute` tokens, their experts and weights, of which the
-    tokens are the router's input, which is counted there."""
+    """What `Saved` keeps: h, x and a; or, with `moe.recompute`, the tokens' experts and weights
+    (the tokens are the router's input and counted there)."""
     if shape.moe.recompute:
         return shape.tokens * shape.moe.top_k * (8 + 4)
     return saved_bytes(shape, value)
 
 
 def saved_bytes(shape: Shape, value: int = 2) -> int:
-    """Of `Saved`, whether it is kept or computed again."""
+    """The size of `Saved`, whether it is kept or recomputed."""
     rows, hidden, ffn = Rows(shape, value), shape.model.hidden_size, shape.moe.ffn_hidden_size
     h = rows.high(2 * ffn)
     if shape.linear == "bf16":

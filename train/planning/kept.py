@@ -1,8 +1,8 @@
 """Activations that a transformer layer keeps for its backward pass, tensor by tensor.
 
-It is what autograd saves, each memory once, whoever saved it first. The list is a GPU's. On a CPU
-norms, rotation and router keep more, which tests/train/test_planning.py names tensor by tensor, and
-the rest is checked there to the byte.
+It is what autograd saves for backward, each storage once, whichever function saved it first. The
+list is a GPU's. On a CPU norms, rotation and router keep more, which tests/train/test_planning.py
+names tensor by tensor, and the rest is checked there to the byte.
 """
 
 from train.planning.experts import kept_bytes
@@ -52,6 +52,6 @@ def _router(shape: Shape) -> dict[str, int]:
 
 
 def _shared(shape: Shape, value: int) -> dict[str, int]:
-    """Of a shared expert: what its SwiGLU reads, and what it writes."""
+    """What a shared expert keeps: what its SwiGLU reads and writes."""
     ffn = shape.moe.shared_ffn_hidden_size
     return {"shared expert": shape.tokens * 3 * ffn * value} if ffn else {}

@@ -1,7 +1,7 @@
-"""What a GPU's memory holds at the fullest moment of a step, by part.
+"""What a GPU's memory holds at the peak of a step, by part.
 
 The moments are those of `loop.step`: the loss; each layer's experts in their backward pass, when
-the layers after it have let their activations go and have their gradients; the end of the backward
+the layers after it have freed their activations and have their gradients; the end of the backward
 pass; the optimizer. Everything is what PyTorch's allocator counts, `memory/peak_allocated_gib`.
 """
 
@@ -22,8 +22,8 @@ FIT = Path(__file__).parents[2] / "docs" / "results" / "plan_fit.json"
 """Written by `python -m scripts.plan.fit`: what is not counted but fitted."""
 
 USABLE = 0.92
-"""Of a GPU's memory, what tensors may plan to take. An assumption: the rest is for CUDA's context,
-NCCL's and DeepEP's buffers, which the allocator does not see, and for fragmentation."""
+"""Share of a GPU's memory that a plan gives to tensors. An assumption: the rest is for CUDA's
+context, NCCL's and DeepEP's buffers, which the allocator does not see, and for fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Moment:
 
 
 def peak(shape: Shape, overhead: float | None = None) -> Moment:
-    """The fullest moment of a step. `overhead` in bytes is what was fitted, unless given."""
+    """The peak of a step. `overhead` in bytes is what was fitted, unless given."""
     found = max(moments(shape), key=lambda moment: moment.total)
     rest = fitted_overhead() if overhead is None else overhead
     return Moment(found.name, {**found.parts, "overhead": rest})
@@ -54,7 +54,7 @@ def fitted_overhead() -> float:
 
 
 def moments(shape: Shape) -> Iterator[Moment]:
-    """Each that can be the fullest."""
+    """Every moment that can be the peak."""
     model, layers = shape.model, shape.model.num_layers
     always, layer = _always(shape), kept.of_layer(shape)
     hidden = shape.tokens * model.hidden_size * HALF
@@ -79,7 +79,7 @@ def moments(shape: Shape) -> Iterator[Moment]:
     sharded = shape.dense / shape.ranks * FULL + shape.experts / shape.replicas * of_experts
 
     def gradients(done: int) -> float:
-        """After the backward pass of so many layers."""
+        """After the backward pass of this many layers."""
         return left or done * sharded
 
     yield moment("forward pass of the last layer", layers, left, computing=forward_bytes(shape))
@@ -131,5 +131,5 @@ def _prepared(shape: Shape) -> float:
 
 
 def budget(memory_bytes: float) -> float:
-    """Of a GPU with so much memory, what the plan may take."""
+    """The bytes that a plan may use of a GPU with this much memory."""
     return USABLE * memory_bytes

@@ -12,7 +12,8 @@ from models.moe.room import PARTS, SPARE
 from train.config import Config
 
 UNEVEN = 1.2
-"""Assumed where the router chooses: the fullest rank of a group gets so many times its share."""
+"""An assumption where the router chooses: the most loaded rank of a group gets this many times its
+share."""
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -24,14 +25,14 @@ class Shape:
     model: ModelConfig
     moe: MoEConfig
     ranks: int
-    """Of the run."""
+    """Ranks of the run."""
     expert_ranks: int
     """That share one set of experts."""
     node: int
     """GPUs of a node."""
     micro_batch: int
     micro_batches: int
-    """Of an optimizer step."""
+    """Micro-batches of an optimizer step."""
     reshard: bool
     """`parallel.reshard_after_forward`."""
     prepare: bool
@@ -55,12 +56,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on a rank."""
+        """Tokens of a micro-batch on a rank."""
         return self.micro_batch * self.model.seq_len
 
     @property
     def replicas(self) -> int:
-        """Of each expert."""
+        """Replicas of each expert."""
         return self.ranks // self.expert_ranks
 
     @property
@@ -138,7 +139,7 @@ class Shape:
 
     @property
     def sent_share(self) -> float:
-        """Of tokens, how many have an expert on a given rank of their group."""
+        """Share of tokens that have an expert on a given rank of their group."""
         experts, elsewhere = self.moe.num_experts, self.moe.num_experts - self.local_experts
         none = 1.0
         for chosen in range(self.moe.top_k):

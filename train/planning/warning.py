@@ -10,7 +10,7 @@ from train.planning.shapes import shape_of
 def why_not(config: Config, ranks: int, node: int, memory: int, gpu: str) -> str | None:
     """Why it is not planned to fit into a GPU of `memory` bytes; None if it is.
 
-    A plan, not a law: it may fit all the same.
+    A plan, not a law: it may fit anyway.
     """
     shape = shape_of(config, ranks, node)
     found, room = peak(shape), budget(memory)

@@ -1,4 +1,4 @@
-"""A model whose parts are timed, for as long as somebody looks; after that it is as it was.
+"""A model whose parts are timed inside a `with`, and unchanged after it.
 
     timer = Timer(device)
     with timed_gpt(model, timer):

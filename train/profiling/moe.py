@@ -1,8 +1,8 @@
 """The five steps and what follows them as timed parts, without a line of it in the paths.
 
 A path is given what it calls: operations, a trip, and the linear layer. Here each of these is
-replaced by one that is timed, in a `Runtime` that a layer uses instead of its own for as long as
-somebody looks. Results do not change.
+replaced by one that is timed, in a `Runtime` that a layer uses while it is timed. Results do not
+change.
 """
 
 import copy
@@ -20,8 +20,8 @@ from models.moe.runtime import Runtime
 from train.profiling.timer import Timer
 
 STEPS = ("quantize", "dispatch", "permute", "up_projection")
-"""Of the five steps, those that take time: 3 only wraps what arrived. In backward, step 5 is
-`dgrad`: the gradient takes the same way to the first GEMM that it meets."""
+"""Those of the five steps that take time: 3 only wraps what arrived. In backward, step 5 is
+`dgrad`: the gradient follows the same steps to the first GEMM that it meets."""
 
 PARTS = (
     *STEPS,
@@ -98,7 +98,8 @@ def timed_runtime(runtime: Runtime, timer: Timer) -> Runtime:
 
 
 class _Gemm:
-    """Which GEMM is being computed: whoever begins one says so, and its time is that part's."""
+    """Which GEMM is being computed: the function that starts one sets it, and the time counts for
+    that part."""
 
     def __init__(self, timer: Timer) -> None:
         self.timer = timer
@@ -127,7 +128,7 @@ class _Gemm:
 
 
 class _StandIn:
-    """In an object's place: some functions are others, the rest is the object's own."""
+    """Stands in for an object: some functions are replaced, the rest is the object's own."""
 
     def __init__(self, target: Any, wrappers: Mapping[str, Wrapper]) -> None:
         self._target = target

@@ -1,7 +1,7 @@
 """Where the time of a step goes: `train.profile`, and a trace of one step: `train.trace_step`.
 
-Only chosen steps are looked at, on the first rank. All other steps run code that knows nothing of
-it, and events are read when the step's metrics are, so nothing waits for the GPU.
+Only chosen steps are profiled, on the first rank. All other steps run code without timers, and
+events are read when the step's metrics are, so nothing waits for the GPU.
 """
 
 import logging
@@ -22,7 +22,7 @@ from train.profiling.timer import Lap, Timer
 log = logging.getLogger(__name__)
 
 PARTS = (*MODEL_PARTS, "weight_gather", "gradient_sync", "optimizer")
-"""What `time/<part>_ms` is logged of, beside `time/other_ms`."""
+"""Parts that are logged as `time/<part>_ms`, in addition to `time/other_ms`."""
 
 TRACE = "trace.json.gz"
 
@@ -66,7 +66,7 @@ class StepProfiler:
     def step(self, step: int, is_logged: bool) -> Iterator[PartMaker]:
         """Around one step, counted from 1. What comes back times a part of it: `with part(name)`.
 
-        In a step that nobody looks at it does nothing.
+        In a step that is not profiled it does nothing.
         """
         times = self._chooses(is_logged)
         if self._first_rank and self.traces(step):
@@ -116,7 +116,7 @@ class StepProfiler:
         try:
             recorded.export_chrome_trace(str(path))
         except OSError as error:
-            log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
+            log.warning("%s cannot be written (%s); training continues", path, error.strerror)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Moment = torch.cuda.Event | float
-"""On a GPU's stream, or seconds by the clock."""
+"""An event on a GPU's stream, or seconds by the clock."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Lap:
 class Timer:
     """Notes when parts begin and end, from `start` to `stop`.
 
-    A part inside another belongs to the outer one, so a layer whose GEMM quantizes by itself and
+    A part inside another belongs to the outer one, so a layer whose GEMM quantizes internally and
     one that calls `quantize` for it are timed alike.
 
     With `named`, parts are also ranges of torch.profiler (`record_function`), the inner ones too.

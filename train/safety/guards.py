@@ -1,4 +1,4 @@
-"""What watches over a training from outside its steps, side by side for the loop."""
+"""What watches over a run from outside its steps, together for the loop."""
 
 from models.gpt import GPT
 from train.config import Config
@@ -9,7 +9,7 @@ from train.safety.watchdog import MARGIN_S, Watchdog
 
 
 class Safety:
-    """Open while there are steps: signals ask to stop, and a step that hangs is noticed."""
+    """Open during the steps: signals ask to stop, and a hanging step is noticed."""
 
     def __init__(self, config: Config, ranks: Ranks, model: GPT, lifeline: Lifeline) -> None:
         timeout_s = config.parallel.timeout_s

@@ -1,11 +1,11 @@
 """When one rank has ended, the others end within seconds, whatever they wait for.
 
-gloo tells at once that the other side is gone. NCCL spins, and torchrun kills what spins after 30 s
-only. So each rank has a small process beside it, its sentinel: when the rank ends without having
-taken leave, that says so in the store, and the other ranks' sentinels, which look there, tell
-theirs. A process, since it must outlive its rank, and since a rank that waits in C code may hold
-Python's global lock, and then no thread of it runs: such a one is ended by SIGALRM, at which it
-writes its stack (see watchdog.py).
+gloo reports at once that the other side is gone. NCCL spins, and torchrun kills a spinning rank
+only after 30 s. So each rank has a small process beside it, its sentinel: when the rank ends
+without signing off, the sentinel notes it in the store, and the other ranks' sentinels, which poll
+it, tell theirs. A process, since it must outlive its rank, and since a rank that waits in C code
+may hold Python's global lock, and then no thread of it runs: such a rank is ended by SIGALRM, at
+which it writes its stack (see watchdog.py).
 """
 
 import mmap
@@ -25,10 +25,10 @@ EVERY_S = 0.25
 """How often a sentinel looks."""
 
 GRACE_S = 2.0
-"""How long a rank has to come to an error of its own, which says more."""
+"""How long a rank has to raise an error of its own, which says more."""
 
 ALARM_S = 1.0
-"""How much later SIGALRM comes, where it does not hear; and after that SIGKILL."""
+"""How much later SIGALRM follows, where the rank does not react; and after that SIGKILL."""
 
 
 class Lifeline:
@@ -62,7 +62,7 @@ class Lifeline:
             os.waitpid(self._sentinel, 0)
 
     def leave(self) -> None:
-        """This rank ends by itself from here on, whatever becomes of the others."""
+        """From here on this rank no longer depends on the others."""
         self._leaving[0] = 1
 
     def _listen(self, pipe: int) -> None:
@@ -84,7 +84,7 @@ class _Sentinel:
         self.key = f"lost in start {restart}"
 
     def watch(self) -> None:
-        for number in SIGNALS:  # to all processes of a job: it ends with its rank
+        for number in SIGNALS:  # sent to all processes of a job: the sentinel ends with its rank
             signal.signal(number, signal.SIG_IGN)
         # Or the rank's connections, and its GPU's memory, would live on with this process.
         os.closerange(3, self.pipe)

@@ -1,9 +1,9 @@
-"""A loss, gradient or weight that is NaN or infinite never passes in silence, nor an infinity
-inside the experts that FP8 hides from all of them.
+"""A loss, gradient or weight that is NaN or infinite never passes silently, nor an infinity inside
+the experts that FP8 hides from all of them.
 
-The device notes it, and the host reads the note when it waits for the device anyway: where metrics
-are logged and before anything is saved. So a healthy step waits for nothing, and the report still
-names the first bad step. Nothing is saved after it.
+The device records it, and the host reads the record when it waits for the device anyway: when
+metrics are logged and before anything is saved. So a healthy step waits for nothing, and the report
+still names the first bad step. Nothing is saved after it.
 """
 
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 NEVER = 2**62
 
 NAN, INFINITE, HIDDEN = 1, 2, 3
-"""What was met; HIDDEN is an infinity inside the experts."""
+"""What was found; HIDDEN is an infinity inside the experts."""
 
 ADVICE = "Lower optim.lr, or set train.on_nonfinite=skip to leave such steps out"
 
@@ -42,16 +42,16 @@ class LossGuard:
         self._hidden = overflow.note_on(ranks.device).zero_()
 
     def begin(self, step: int) -> None:
-        """Step `step`, counted from 0, begins."""
+        """Step `step`, counted from 0, starts."""
         self.step = step
         self._this_step.zero_()
 
     def mark(self) -> tuple[Tensor, Tensor]:
-        """What is noted of the steps before this one, which has begun."""
+        """What is recorded of the steps before this one, which has started."""
         return self._first.clone(), self._kind.clone()
 
     def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
-        """This step has noted nothing."""
+        """Forget what this step has recorded."""
         self._first, self._kind = mark
         self._this_step.zero_()
         self._hidden.zero_()
@@ -71,7 +71,8 @@ class LossGuard:
         self._first = torch.where(is_first, place, self._first)
 
     def skips_this_step(self) -> bool:
-        """With `train.on_nonfinite=skip`: whether any rank has met one in this step; says so.
+        """With `train.on_nonfinite=skip`: whether any rank has met one in this step, which is
+        reported.
 
         Raises TrainingFailed after `train.nonfinite_limit` of them in a row.
         """
@@ -88,7 +89,7 @@ class LossGuard:
         if self.skipped_in_a_row >= limit:
             raise NotFinite(
                 f"{report}; the last of train.nonfinite_limit={limit} skipped steps in a row, in "
-                "which nothing was saved; lower optim.lr and start again, which goes on from the "
+                "which nothing was saved; lower optim.lr and start again, which resumes from the "
                 "newest checkpoint"
             )
         if self.skipped_in_a_row == 1 and self.ranks.is_first:
@@ -108,7 +109,7 @@ class LossGuard:
         if self._weights_overflow():
             raise NotFinite(
                 f"a weight of the experts is not finite in bfloat16 after step {self.step + 1}; "
-                "nothing was saved after it. Lower optim.lr and start again, which goes on from "
+                "nothing was saved after it. Lower optim.lr and start again, which resumes from "
                 "the newest checkpoint"
             )
 

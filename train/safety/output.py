@@ -1,11 +1,11 @@
-"""Whatever stdout and stderr do, the training goes on, saves and ends as it would.
+"""Whatever stdout and stderr do, training continues, saves and ends as it would.
 
 A reader may go away (`| head`, `| tee` at Ctrl-C, a closed terminal), the disk of a log may be
-full, and a pipe may have nobody who empties it. Each would raise an error out of a print, or keep
-it waiting. Here text that cannot be written waits in memory, as far as there is room, and print
-returns. `metrics.jsonl` has every number all the same.
+full, and a pipe may have no reader that empties it. Each would make a print raise or block. Here
+text that cannot be written waits in memory, up to a limit, and print returns. `metrics.jsonl` still
+has every number.
 
-print, rich, logging, warnings and the libraries find the streams in `sys`, so it is done there.
+print, rich, logging, warnings and the libraries use the streams in `sys`, so those are replaced.
 """
 
 import io
@@ -18,18 +18,18 @@ from contextlib import suppress
 from typing import Any
 
 PATIENCE_S = 1.0
-"""How long a pipe or terminal that takes no more text is waited for; once, and again only after it
-has taken some."""
+"""How long to wait for a pipe or terminal that accepts no more text; once, and again only after it
+has accepted some."""
 
 CHUNK = 4096
 """Bytes that a pipe which says that it has room takes without waiting (PIPE_BUF)."""
 
 LIMIT = 1 << 20
-"""Bytes that wait at most; what comes after them is dropped."""
+"""Most bytes that wait; later ones are dropped."""
 
 
 def protect() -> None:
-    """Put streams that neither fail nor wait in the place of stdout and stderr."""
+    """Replace stdout and stderr by streams that neither fail nor block."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -39,13 +39,13 @@ def protect() -> None:
 
 
 def last_words(line: str) -> None:
-    """Print to stderr in a process that is about to end, which nothing may keep from it."""
+    """Print to stderr in a process that is about to end, without ever blocking."""
     with suppress(Exception):
         print(line, file=sys.stderr, flush=True)
 
 
 def stderr_descriptor() -> int:
-    """For those who write to stderr without Python: a write to it does not wait."""
+    """A stderr for C code: writing to it does not block."""
     outlet = getattr(sys.stderr, "buffer", None)
     return outlet.descriptor if isinstance(outlet, Outlet) else 2
 
@@ -57,7 +57,7 @@ class Outlet(io.RawIOBase):
         self.number = number
         self.descriptor = _opened_again(number)
         self._start()
-        # A data worker is a copy of this process: what waits here is not for it to write.
+        # A data worker is a fork of this process: what waits here must not be written twice.
         os.register_at_fork(after_in_child=self._start)
 
     def _start(self) -> None:

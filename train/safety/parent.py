@@ -1,7 +1,7 @@
 """A process that must not outlive the one that started it, however that ended.
 
-torchrun's ranks would train on after a `kill -9` of torchrun, on GPUs that whoever killed it takes
-for free; a rank's data workers would hold its connections open, by whose end others notice.
+After a `kill -9` of torchrun its ranks would continue on GPUs that are believed to be free; and a
+rank's data workers would hold its connections open, whose end tells the others.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ def end_with_parent(number: signal.Signals) -> None:
     if prctl is None:
         return
     prctl(PR_SET_PDEATHSIG, int(number))
-    if os.getppid() != before:  # it ended in between
+    if os.getppid() != before:  # it ended meanwhile
         os.kill(os.getpid(), number)
 
 
 def end_with_torchrun() -> None:
-    """In a rank: SIGTERM, at which it saves, when torchrun ends. Without torchrun nothing: a
-    training outlives the shell that started it."""
+    """Have this rank get SIGTERM, on which it saves, when torchrun ends. Does nothing without
+    torchrun: a run outlives the shell that started it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)

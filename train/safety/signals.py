@@ -1,4 +1,4 @@
-"""A signal asks the training to stop: it ends the step, saves, and exits with REQUEUE.
+"""A signal asks the run to stop: it ends the step, saves, and exits with REQUEUE.
 
     with StopRequest(ranks) as stop:
         for ...:
@@ -49,10 +49,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # Python runs a handler when its main thread comes back from what it does; a thread that
-        # reads the signals' numbers is there even while that waits for another rank forever.
+        # Python runs a handler only when its main thread returns to Python; a thread that reads the
+        # signals' numbers also runs while the main thread waits for another rank.
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # nohup has the training ignore SIGHUP, and means it.
+        # Under nohup the run ignores SIGHUP, on purpose.
         ours = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, _nothing) for number in ours}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
@@ -65,7 +65,7 @@ class StopRequest:
         os.close(self._write)  # ends the thread
 
     def agreed(self) -> str | None:
-        """What asked any rank to stop, such as SIGTERM. Every rank calls it after every step."""
+        """What asked some rank to stop, such as SIGTERM. Every rank calls it after every step."""
         asked = self._asked
         if not asked and self.file is not None and self.file.exists():
             asked = BY_FILE
@@ -75,11 +75,11 @@ class StopRequest:
         return STOP_FILE if asked == BY_FILE else signal.Signals(asked).name if asked else None
 
     def answer(self) -> None:
-        """Tell whoever asked by the stop file that all is saved."""
+        """Write into the stop file that all is saved."""
         if self.file is not None:
             try:
                 self.file.write_text("saved\n")
-            except OSError as error:  # all is saved; only nobody is told
+            except OSError as error:  # all is saved; only the caller is not told
                 log.warning("%s cannot be written (%s)", self.file, error.strerror)
 
     def wait_for_all(self) -> None:
@@ -103,4 +103,4 @@ class StopRequest:
 
 
 def _nothing(*_: object) -> None:
-    """Instead of what the signal would do by default."""
+    """Replaces the signal's default action."""

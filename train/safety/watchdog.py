@@ -1,10 +1,10 @@
-"""Ends a training that hangs, and names the ranks that the others wait for.
+"""Ends a run that hangs, and names the ranks that the others wait for.
 
-A collective waits for every rank. Where one never comes, because it is stuck, stopped or gone, the
-others wait in silence, and a time-out of theirs says who waited, not who was missing. Here a thread
-on every rank watches for signs of life. Where there is none for `timeout_s`, it writes down where
-its rank is, in `runs/<name>/stalled/`, then looks who did the same, and one rank says it all in one
-line. It works alike for gloo and NCCL, since it asks neither.
+A collective waits for every rank. If one never comes, because it is stuck, stopped or gone, the
+others wait silently, and their time-out names who waited, not who was missing. Here a thread on
+every rank watches for signs of life. After `timeout_s` without any, it writes down where its rank
+is, in `runs/<name>/stalled/`, then reads what the others wrote, and one rank reports it all in one
+line. It works alike for gloo and NCCL, since it uses neither.
 
 A rank that hangs in C code may hold Python's global lock, and then no thread of it runs. So two
 timers that need no lock are always set, a little later: faulthandler's writes the stack down, and
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from train.safety import output
 
 MARGIN_S = 60
-"""The process groups' own time-outs come this much later, so that they do not speak first."""
+"""The process groups' own time-outs come this much later, so that they do not report first."""
 
 GRACE_S = 2.0
 """How much later than this thread faulthandler writes, where the thread does not run."""
@@ -56,7 +56,7 @@ class Watchdog:
         timeout_s: float,
         on_hang: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_hang` is called when this rank is about to end by itself."""
+        """`on_hang` is called when the watchdog is about to end this rank."""
         self.on_hang = on_hang
         self.folder = run_dir / "stalled"
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
@@ -71,17 +71,17 @@ class Watchdog:
         self._file = self._path_of(rank).open("w")
         self._file.write(f"{socket.gethostname()}\n")
         self._file.flush()
-        # Before SIGALRM ends this process, its stack is on the terminal: nobody else may speak.
+        # Before SIGALRM ends this process its stack is on the terminal: no other thread may print.
         where = output.stderr_descriptor()
         faulthandler.register(signal.SIGALRM, file=where, all_threads=False, chain=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """This rank is alive and about to do the next thing."""
+        """Note that this rank is alive."""
         self._last = time.monotonic()
 
     def close(self) -> None:
-        """The steps are over, well or badly."""
+        """The steps are over, successfully or not."""
         with self._setting_timers:
             self._closed.set()
             faulthandler.cancel_dump_traceback_later()
@@ -126,13 +126,14 @@ class Watchdog:
             line = summary(present, self.world_size, self.timeout_s)
             output.last_words(f"error: {line}; stacks are in {self.folder}")
         else:
-            # The one that speaks may have begun later, and would take this one's end for the fault.
+            # The rank that reports may have started later, and would take this one's end for the
+            # fault.
             time.sleep(gather_s)
         # No clean-up: whatever this process waits for will not come.
         os._exit(1)
 
     def _present(self) -> "dict[int, Position]":
-        """Of the ranks that wrote down where they are."""
+        """Positions of the ranks that wrote down where they are."""
         found = {}
         for rank in range(self.world_size):
             with suppress(OSError):
@@ -147,7 +148,7 @@ class Watchdog:
 
 
 class Position(NamedTuple):
-    """Where a rank is that hangs."""
+    """Where a hanging rank is."""
 
     place: str
     """File and line of our code."""
@@ -159,7 +160,7 @@ class Position(NamedTuple):
 
 
 def position(text: str) -> Position | None:
-    """From a rank's file in `stalled/`; None where nothing has been written but the host."""
+    """Read a rank's file in `stalled/`; None where only the host has been written."""
     host, _, stacks = text.partition("\n")
     # The newest thread comes first and its last call on top, so that the main thread is the last.
     main_thread = re.split(r"^(?:Current thread|Thread) 0x.*$", stacks, flags=re.MULTILINE)[-1]
@@ -182,7 +183,7 @@ def _installed(file: str) -> bool:
 
 
 def summary(present: dict[int, Position], world_size: int, timeout_s: float) -> str:
-    """One line, from where the ranks are that wrote it down."""
+    """One line, from the places that the ranks wrote down."""
     parts = []
     silent = [rank for rank in range(world_size) if rank not in present]
     if silent:
@@ -194,7 +195,7 @@ def summary(present: dict[int, Position], world_size: int, timeout_s: float) -> 
             waiting.setdefault(where.place, []).append(rank)
         else:
             elsewhere.setdefault(f"{where.place} on {where.host}", []).append(rank)
-    # On a GPU nobody needs to be in a collective: the host waits where it reads a result.
+    # On a GPU no rank need be in a collective: the host waits where it reads a result.
     verb = "did not come, being at" if waiting else "is at"
     parts += [f"{_ranks(ranks)} {verb} {place}" for place, ranks in elsewhere.items()]
     parts += [f"{_ranks(ranks)} waits at {place}" for place, ranks in waiting.items()]

@@ -1,7 +1,7 @@
-"""Data workers, the processes that read ahead: they live exactly as long as the training.
+"""Data workers, the processes that read ahead: they live exactly as long as training runs.
 
-A signal to all processes of a job must not take the data away from the step that is to be ended, so
-workers ignore those that ask a training to stop. PyTorch ends its workers by one of them, and waits
+A signal to all processes of a job must not take the data away from the step that is being finished,
+so workers ignore those that ask a run to stop. PyTorch ends its workers by one of these, and waits
 for what they read; here they are killed instead, which loses nothing.
 """
 
@@ -18,12 +18,12 @@ _ended: list[object] = []
 
 
 def begin() -> None:
-    """In a worker, before it reads anything."""
+    """Set up a worker before it reads anything."""
     end_with_parent(signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # Its default prints a traceback and drops the batch, for which the training then waits.
+    # By default it prints a traceback and drops the batch, for which training then waits.
     Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
 
 
@@ -34,9 +34,9 @@ def _cannot_hand_over(error: Exception, batch: object) -> None:
 
 
 def end(batches: object) -> None:
-    """In the training, when it is over: end its workers now, whatever they read."""
+    """End this rank's workers when training is over, whatever they are reading."""
     # PyTorch's own clean-up would take locks with which a worker may have been killed.
     _ended.append(batches)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes their end for a fault
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler sees a fault
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,5 +1,5 @@
-"""Operations on a GPU that are not all `kernels/`'s, a module for each mixture.
+"""Operations on a GPU that mix `kernels/` with those of a library, a module for each mixture.
 
-A module here has every name of `kernels/`, and then some of somebody else's in their place.
-`operations.choose` says who takes which.
+A module here has every name of `kernels/`, some of them replaced by a library's.
+`operations.choose` says which path uses which.
 """

@@ -1,4 +1,4 @@
-"""Triton's, but cuBLAS multiplies bfloat16: where it is new enough."""
+"""Triton's operations, with cuBLAS's bfloat16 GEMMs, where cuBLAS is new enough."""
 
 from models.fp8 import te_grouped
 from models.fp8.kernels import *

@@ -1,4 +1,4 @@
-"""Both: for fp8_direct and fp8_fused."""
+"""Triton's operations, with cuBLAS's bfloat16 and DeepGEMM's FP8 GEMMs."""
 
 from models.fp8 import deep_gemm
 from models.fp8.gpu.cublas_bf16 import *

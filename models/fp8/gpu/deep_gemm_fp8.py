@@ -1,4 +1,4 @@
-"""Triton's, but DeepGEMM multiplies FP8: where it is installed."""
+"""Triton's operations, with DeepGEMM's FP8 GEMMs, where DeepGEMM is installed."""
 
 from models.fp8 import deep_gemm
 from models.fp8.kernels import *

@@ -1,8 +1,9 @@
 """AdamW, alone and together with what the next step reads of the weights.
 
-An optimizer step is bound by memory: 28 bytes for each parameter, and 4 more where the new weights
-are read once again to be cast or quantized. Here the cast or quantized weights are written while
-the new ones are at hand. A gradient in bfloat16 takes 2 bytes less, such a first moment 4.
+An optimizer step is memory-bound: 28 bytes for each parameter, and 4 more where the new weights are
+read again to be cast or quantized. Here the cast or quantized weights are written while the new
+ones are still in registers or cache. A gradient in bfloat16 takes 2 bytes less, such a first moment
+4.
 
 A quantized tile of 128 x 128 has one scale, which needs the largest of all its new weights. With
 gradient and moments they would not fit into a program's registers, so a program updates the tile in

@@ -1,9 +1,8 @@
 """What several kernels do inside: one block of 128 values to E4M3 and its scale, and SwiGLU.
 
-Functions that run in a kernel, on tiles in registers; no memory is touched here, but for the note
-of infinities. The rules are
-those of `models/fp8/reference/quantize.py`, and so are the bits. Two things differ on a GPU from
-the plain expression and are therefore spelled out:
+Functions that run in a kernel, on tiles in registers; they touch no memory, except to note
+infinities. Rules and bits are those of `models/fp8/reference/quantize.py`. Two things on a GPU
+differ from the plain expression and are therefore spelled out:
 
 - `a / b` in a kernel is a fast division, off by up to two units in the last place. A scale that is
   rounded down to a power of two must come from the correctly rounded quotient (`div_rn`), or a
@@ -82,7 +81,7 @@ def scale_strides(rows: int, cols: int, layout: Layout) -> tuple[int, int, int]:
 
 
 def check_whole_blocks(cols: int, name: str = "K") -> None:
-    """The kernels take whole blocks; the reference fills up a partial one."""
+    """The kernels take whole blocks; the reference pads a partial one."""
     if cols % BLOCK:
         raise ValueError(f"{name} must be a multiple of {BLOCK} for this kernel, got {cols}")
 

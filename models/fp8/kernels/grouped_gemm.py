@@ -1,4 +1,4 @@
-"""FP8 GEMM of all local experts in one launch, with scales read where they lie.
+"""FP8 GEMM of all local experts in one launch, which reads scales in either layout.
 
 `fp8_direct` and `fp8_fused` multiply with it where DeepGEMM is not installed. The other FP8 paths
 multiply with TransformerEngine's (`te_grouped.py`, `te.py`).
@@ -6,20 +6,21 @@ multiply with TransformerEngine's (`te_grouped.py`, `te.py`).
     y [P, N] = x [P, K] @ w[e].T     for the rows of expert e; w [E, N, K]
 
 x has a scale for each row and 128 of K, w one for each 128 x 128. A tile of the result is summed
-128 of K at a time: the tensor cores add up products of bytes, and the sum is multiplied by both
-scales and added to a float32 total. (Hopper's tensor cores keep some 14 bits of a sum of FP8
-products; leaving them after every 128 keeps that error far below the rounding to bfloat16.)
+128 of K at a time: the tensor cores sum products of bytes, and the sum is multiplied by both scales
+and added to a float32 total. (Hopper's tensor cores keep some 14 bits of a sum of FP8 products;
+leaving them after every 128 keeps that error far below the rounding to bfloat16.)
 
 Each step of a 64 x 128 tile reads 64 scales of x beside 24 KB of bytes. COMPACT, `[P, K / 128]`,
 gives each of them a line of its own, but the next seven steps find theirs in that line;
 GEMM_READY, `[K / 128, P]`, gives them side by side. Either is one load with other strides, so the
 kernel takes both, and re-arranging scales for it would only cost time.
 
-Bytes come by tensor descriptors (the TMA unit copies whole tiles, so no thread computes addresses).
-Programs are persistent: as many as fit on the GPU, each takes a tile, then the one that is that
-many further on. Tiles are ordered in groups of a few tiles of rows by all tiles of columns, so what
-runs at the same time shares rows and weights in L2. Segments start at multiples of 128, so a tile
-has one expert, found by counting the segments that end before it; an empty expert has no tile.
+Bytes are loaded by tensor descriptors (the TMA unit copies whole tiles, so no thread computes
+addresses). Programs are persistent: as many as fit on the GPU, each takes a tile, then the one that
+is that many further on. Tiles are ordered in groups of a few tiles of rows by all tiles of columns,
+so what runs at the same time shares rows and weights in L2. Segments start at multiples of 128, so
+a tile has one expert, found by counting the segments that end before it; an empty expert has no
+tile.
 
 Bytes moved at least: P * K * 33 / 32 + E * N * K + 2 * P * N. 2 * P * N * K operations are more
 than enough for that to be hidden, if tiles find most of it in L2.
@@ -49,20 +50,20 @@ OUT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut up; what `scripts/bench/kernels.py --tune` tries."""
+    """How the work is split into tiles; what `scripts/bench/kernels.py --tune` tries."""
 
     rows: int = 64
     """Rows of a tile: 64 or 128, as segments are multiples of 128. It has 128 columns."""
     warps: int = 4
     stages: int = 4
-    """Steps along K whose bytes are under way."""
+    """Steps along K whose bytes are in flight."""
     per_sm: int = 2
     """Programs on each of the GPU's multiprocessors: while one multiplies by scales, the other
     keeps the tensor cores busy."""
     group: int = 8
     """Tiles of rows that go together through all columns."""
     flatten: bool = True
-    """Whether the bytes of a program's next tile come while it still writes the last."""
+    """Whether the bytes of a program's next tile are loaded while it still writes the last."""
 
 
 TILING = Tiling()
@@ -76,8 +77,8 @@ def grouped_gemm(
 ) -> Tensor:
     """fprop: `x [P, K]` in either layout, `w [E, N, K]` to `[P, N]`, bfloat16 or float32.
 
-    `offsets [E + 1]` int64 on the device: multiples of 128 from 0 to at most P, which is the
-    caller's promise, as looking would wait for the device. Rows after the last segment are not
+    `offsets [E + 1]` int64 on the device: multiples of 128 from 0 to at most P. The caller
+    guarantees that, as a check would wait for the device. Rows after the last segment are not
     written. K and N are multiples of 16, as tensor descriptors want it. Within float32 accumulation
     of `reference.grouped_gemm`, plus 2^-12 of the sum of the magnitudes, before the result is
     rounded. Raises ValueError if shapes do not fit, TypeError for another `out_dtype`.
@@ -92,7 +93,7 @@ def grouped_gemm_tiled(
     out_dtype: torch.dtype,
     tiling: Tiling,
 ) -> Tensor:
-    """`grouped_gemm`, cut up in another way."""
+    """`grouped_gemm`, split into other tiles."""
     experts, n, k = w.data.shape
     _check(x, w, offsets, out_dtype)
     rows = x.rows
@@ -138,7 +139,7 @@ def _grouped_gemm_kernel(
         expert = tl.sum((used & (ends <= row)).to(tl.int32), 0)
 
         # N may end within a tile. The rows of w beyond are the next expert's or, past the last,
-        # zeros; what comes of them lies beyond y's columns and is not stored.
+        # zeros; their products lie beyond y's columns and are not stored.
         w_row = expert * n + col
         x_scales = x_scale_ptr + (row + tl.arange(0, ROWS)) * stride_row
         w_scales = w_scale_ptr + (expert * tiles_n + tile_n) * blocks
@@ -213,7 +214,7 @@ def _grouped_gemm_wgrad_kernel(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has; for the interpreter, a number that makes programs take turns."""
+    """How many the GPU has; in the interpreter, a number that gives each program several tiles."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

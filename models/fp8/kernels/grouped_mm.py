@@ -1,10 +1,10 @@
-"""bfloat16 GEMMs of all local experts, each in one launch. (cuBLAS's, where it is new enough, are
-faster and take their place: `te_grouped.py`.)
+"""bfloat16 GEMMs of all local experts, each in one launch. (Where cuBLAS is new enough, its own are
+faster and are used instead: `te_grouped.py`.)
 
 fprop is PyTorch's own: `torch.nn.functional.grouped_mm` takes the end of each segment as int32 on
-the device, so the host does not wait for the routing. It does not look at what is behind the last
-segment: rows there are read by nobody and not written. It wants 16-byte strides, so N and K are
-multiples of 8. dgrad is the same with the weights transposed.
+the device, so the host does not wait for the routing. It ignores rows after the last segment: they
+are neither read nor written. It needs 16-byte strides, so N and K are multiples of 8. dgrad is the
+same with the weights transposed.
 
 wgrad is ours, because it writes the float32 that gradients are kept in:
 
@@ -129,7 +129,7 @@ def _ends(offsets: Tensor) -> Tensor:
 
 
 def check_fprop(x: Tensor, w: Tensor, offsets: Tensor) -> None:
-    """What `grouped_mm` says of its arguments."""
+    """Check the arguments of `grouped_mm`."""
     _check_bf16(x, w)
     if offsets.shape != (w.shape[0] + 1,):
         raise ValueError(
@@ -140,7 +140,7 @@ def check_fprop(x: Tensor, w: Tensor, offsets: Tensor) -> None:
 
 
 def check_wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
-    """What `grouped_mm_wgrad` says of its arguments."""
+    """Check the arguments of `grouped_mm_wgrad`."""
     _check_bf16(dy, x)
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy has {dy.shape[0]} rows and x {x.shape[0]}")

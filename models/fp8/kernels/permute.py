@@ -4,8 +4,8 @@ Permuting is a gather. Each program owns a few permuted rows, looks up what they
 (`plan_rows` leaves that inverse behind) and writes them whole, zeros if they are padding. So every
 byte of the result is written once, by one kernel, with no pass before it that fills with zeros.
 FP8 rows and their scales go in the same program: K bytes and K / 32 bytes of scales are read and
-written for each of P rows, 2 * P * K * 33 / 32 in all. A token that several local experts want is
-read once for each of them, which often costs no memory traffic: its second read finds it in L2.
+written for each of P rows, 2 * P * K * 33 / 32 in all. A token for several local experts is read
+once for each of them, which often costs no memory traffic: its second read finds it in L2.
 
 Data moves as 32-bit words, four to a thread, whatever its dtype.
 
@@ -37,8 +37,8 @@ SUMS = 2048  # elements of the result that an unpermute program computes
 def permute(x: Tensor, row_map: RowMap) -> Tensor:
     """`x [R, K]` to `[P, K]`, of any dtype, bit for bit; padding rows are zero.
 
-    Raises ValueError if x has another number of rows than the plan, or if a row is no multiple of
-    4 bytes.
+    Raises ValueError if x has another number of rows than the plan, or if the bytes of a row are
+    not a multiple of 4.
     """
     _check_length(x, row_map.rows.shape[0])
     out = torch.empty(row_map.num_rows, x.shape[1], dtype=x.dtype, device=x.device)
@@ -53,7 +53,7 @@ def permute_scaled(
 
     Padding rows have zero data and zero scales, so they stay zero whatever multiplies them.
     Raises ValueError unless the scales are COMPACT, for another number of rows than the plan's, and
-    if K is no multiple of 4.
+    if K is not a multiple of 4.
     """
     if x.layout is not Layout.COMPACT:
         raise ValueError(f"permute moves COMPACT scales, got {x.layout.name}; call relayout first")
@@ -182,7 +182,7 @@ def _unpermute_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = (tile * WIDTH + tl.arange(0, WIDTH))[None, :]
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    # Unrolled, so that the loads of all slots are under way before the first is added.
+    # Unrolled, so that the loads of all slots are in flight before the first is added.
     for slot in tl.static_range(SLOTS):
         copy = tl.load(rows_ptr + row * SLOTS + slot, mask=row < received, other=-1)[:, None]
         y = tl.load(y_ptr + copy * cols + col, mask=(copy >= 0) & (col < cols), other=0.0)

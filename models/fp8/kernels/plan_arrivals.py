@@ -1,4 +1,4 @@
-"""Which tokens come to this rank, and in which order, planned on the device in two launches.
+"""Which tokens arrive at this rank, and in which order, planned on the device in two launches.
 
 Every rank's tokens are cut into chunks, and a program has one of them, twice:
 
@@ -6,10 +6,10 @@ Every rank's tokens are cut into chunks, and a program has one of them, twice:
     place   what earlier chunks have, which each program adds up for itself, and the position within
             the chunk: that is a token's row, and everything known of it is written there
 
-A token that does not come is given a row too, behind all that do, so that every row is written once
-by whoever owns it and nothing has to be filled first. For 2 ranks of 16,384 tokens and 8 experts
-each, 8 MB are moved in all: what costs is the two launches. `plan_expand.py` does more in the same
-two.
+A token that does not come gets a row too, after all that do, so that every row is written once by
+the program that owns it and nothing has to be filled first. For 2 ranks of 16,384 tokens and 8
+experts each, 8 MB are moved in all: the cost is the two launches.
+`plan_expand.py` does more in the same two.
 
 Nothing waits: how many arrive stays on the device, `ends[-1]`.
 """
@@ -128,7 +128,7 @@ def _chunk(
 
 @triton.jit
 def _sum_of_first(ptr, count, size, SPAN: tl.constexpr):
-    """Of `size` numbers, the sum of the first `count`, and of all."""
+    """The sum of the first `count` of `size` numbers, and of all of them."""
     before = tl.zeros([], tl.int32)
     total = tl.zeros([], tl.int32)
     for start in range(0, size, SPAN):

@@ -6,19 +6,19 @@ A counting sort of the `R * T` expert ids. They are cut into chunks of a few doz
     scan    each expert:  running sum of that over the chunks, in place -> totals [E + 1]
     place   each chunk:   expert's start + what earlier chunks have + position in the chunk
 
-The last row of `counts` is for ids that are no expert's: an error, found on the way. Every id is
-read twice and its row written once, 24 bytes in all and about 3 MB for 16,384 rows of 8 slots, so
-what costs is launches. Plain PyTorch needs about twenty, a sort among them.
+The last row of `counts` is for ids that belong to no expert, an error that is found here. Every id
+is read twice and its row written once, 24 bytes in all and about 3 MB for 16,384 rows of 8 slots:
+the cost is launches. Plain PyTorch needs about twenty, a sort among them.
 
 `place` also writes the inverse, for each permuted row the slot that it is copied from. With it
-permute is a gather, and each of its rows, padding too, is written once by whoever owns it.
+permute is a gather, and each of its rows, padding too, is written once by the program that owns it.
 
 **The size P depends on the routing and buffers are allocated on the host**, so the host waits here
-once per layer. To not wait, say how many rows there may be at most: `plan_rows(..., max_rows=n)`
-with n at least `most_rows(...)`, or a smaller capacity that the routing keeps to. Then P is n. Rows
-after the last segment are padding like any other: permute writes zeros there, no GEMM reads them
-(segments end at `offsets[E]`, which is then below P), and unpermute never asks for them. The price
-is the memory, and the passes over P rows that compute what nobody reads.
+once per layer. To avoid that, pass the most rows there may be: `plan_rows(..., max_rows=n)` with n
+at least `most_rows(...)`, or a smaller capacity that the routing keeps to. Then P is n. Rows after
+the last segment are padding like any other: permute writes zeros there, no GEMM reads them
+(segments end at `offsets[E]`, which is then below P), and unpermute never reads them. The price is
+the memory, and passes over P rows that compute unused values.
 """
 
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def _count_kernel(
     _, _, table = _ids_of_chunk(ids_ptr, chunk, slots, num_experts, CHUNK, WIDTH)
     expert = tl.arange(0, WIDTH)
     tl.store(counts_ptr + expert * chunks + chunk, tl.sum(table, 0), mask=expert <= num_experts)
-    # On the side, so that it is no launch of its own: `place` overwrites what is not padding.
+    # Done here to save a launch: `place` overwrites what is not padding.
     for start in range(chunk * CHUNK, size, chunks * CHUNK):
         at = start + tl.arange(0, CHUNK)
         tl.store(source_ptr + at, tl.full([CHUNK], -1, tl.int32), mask=at < size)

@@ -1,15 +1,15 @@
 """bfloat16 or float32 to FP8 blocks, and back: each value is read once and written once.
 
-`quantize` is bound by memory: per block of 128 it reads 256 bytes of bfloat16 and writes 128 bytes
-and a scale of 4, so 16,384 x 2048 moves 102 MB. A program takes 32 blocks, 64 bytes of input for
-each of its threads, which is enough under way to keep the memory busy.
+`quantize` is memory-bound: per block of 128 it reads 256 bytes of bfloat16 and writes 128 bytes and
+a scale of 4, so 16,384 x 2048 moves 102 MB. A program takes 32 blocks, 64 bytes of input for each
+of its threads, which is enough in flight to keep the memory busy.
 
 Which 32 blocks is chosen so that their scales lie together. GEMM_READY: the same block of 32
 neighbouring rows; next to it run the programs with the neighbouring blocks of those rows. COMPACT:
 the next 32 in memory, whatever row they are in. That needs no code of its own: a contiguous
 `[M, K]` is also a `[M * K / 128, 128]`, and with one block a row both layouts are the same.
 
-`quantize_columns` reads 128 x 64 tiles and turns them in registers; `quantize_weights` reads
+`quantize_columns` reads 128 x 64 tiles and transposes them in registers; `quantize_weights` reads
 128 x 128 tiles; `dequantize` is quantize backwards.
 """
 
@@ -135,7 +135,7 @@ def quantize_weights_both_ways(
 ) -> tuple[BlockScaledWeights, BlockScaledWeights]:
     """`w [E, N, K]` rounded to `dtype` and quantized, and the same transposed, `[E, K, N]`.
 
-    One pass: a tile is in registers when it is turned. Both have the bits of
+    One pass: a tile is transposed in registers. Both have the bits of
     `reference.quantize_weights_both_ways`. Errors as `quantize_weights`.
     """
     first, transposed = _quantize_weights(w, dtype, both_ways=True)
@@ -226,7 +226,7 @@ def store_quantized_tile(
         row = row_block * WIDTH + tl.arange(0, WIDTH)
         col = col_block * WIDTH + tl.arange(0, WIDTH)
         turned = (expert * k + col[:, None]) * n + row[None, :]
-        # As bytes, since not every version of Triton turns tiles of float8.
+        # As bytes, since not every version of Triton transposes tiles of float8.
         bits = tl.trans(data.to(tl.uint8, bitcast=True))
         tl.store(turned_ptr + turned, bits.to(tl.float8e4nv, bitcast=True))
         at = (expert * blocks + col_block) * (n // WIDTH) + row_block
@@ -245,7 +245,7 @@ def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
 
 
 def values(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` that reads scales in either layout where they lie."""
+    """`dequantize` that reads scales in either layout."""
     check_whole_blocks(x.cols)
     if dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"can dequantize to bfloat16 and float32, not {dtype}")

@@ -1,12 +1,12 @@
-"""The experts' activation, with or without its result going to FP8 blocks at once.
+"""The experts' activation, and variants that also quantize its result to FP8 blocks.
 
 `swiglu` reads the 2F values of a row and writes F: 6 bytes per element of the result in bfloat16.
 `swiglu_quantize` writes bytes and scales instead, so the result never goes to memory in bfloat16:
-5 bytes per element, where swiglu and quantize one after the other move 6 + 3. The value is rounded
-to h's dtype in between all the same, so that the bits are those of quantize after swiglu.
+5 bytes per element, where swiglu and quantize one after the other move 6 + 3. The value is still
+rounded to h's dtype in between, so that the bits are those of quantize after swiglu.
 
 `swiglu_backward` reads da and h, 3F values a row, and writes 2F. A program owns its rows whole,
-block of 128 after block, so that the sum over a row for `dprobs` needs no atomics and has always
+block of 128 after block, so that the sum over a row for `dprobs` needs no atomics and always has
 the same bits. `swiglu_backward_quantize` adds what an FP8 backward pass needs next: the gradient in
 FP8 blocks for dgrad, and the activation once more for wgrad, from the same h that is in registers
 anyway, instead of another pass that reads h.
@@ -75,7 +75,7 @@ def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTens
 
 @triton.jit
 def _activation(gate, up, prob):
-    """The definition, once: forward and the recomputation in backward must have the same bits."""
+    """The one definition: forward and the recomputation in backward must have the same bits."""
     return gate * sigmoid(gate) * up * prob
 
 
@@ -128,8 +128,8 @@ def swiglu_backward_quantize(
     """`swiglu_backward`, and what dgrad and wgrad need, in one pass over da and h.
 
     Returns `dh [P, 2F]` in h's dtype, the same quantized in blocks of 1 x 128, `dprobs [P]` and
-    `a [P, F] = swiglu(h, probs)`; but for `dprobs`, whose sum may run in another order, bit for bit
-    what the separate operations give. Errors as `swiglu_quantize`.
+    `a [P, F] = swiglu(h, probs)`. These have the bits of the separate operations, except `dprobs`,
+    which may be summed in another order. Errors as `swiglu_quantize`.
     """
     rows, cols = _check_input(h, probs, da)
     check_whole_blocks(cols, "F")

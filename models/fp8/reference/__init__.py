@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the definition of right, and the CPU's implementation.
 
 A path says `ops.quantize(...)`, `ops.permute_scaled(...)`; on a CPU `ops` is this package, on a GPU
-another one with the same functions (`models/fp8/operations.py`). One file an idea, and the same
-file names as in `kernels/`: read them side by side.
+another one with the same functions (`models/fp8/operations.py`). One idea per file, under the same
+names as in `kernels/`: read them side by side.
 """
 
 from models.fp8.reference.adamw import adamw, adamw_cast, adamw_quantize

@@ -12,7 +12,7 @@ from models.fp8.tensor import BlockScaledWeights
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """What one step needs beside the parameter, its gradient and its two moments."""
+    """What one step needs in addition to the parameter, its gradient and its two moments."""
 
     lr: float
     beta1: float

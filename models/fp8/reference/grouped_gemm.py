@@ -35,7 +35,7 @@ def grouped_gemm_wgrad(
     """wgrad: `dy_t [N, P]`, `x_t [K, P]`, both in blocks of 128 rows (along P), to `[E, N, K]`.
 
     Zeros for an expert without rows. Layouts as `grouped_gemm`. Raises ValueError if shapes and
-    offsets do not fit, or if an offset is no multiple of 128: a scale would span two experts.
+    offsets do not fit, or if an offset is not a multiple of 128: a scale would span two experts.
     """
     if (offsets % BLOCK).any():
         raise ValueError(f"offsets must be multiples of {BLOCK}, got {offsets.tolist()}")

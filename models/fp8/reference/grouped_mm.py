@@ -1,8 +1,8 @@
 """Grouped GEMMs without FP8 products, one call for all local experts.
 
-Rows of expert e are `offsets[e]:offsets[e + 1]` of P permuted rows; those after the last expert's,
-where there was room for more, nobody reads, and what is computed of them is 0. An expert computes
-`y = x @ w.T` with `w [N, K]`; in E stacked experts:
+Rows of expert e are `offsets[e]:offsets[e + 1]` of P permuted rows; rows after the last expert's,
+where there is room for more, are ignored, and their results are 0. An expert computes `y = x @ w.T`
+with `w [N, K]`; in E stacked experts:
 
     fprop   y  [P, N]    = x  [P, K] @ w.T
     dgrad   dx [P, K]    = dy [P, N] @ w, which is fprop with the weights transposed

@@ -1,4 +1,4 @@
-"""Rows to their experts and back, as `plan_rows.py` has planned it; R, T and P as there."""
+"""Rows to their experts and back, by the plan of `plan_rows.py`; R, T and P as there."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def permute_scaled(
 ) -> BlockScaledTensor:
     """`permute` for data and scales, COMPACT in, `layout` out. Bytes move; no value is computed.
 
-    Every scale is written once anyhow, so writing it where a GEMM wants it is no relayout. Padding
-    rows have zero data and zero scales, so they stay zero whatever multiplies them.
+    Every scale is written once anyway, so writing it in the GEMM's layout is not a relayout.
+    Padding rows have zero data and zero scales, so they stay zero whatever multiplies them.
     Raises ValueError unless the scales are COMPACT.
     """
     if x.layout is not Layout.COMPACT:

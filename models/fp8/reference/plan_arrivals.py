@@ -1,4 +1,4 @@
-"""Which tokens come to this rank, and in which order: planned by every rank for itself.
+"""Which tokens arrive at this rank, and in which order: every rank makes the plan itself.
 
 Each rank knows the experts of all ranks' tokens, so all come to the same plan and no counter is
 shared between them. (A kernel that takes places in the order in which its threads come gives other
@@ -19,7 +19,7 @@ from torch import Tensor
 class Arrivals:
     """The plan as DeepEP v2's kernels read it (`dispatch/deep_ep_v2.py`).
 
-    W * T rows is the most that can arrive. Those that do come first, and behind them the rest.
+    W * T rows is the most that can arrive. Those that do come first, followed by the rest.
     """
 
     ids: Tensor
@@ -40,7 +40,7 @@ class Arrivals:
 def plan_arrivals(expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals:
     """The plan of one rank from `expert_ids` int64 `[W, T, k]`, of all ranks' tokens.
 
-    An id of -1 is no expert's: a rank with fewer tokens than others fills up with it. Raises
+    An id of -1 belongs to no expert: a rank with fewer tokens than others pads with it. Raises
     ValueError for another shape or dtype.
     """
     check_ids(expert_ids)

@@ -34,7 +34,7 @@ class RowMap:
 
 
 def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
-    """P if the routing is as bad as can be: every expert has one row more than it has room for."""
+    """P for the worst routing: every expert has one row more than fills its segment."""
     return slots + min(slots, num_experts) * (alignment - 1)
 
 

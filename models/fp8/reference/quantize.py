@@ -35,7 +35,7 @@ def quantize(x: Tensor, layout: Layout) -> BlockScaledTensor:
 
     `scale = 448 / amax`, rounded down to a power of two; `data = e4m3(x * scale)`, to nearest even,
     saturating; `scale_inv = 1 / scale`. The scales are stored in `layout` at once, as a kernel
-    would, so this is no relayout. Gradients do not pass. Raises TypeError for another dtype,
+    would, so this is not a relayout. Gradients do not pass. Raises TypeError for another dtype,
     ValueError for another rank.
 
     A value is off by at most 1/16 of itself, or by 2^-10 / 224 of its

@@ -1,4 +1,4 @@
-"""What moves tokens between ranks: one interface, three implementations, and who is taken where."""
+"""What moves tokens between ranks: one interface, three implementations, and the choice of one."""
 
 import os
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -13,16 +13,16 @@ from models.fp8.tensor import BlockScaledTensor, Layout, ceil_div
 from models.moe.dispatch.all_to_all import AllToAll
 
 Handle = TypeVar("Handle")
-"""The way of one dispatch, which the backward pass and combine take again."""
+"""The routing of one dispatch, which combine and the backward pass reuse."""
 
 Rows = TypeVar("Rows", Tensor, BlockScaledTensor)
-"""Rows of tokens as they travel: in high precision, or in FP8 with their scales."""
+"""Rows of tokens as they are sent: in high precision, or in FP8 with their scales."""
 
 V2_FASTER = (2,)
-"""Ranks that share the experts, of those on which DeepEP v2 has been measured to be faster than v1:
-`auto` and `deep_ep` take it there where both can run (docs/performance.md)."""
+"""Numbers of expert-parallel ranks on which DeepEP v2 was measured to be faster than v1: `auto` and
+`deep_ep` use it there where both can run (docs/performance.md)."""
 V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
-"""Paths that take it on any number of ranks, as v2 alone does what they are made for."""
+"""Paths that use it on any number of ranks, since only v2 does what they are made for."""
 
 
 class Dispatcher(Protocol[Handle]):
@@ -39,10 +39,10 @@ class Dispatcher(Protocol[Handle]):
         """Why the host waits in each first `dispatch` whatever `wait` says; None if it does not."""
 
     def mark(self) -> Any:
-        """The count behind `bytes_sent` as it is now, without waiting for it."""
+        """The current count behind `bytes_sent`, without waiting for it."""
 
     def rewind(self, mark: Any) -> None:
-        """Count on from there."""
+        """Continue counting from there."""
 
     def dispatch(
         self, tensors: tuple[Tensor, ...], expert_ids: Tensor, weights: Tensor, wait: bool = True
@@ -80,7 +80,8 @@ def can_expand(dispatcher: Dispatcher) -> TypeGuard[ExpandingDispatcher]:
 def choose(
     model: ModelConfig, moe: MoEConfig, device: str, group: dist.ProcessGroup, ops: Operations
 ) -> tuple[Dispatcher, str]:
-    """DeepEP where `moe.dispatch` and this machine allow it, else all_to_all; which, for the user.
+    """DeepEP where `moe.dispatch` and this machine allow it, else all_to_all; and a line for the
+    user.
 
     All ranks of the group together, as DeepEP allocates its buffer with all of them.
     """
@@ -129,7 +130,8 @@ def why_no_deep_ep(model: ModelConfig, moe: MoEConfig, ranks: int) -> str | None
 def _first_that_can(
     model: ModelConfig, moe: MoEConfig, ranks: int
 ) -> tuple[DeepEPName | None, dict[DeepEPName, str]]:
-    """Of the versions that `moe.dispatch` allows, and why those before it can't run here."""
+    """The version to use, of those that `moe.dispatch` allows, and why those before it can't run
+    here."""
     versions: tuple[DeepEPName, ...] = ("deep_ep_v1", "deep_ep_v2")
     if ranks in V2_FASTER or moe.path in V2_FIRST:
         versions = versions[::-1]

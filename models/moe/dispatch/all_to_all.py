@@ -1,7 +1,7 @@
 """Token dispatch over `all_to_all_single`: gloo or NCCL, any number of ranks.
 
-A token travels once to each rank that holds one of its experts, however many it has there; the
-experts' rank makes the copies (`permute`). DeepEP does the same, so the two are exchangeable.
+A token is sent once to each rank that holds any of its experts; that rank makes the copies
+(`permute`). DeepEP does the same, so the two are exchangeable.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Handle:
-    """Who sent what to whom in one dispatch; combine and the backward pass reuse it.
+    """The routing of one dispatch; combine and the backward pass reuse it.
 
     T tokens live here, S copies of them are sent, R copies of others' tokens are received.
     """
@@ -35,7 +35,7 @@ class AllToAll:
         self.group = group
         self.ranks = group.size()
         self.local_experts = num_experts // self.ranks
-        self.bytes_sent = 0  # data and scales that left for other ranks, since the last reset
+        self.bytes_sent = 0  # data and scales sent to other ranks since the last reset
 
     @property
     def why_it_waits(self) -> str | None:
@@ -55,7 +55,7 @@ class AllToAll:
         """Send every token to the ranks of its experts.
 
         tensors: any number of [T, n] tensors of any dtype, one row a token (data, and its scales).
-        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: not heeded, as the
+        expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: ignored, as the
         collective has to know how many rows arrive; DeepEP does not.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
@@ -105,11 +105,11 @@ class AllToAll:
     def combine(
         self, x: Tensor, handle: Handle | None, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Send rows home and add up the copies of each token: [R, n] to [T, n].
+        """Send rows back and sum the copies of each token: [R, n] to [T, n].
 
         The sum runs in float32 in the order of the ranks, so it is the same every time, and is
-        rounded once to x's dtype. weights: optional [R, top_k], which go home the same way, each
-        to the one place it came from: [T, top_k].
+        rounded once to x's dtype. weights: optional [R, top_k], which are sent back the same way,
+        each to the one place it came from: [T, top_k].
         """
         if handle is None:
             return x, weights

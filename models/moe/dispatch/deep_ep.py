@@ -16,7 +16,7 @@ GUIDE = "build it by its own guide: https://github.com/deepseek-ai/DeepEP"
 
 
 def no_machine(world_size: int) -> str | None:
-    """Why neither version can run for so many expert-parallel ranks; None if one may."""
+    """Why neither version can run with this many expert-parallel ranks; None if one can."""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible"
     if world_size == 1:
@@ -25,7 +25,7 @@ def no_machine(world_size: int) -> str | None:
 
 
 def no_groups(world_size: int, local_world_size: int) -> str | None:
-    """Why groups of so many ranks don't lie on a node of so many each, or on several nodes."""
+    """Why groups of this many ranks don't lie on a node of this many each, or on several nodes."""
     inside = world_size <= local_world_size
     larger, smaller = max(world_size, local_world_size), min(world_size, local_world_size)
     if larger % smaller == 0:
@@ -71,7 +71,7 @@ def half_of_the_multiprocessors() -> int:
 
 
 class CountsBytes:
-    """Of a dispatcher: data and scales that left for other ranks, counted on the device."""
+    """A dispatcher's counter of data and scales sent to other ranks, on the device."""
 
     def __init__(self, ranks: int, rank: int, device: str) -> None:
         self.ranks = ranks

@@ -2,13 +2,13 @@
 RDMA between.
 
 On one node the results are those of `all_to_all.py`, bit for bit, so the two are exchangeable.
-(Only the weights of experts elsewhere, which nobody reads, are 0 here.) What its kernels take:
+(Only the weights of experts elsewhere, which are never read, are 0 here.) What its kernels take:
 
 - dispatch moves bytes. One tensor of any dtype (BF16 here), or FP8 data with float32 scales, one
-  for each 128 values. The scales may lie in memory in any way, since their strides are read: also
-  transposed. What arrives is always `[R, H / 128]`, contiguous: COMPACT.
-- combine adds up in float32, in the order of the ranks, and rounds once. It takes BF16 alone, so
-  gradients and outputs travel home in 2 bytes a value, whatever they came in.
+  for each 128 values. The scales may have any strides, transposed ones included. What arrives is
+  always `[R, H / 128]`, contiguous: COMPACT.
+- combine sums in float32, in the order of the ranks, and rounds once. It takes BF16 alone, so
+  gradients and outputs return in 2 bytes a value, whatever they came in.
 - A dispatch with a handle (`dispatch_again`) takes either form, and sends no ids and no weights.
 - combine reads a row with 32 lanes, 16 bytes each, and all lanes must stay together: the hidden
   size must be a multiple of 256. With 128 half of them leave the loop early, and sums are wrong
@@ -21,11 +21,11 @@ On one node the results are those of `all_to_all.py`, bit for bit, so the two ar
 - Every first dispatch writes its number of rows where the host would read it, whether the host
   waits or not: see `_wait_for_unwaited`.
 - `expert_alignment` rounds the counts per expert that it returns, and pads nothing. It is not
-  used: `plan_rows` counts for itself. `num_worst_tokens` saves the host's wait for the number of
-  rows by padding to the worst case, on one node; with top-8 routing that is hardly more than what
+  used: `plan_rows` counts for itself. On one node `num_worst_tokens` saves the host's wait for the
+  number of rows by padding to the worst case; with top-8 routing that is hardly more than what
   arrives anyway.
 - Between nodes, sums are rounded to BF16 once per node on the way, so the last bits differ there.
-  This is from reading; several nodes have not been tried.
+  This is from reading the code; several nodes have not been tried.
 """
 
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ def unavailable(
 
 @dataclass(frozen=True)
 class Handle:
-    """The way of one dispatch; combine and the backward pass reuse it."""
+    """The routing of one dispatch; combine and the backward pass reuse it."""
 
     layout: tuple[Any, ...]  # DeepEP's own handle
     rows_per_rank: Tensor  # int32 [ranks], on the GPU: rows that this rank sent to each
@@ -138,11 +138,11 @@ class DeepEPv1(CountsBytes):
     ) -> None:
         """Allocates the buffer, with all ranks of the group: a problem shows before training.
 
-        hidden_size: the widest rows that will travel. num_sms: multiprocessors that communication
-        takes while it runs, an even number, by default half of the GPU's; half of them send and
-        half receive. All its blocks run at the same time, as do those of an NCCL kernel, so too
-        many leave two ranks waiting for each other, each in the kernel that the other cannot start.
-        Raises ImportError without DeepEP; `unavailable` says more.
+        hidden_size: of the widest rows that will be sent. num_sms: multiprocessors that
+        communication takes while it runs, an even number, by default half of the GPU's; half of
+        them send and half receive. All its blocks run at the same time, as do those of an NCCL
+        kernel, so too many leave two ranks waiting for each other, each in the kernel that the
+        other cannot start. Raises ImportError without DeepEP; `unavailable` says more.
         """
         from deep_ep import Buffer
 
@@ -151,7 +151,7 @@ class DeepEPv1(CountsBytes):
         ranks = group.size()
         super().__init__(ranks, group.rank(), "cuda")
         self.num_experts = num_experts
-        # A class attribute of theirs, which configurations are made with. These two belong
+        # A class attribute of DeepEP's, from which configurations are made. These two belong
         # together: a handle is only good for as many SMs as it was made with.
         Buffer.set_num_sms(num_sms)
         self._dispatch_config = Buffer.get_dispatch_config(ranks)
@@ -182,7 +182,7 @@ class DeepEPv1(CountsBytes):
         tensors: (x,), BF16 [T, H], or (data, scales), FP8 [T, H] and float32 [T, H / 128].
         expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: whether the host
         waits to know R; if not, and on one node, R is the most that can arrive, T for each rank,
-        where every rank must have the same T. Rows that nothing came in have -1 as every expert.
+        where every rank must have the same T. Empty rows have -1 as every expert.
 
         Returns the received rows of each tensor [R, n], ordered by sending rank and then by token;
         the experts here that each row is for, int64 [R, top_k], counted from 0 and -1 where the
@@ -215,7 +215,7 @@ class DeepEPv1(CountsBytes):
         return as_tuple(received), ids, received_weights, handle
 
     def dispatch_again(self, tensors: tuple[Tensor, ...], handle: Handle) -> tuple[Tensor, ...]:
-        """Send other rows, such as gradients, the way the handle's tokens went.
+        """Send other rows, such as gradients, to where the handle's tokens went.
 
         tensors: as `dispatch` takes them, in FP8 or BF16 whatever the first ones were. The host
         does not wait, as it knows the number of rows.
@@ -229,10 +229,10 @@ class DeepEPv1(CountsBytes):
     def combine(
         self, x: Tensor, handle: Handle, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Send rows home and add up the copies of each token: BF16 [R, H] to [T, H].
+        """Send rows back and sum the copies of each token: BF16 [R, H] to [T, H].
 
-        weights: optional float32 [R, top_k], 0 where the expert is elsewhere, which go home the
-        same way, each to the one place it came from: [T, top_k]. Raises TypeError unless x is
+        weights: optional float32 [R, top_k], 0 where the expert is elsewhere, which are sent back
+        the same way, each to the one place it came from: [T, top_k]. Raises TypeError unless x is
         BF16.
         """
         check_bf16(x)
@@ -247,7 +247,7 @@ class DeepEPv1(CountsBytes):
     def close(self) -> None:
         """Release the buffer, with all ranks of the group. Afterwards nothing else may be called.
 
-        Not for the way out after an error on one rank: the others might not come.
+        Not after an error on one rank: the others might never call it.
         """
         if self._buffer is not None:
             self._buffer.destroy()
@@ -269,7 +269,7 @@ class DeepEPv1(CountsBytes):
 
 
 def _as_argument(tensors: tuple[Tensor, ...], top_k: int = 1) -> Tensor | tuple[Tensor, Tensor]:
-    """As `as_argument`; ValueError also for what v1's kernels don't take."""
+    """As `as_argument`; raises ValueError also for what v1's kernels don't take."""
     argument = as_argument(tensors)
     data = tensors[0]
     if (problem := _unfit(data.shape[1], data.element_size(), top_k)) is not None:

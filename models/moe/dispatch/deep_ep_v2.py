@@ -2,24 +2,24 @@
 
 What its two kernels do, as their source and its head of July 2026 (version 2.1.0) have it:
 
-- The first sends each token once to each rank that wants it, into a buffer there. The second puts
-  it in its place: a row of what arrived or, **expanding**, a row for each expert here that wants
-  it, grouped by expert, with zeros in the rows that round up, and its scales in either layout.
-- With a **handle** both take places as they are told. Without one they take them in the order in
-  which their threads come, other ones in each run, and the host has to wait for the number of rows
-  or have memory for the worst case, every token of every rank for `min(top_k, experts here)`
-  experts. That is 2 times an even share for 2 ranks and 8 times for 8.
+- The first sends each token once to each rank that needs it, into a buffer there. The second writes
+  it to its row: one row of what arrived or, **expanding**, a row for each of its experts here,
+  grouped by expert, with zeros in the rows that round up, and its scales in either layout.
+- With a **handle** both use the places that it gives. Without one places follow the order in which
+  threads arrive, which differs from run to run, and the host has to wait for the number of rows or
+  have memory for the worst case, every token of every rank for `min(top_k, experts here)` experts.
+  That is 2 times an even share for 2 ranks and 8 times for 8.
 - So on one node the plan is made here, and each call has a handle. All ranks learn the experts of
   all tokens (1 MB a rank for 16,384 tokens and top-8), `ops.plan_arrivals` says which rows arrive
   where, and `ops.plan_rows` where their copies go. Then the rows are those of `all_to_all.py` and
   of `permute`, in their order: the same bits in each run. Nothing waits where `max_rows` is given,
-  P is `max_rows`, and copies that find no room have no place.
-- Rows behind the last expert's are not written. Nobody reads them, but their routing weights must
+  P is `max_rows`, and copies beyond it have no place.
+- Rows after the last expert's are not written. They are never read, but their routing weights must
   be 0, see `models/fp8/overflow.py`: they are cleared here.
-- combine adds a token's copies on the experts' rank, in the order of its places, and then at home:
-  each sum in float32 and rounded to BF16 once (two in BF16 at once, which is the same). Those are
-  the sums of `unpermute` and `all_to_all.py`, bit for bit, while ranks are two. With more, ranks
-  are added in the order of each token's places, not in their own.
+- combine sums a token's copies on the experts' rank, in the order of its places, and then on its
+  own rank: each sum in float32 and rounded to BF16 once (two in BF16 at once, which is the same).
+  Those are the sums of `unpermute` and `all_to_all.py`, bit for bit, with two ranks. With more,
+  ranks are summed in the order of each token's places, not in their own.
 - A hidden size is a multiple of 256, for combine, and top_k 32 at most.
 - A buffer holds T tokens of each rank, so it grows with T and with the ranks, see `buffer_bytes`.
 
@@ -74,7 +74,7 @@ class DeepEPv2(CountsBytes):
     ) -> None:
         """Allocates the buffer, with all ranks of the group: a problem shows before training.
 
-        ops: for the plans. hidden_size: of the widest rows that will travel. tokens: of a rank in
+        ops: for the plans. hidden_size: of the widest rows that will be sent. tokens: of a rank in
         one dispatch; for more, the buffer is replaced, where every rank has the same number. nodes:
         that the group lies on. num_sms: multiprocessors that the first kernel takes; all its blocks
         run at the same time, as do those of an NCCL kernel, so too many leave two ranks waiting for
@@ -97,7 +97,7 @@ class DeepEPv2(CountsBytes):
 
     @property
     def buffer_bytes(self) -> int:
-        """Of GPU memory, outside PyTorch's allocator."""
+        """Bytes of GPU memory, outside PyTorch's allocator."""
         return self._buffer.num_bytes
 
     @property
@@ -113,13 +113,13 @@ class DeepEPv2(CountsBytes):
 
         tensors: (x,), BF16 [T, H], or (data, scales), FP8 [T, H] and float32 [T, H / 128].
         expert_ids: int64 [T, top_k], global. weights: float32 [T, top_k]. wait: whether the host
-        waits to know R; if not, and on one node, R is the most that can arrive. Rows that nothing
-        came in have -1 as every expert.
+        waits to know R; if not, and on one node, R is the most that can arrive. Empty rows have -1
+        as every expert.
 
         Returns the received rows of each tensor [R, n], on one node ordered by sending rank and
         then by token; the experts here that each row is for, int64 [R, top_k], counted from 0 and
         -1 where the expert is elsewhere; their weights [R, top_k], those of other experts too,
-        which nobody reads; and the handle.
+        which are never read; and the handle.
         """
         x = as_argument(tensors)
         expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
@@ -138,7 +138,7 @@ class DeepEPv2(CountsBytes):
         return as_tuple(received), ids, received_weights, handle
 
     def dispatch_again(self, tensors: tuple[Tensor, ...], handle: Handle) -> tuple[Tensor, ...]:
-        """Send other rows, such as gradients, the way the handle's tokens went.
+        """Send other rows, such as gradients, to where the handle's tokens went.
 
         tensors: as `dispatch` takes them, in FP8 or BF16 whatever the first ones were. The host
         does not wait.
@@ -151,11 +151,11 @@ class DeepEPv2(CountsBytes):
     def combine(
         self, x: Tensor, handle: Handle, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Send rows home and add up the copies of each token: BF16 [R, H] to [T, H].
+        """Send rows back and sum the copies of each token: BF16 [R, H] to [T, H].
 
-        weights: optional float32 [R, top_k], 0 where the expert is elsewhere, which go home the
-        same way, each to the one place it came from: [T, top_k]. After `expand` the rows are those
-        of its experts, [P, H], and their weights [P]. Raises TypeError unless x is BF16.
+        weights: optional float32 [R, top_k], 0 where the expert is elsewhere, which are sent back
+        the same way, each to the one place it came from: [T, top_k]. After `expand` the rows are
+        those of its experts, [P, H], and their weights [P]. Raises TypeError unless x is BF16.
         """
         check_bf16(x)
         home, home_weights, _ = self._buffer.combine(
@@ -213,7 +213,7 @@ class DeepEPv2(CountsBytes):
         return _wrapped(x, received, layout), probs, rows, handle
 
     def expand_again(self, x: Rows, layout: Layout, handle: Handle) -> Rows:
-        """Send other rows, such as gradients, the way the handle's tokens went: [T, H] to [P, H].
+        """Send other rows, such as gradients, to where the handle's tokens went: [T, H] to [P, H].
 
         As `expand` takes and gives them, in FP8 or BF16 whatever the first ones were. The host does
         not wait.
@@ -228,14 +228,14 @@ class DeepEPv2(CountsBytes):
     def close(self) -> None:
         """Release the buffer, with all ranks of the group. Afterwards nothing else may be called.
 
-        Not for the way out after an error on one rank: the others might not come.
+        Not after an error on one rank: the others might never call it.
         """
         if self._buffer is not None:
             self._buffer.destroy()
             self._buffer = None
 
     def _allocate(self, tokens: int) -> None:
-        """A buffer for so many tokens of each rank, in the place of a smaller one."""
+        """Replace a smaller buffer by one for this many tokens of each rank."""
         from deep_ep import ElasticBuffer
 
         self.close()
@@ -309,7 +309,7 @@ def _how(layout: Layout) -> dict[str, bool]:
 
 def _wrapped(sent: Rows, received: Any, layout: Layout) -> Rows:
     """What arrived, in the form of what was sent. GEMM_READY scales come with the strides (1, P):
-    transposed they lie as they should, and nothing moves."""
+    transposed they have the right layout, and nothing moves."""
     if not isinstance(sent, BlockScaledTensor):
         return received
     data, scales = received

@@ -1,8 +1,8 @@
 """A plan of ours as DeepEP v2's handle, and a handle of its own as our plan.
 
-A handle says who sent what to whom. DeepEP makes one in a first dispatch; made here, each dispatch
-is one of those that go a known way. What is in it, with W ranks of T tokens, k experts a token, E
-experts here, P rows of theirs, and R rows received:
+A handle says who sent what to whom. DeepEP makes one in a first dispatch; since we make it here,
+every dispatch is one with a known routing. What is in it, with W ranks of T tokens, k experts a
+token, E experts here, P rows of theirs, and R rows received:
 
     dst_buffer_slot_idx          int32 [T, k]      the sender's: places in the receivers' buffers
     psum_..._scaleup_rank        int32 [W]         where the rows of each sender end
@@ -37,7 +37,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Handle:
-    """The way of one dispatch; combine and the backward pass reuse it."""
+    """The routing of one dispatch; combine and the backward pass reuse it."""
 
     layout: Any  # DeepEP's own, an EPHandle
     rows_per_rank: Tensor  # int32 [ranks]: rows that this rank sent to each

@@ -1,7 +1,7 @@
-"""One trip of a batch of tokens to their experts and home again, and of gradients after them.
+"""One trip of a batch of tokens to their experts and back, and of their gradients.
 
 The first `dispatch`, or `expand`, asks the dispatcher who goes where and plans the experts' rows;
-whatever follows, in the backward pass too, takes the same way.
+everything after it, in the backward pass too, follows the same routing.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from models.moe.dispatch import Dispatcher, Rows, can_expand
 
 
 class Trip:
-    """The way of T tokens, top_k experts each, for one layer and micro-batch.
+    """The trip of T tokens, top_k experts each, for one layer and micro-batch.
 
     After the first `dispatch` or `expand`: `rows`, where each received row goes among the experts'
     P rows, and `probs` float32 [P], the routing weight of each of them (0 in padding).
@@ -36,7 +36,7 @@ class Trip:
         row_alignment: int,
         max_rows: int | None = None,
     ) -> None:
-        """With `max_rows` the host does not wait to know P: it is `max_rows`, a multiple of the
+        """max_rows: if given, the host does not wait to know P: it is `max_rows`, a multiple of the
         alignment, and copies beyond it are dropped."""
         self.dispatcher = dispatcher
         self.ops = ops
@@ -68,7 +68,7 @@ class Trip:
 
         Rows in FP8 have COMPACT scales here and arrive with scales in `layout`. Zeros in rows that
         round up an expert's. In one call where the dispatcher can; by `dispatch` and an operation,
-        to the same rows, where it can't. A trip keeps to the one that it begins with.
+        to the same rows, where it can't. A trip stays with the one that it starts with.
         """
         dispatcher = self.dispatcher
         if not can_expand(dispatcher):
@@ -99,12 +99,12 @@ class Trip:
         return x
 
     def dropped_rows(self) -> Tensor:
-        """Copies that found no room among `max_rows`, int64 []; on the device, so nothing waits."""
+        """Copies dropped beyond `max_rows`, int64 []; on the device, so nothing waits."""
         room = self.rows.offsets.diff()
         return (self.rows.counts - room).clamp(min=0).sum()
 
     def combine(self, y: Tensor) -> Tensor:
-        """Add up what the experts made of each token: their rows [P, n] to tokens [T, n]."""
+        """Sum the experts' outputs for each token: their rows [P, n] to tokens [T, n]."""
         received = y if self._expanded else self.ops.unpermute(y, self.rows)
         return self.dispatcher.combine(received, self._handle)[0]
 

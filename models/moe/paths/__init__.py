@@ -20,7 +20,7 @@ from models.moe.paths import bf16, fp8_baseline, fp8_compact, fp8_direct, fp8_fu
 
 
 class Path(Protocol):
-    """What a path's module has."""
+    """What the module of a path has."""
 
     @property
     def LINEAR(self) -> Callable[[Operations], AnyLinear]:

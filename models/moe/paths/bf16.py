@@ -1,4 +1,4 @@
-"""bf16: nothing is quantized. What the FP8 paths are held against."""
+"""bf16: nothing is quantized. What the FP8 paths are compared with."""
 
 from torch import Tensor
 
