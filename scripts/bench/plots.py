@@ -18,7 +18,15 @@ from pathlib import Path
 import vl_convert
 
 from scripts.bench.results import Result, Row, rows_to_show
-from scripts.bench.tables import best_stock, failure, machine_name, training_name
+from scripts.bench.tables import (
+    Filters,
+    best_stock,
+    chosen,
+    failure,
+    machine_name,
+    sitting_of,
+    training_name,
+)
 from scripts.compare.curves import PAPER, Spec, config
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
@@ -41,9 +49,12 @@ PART_COLORS = {
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
-def plot(source: Path, picture: Path) -> None:
-    """Draw the results file `source` into `picture`. Raises ValueError where nothing is to draw."""
-    result: Result = json.loads(source.read_text(encoding="utf-8"))
+def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
+    """Draw the results file `source` into `picture`; of training steps only the rows `wanted`.
+
+    Raises ValueError where nothing is to draw.
+    """
+    result = chosen(json.loads(source.read_text(encoding="utf-8")), wanted or {})
     is_training = any("step_ms" in row for row in rows_to_show(result))
     if is_training:
         panels = _training(result)
@@ -60,7 +71,7 @@ def plot(source: Path, picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     if picture.suffix == ".svg":
         svg = vl_convert.vegalite_to_svg(spec)
-        mark = f"<desc>{html.escape(_mark(source))}</desc>" if is_training else ""
+        mark = f"<desc>{html.escape(_mark(source, wanted))}</desc>" if is_training else ""
         picture.write_text(svg.replace(">", f">{mark}", 1), encoding="utf-8")
     else:
         picture.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
@@ -70,26 +81,32 @@ def plot(source: Path, picture: Path) -> None:
 
 
 def _training(result: Result) -> list[Spec]:
-    """A panel for each routing and sitting, a bar for each row."""
+    """A panel for each number of GPUs, routing and sitting, a bar for each row."""
     rows = rows_to_show(result)
     measured = [row for row in rows if "step_ms" in row]
-    kinds = list(dict.fromkeys((row.get("routing"), row.get("sitting")) for row in measured))
+    kinds = list(dict.fromkeys(_kind(row) for row in measured))
     most = max(row["tflops_per_gpu"]["max"] for row in measured)
-    dotted = any(row["stack"] != "ours" for row in measured)
-    axis = f"TFLOP/s per GPU, {machine_name(result)}" + ("; dotted: best stock" if dotted else "")
+    dotted = "; dotted: best stock" if any(row["stack"] != "ours" for row in measured) else ""
     panels = []
     for kind in kinds:
-        routing, sitting = kind
-        title = [f"{routing} routing"] if routing else []
-        title += [f"sitting {sitting}"] if len({kind[1] for kind in kinds}) > 1 else []
-        panel = [row for row in rows if (row.get("routing"), row.get("sitting")) == kind]
+        panel = [row for row in rows if _kind(row) == kind]
         stock = best_stock(rows, panel[0])
+        axis = f"TFLOP/s per GPU, {machine_name(sitting_of(result, panel[0]))}{dotted}"
         layers = _bars(
             panel, stock["tflops_per_gpu"]["median"] if stock else None,
-            {"scale": {"domainMax": most}, "title": axis if kind == kinds[-1] else None},
+            {"scale": {"domainMax": most}, "title": axis},
         )  # fmt: skip
+        gpus, routing, sitting = kind
+        title = [f"{gpus} GPUs"] if len({one[0] for one in kinds}) > 1 else []
+        title += [f"{routing} routing"] if routing else []
+        same = [one for one in kinds if one[:2] == kind[:2]]
+        title += [f"sitting {sitting}"] if len(same) > 1 else []
         panels.append({"title": ", ".join(title), "width": 320, "height": {"step": 26}} | layers)
     return panels
+
+
+def _kind(row: Row) -> tuple:
+    return row.get("gpus"), row.get("routing"), row.get("sitting")
 
 
 def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
@@ -152,13 +169,16 @@ def alt_text(result: Result) -> str:
     return f"TFLOP/s per GPU of training steps, the fastest: {', '.join(said)}"
 
 
-def is_picture_of(picture: Path, source: Path) -> bool:
-    """Whether the picture was drawn from the file as it is now."""
-    return picture.exists() and _mark(source) in picture.read_text(encoding="utf-8")
+def is_picture_of(picture: Path, source: Path, wanted: Filters) -> bool:
+    """Whether the picture was drawn from these rows of the file as it is now."""
+    if not picture.exists():
+        return False
+    return html.escape(_mark(source, wanted)) in picture.read_text(encoding="utf-8")
 
 
-def _mark(source: Path) -> str:
-    return f"{source.name} sha256 {hashlib.sha256(source.read_bytes()).hexdigest()}"
+def _mark(source: Path, wanted: Filters | None) -> str:
+    content = hashlib.sha256(source.read_bytes()).hexdigest()
+    return f"{source.name} {wanted or 'all rows'} sha256 {content}"
 
 
 # One MoE layer: scripts/bench/layer.py

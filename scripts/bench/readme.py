@@ -21,9 +21,10 @@ Rows can be chosen by their keys. A key given twice takes either value:
 
     <!-- table: kernels.json | shape=16384 x 2048 | by=ours | by=TE -->
 
-The picture of a `train_*.json` (scripts/bench/plots.py) is drawn to docs/images/train_*.svg:
+The picture of a `train_*.json` (scripts/bench/plots.py) is drawn to docs/images/train_*.svg, of
+chosen rows to a file with their values in its name:
 
-    <!-- picture: train_moe_small.json -->
+    <!-- picture: train_moe_small.json | routing=balanced -->
     <!-- end of picture -->
 
 If the file does not exist yet, the table says so and a picture is left out.
@@ -39,7 +40,7 @@ from pathlib import Path
 
 from scripts.bench.plots import alt_text, is_picture_of, plot
 from scripts.bench.results import Result
-from scripts.bench.tables import InputError, make_table
+from scripts.bench.tables import Filters, InputError, chosen, make_table
 
 ROOT = Path(__file__).parents[2]
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -67,9 +68,9 @@ def read(path: Path) -> Result | None:
     return result
 
 
-def parse_filters(text: str) -> dict[str, list[str]]:
+def parse_filters(text: str) -> Filters:
     """` | key=value | key=value` as values by key. Raises InputError."""
-    wanted: dict[str, list[str]] = {}
+    wanted: Filters = {}
     for part in text.split(" | ")[1:]:
         key, equals, value = part.partition("=")
         if not equals:
@@ -106,13 +107,14 @@ class Renderer:
             if found["kind"] == "table":
                 link = self._link(self.results)
                 return make_table(path, result, wanted).replace("(RESULTS/", f"({link}/")
-            picture = self.images / f"{path.stem}.svg"
-            if not is_picture_of(picture, path):
+            name = "-".join([path.stem, *(value for values in wanted.values() for value in values)])
+            picture = self.images / f"{name}.svg"
+            if not is_picture_of(picture, path, wanted):
                 if self.check:
                     self.stale.append(picture)
                 else:
-                    plot(path, picture)
-            return f"![{alt_text(result)}]({self._link(picture)})\n"
+                    plot(path, picture, wanted)
+            return f"![{alt_text(chosen(result, wanted))}]({self._link(picture)})\n"
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} lacks {error}") from None
         except ValueError as error:

@@ -24,13 +24,26 @@ class InputError(Exception):
     """Bad input; its text is the one line to print."""
 
 
-def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
+Filters = dict[str, list[str]]
+"""The values that a row's keys may have; empty for all rows."""
+
+
+def chosen(result: Result, wanted: Filters) -> Result:
+    """The same file with those of its rows alone."""
+    rows = [
+        row for row in rows_to_show(result)
+        if all(str(row.get(key)) in values for key, values in wanted.items())
+    ]  # fmt: skip
+    return {**result, "rows": rows} if wanted else result
+
+
+def make_table(path: Path, result: Result, wanted: Filters) -> str:
     """A Markdown table and a line about where it comes from.
 
     `wanted` has the values that a row's keys may have; empty for all rows. Raises InputError.
     """
     rows = rows_to_show(result)
-    shown = [row for row in rows if all(str(row.get(k)) in v for k, v in wanted.items())]
+    shown = rows_to_show(chosen(result, wanted)) if wanted else rows
     if not shown:
         raise InputError(f"{path} has no row of {wanted}" if rows else f"{path} has no rows")
     for mark, make in KINDS.items():
@@ -43,14 +56,14 @@ def make_table(path: Path, result: Result, wanted: dict[str, list[str]]) -> str:
 
 
 def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    head = ["", "GPUs", "routing", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU"]
+    head = ["", "routing", "GPUs", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU"]
     head += ["peak GiB", "kJ/Mtoken", "rows dropped", "speed / best stock", "sitting"]
     body = []
     several = len({row.get("gpus") for row in rows}) > 1
     for row in shown:
         gpus = str(row["gpus"]) if several else ABSENT
         routing = row.get("routing", ABSENT)
-        first = [training_name(row, "`"), gpus, routing, str(row["micro_batch"])]
+        first = [training_name(row, "`"), routing, gpus, str(row["micro_batch"])]
         sitting = row.get("sitting", ABSENT)
         if "step_ms" not in row:
             body.append([*first, failure(row), *[ABSENT] * 6, sitting])
@@ -278,10 +291,9 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
-    sittings = result.get("sittings", {})
-    origins = [sittings[row["sitting"]] for row in shown if row.get("sitting") in sittings]
-    where = ", ".join(dict.fromkeys(machine_name(one) for one in origins or [result]))
-    commits = ", ".join(dict.fromkeys(str(one["commit"]) for one in origins or [result]))
+    origins = [sitting_of(result, row) for row in shown]
+    where = ", ".join(dict.fromkeys(map(machine_name, origins)))
+    commits = ", ".join(dict.fromkeys(str(one.get("commit")) for one in origins))
     versions = result.get("versions") or {}
     names = ("torch", "transformer-engine", "megatron-core", "triton")
     said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
@@ -296,6 +308,11 @@ def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
     elif not {"run", "traced", "planned"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
+
+
+def sitting_of(result: Result, row: Row) -> Origin:
+    """Where a row was measured: its sitting, or the file where it names none."""
+    return result.get("sittings", {}).get(row.get("sitting", ""), result)
 
 
 def _windows(shown: Sequence[Row]) -> str:

@@ -247,6 +247,22 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "126.0" in picture.read_text()
 
 
+def test_a_picture_of_some_rows(tmp_path: Path) -> None:
+    rows = [
+        row("bf16", 12500) | {"routing": "balanced"},
+        row("bf16", 5000) | {"routing": "natural"},
+    ]
+    write_results(tmp_path, rows)
+    marker = PICTURE.replace("json", "json | routing=balanced")
+    status, text = run(tmp_path, marker)
+    assert status == 0
+    assert "ours bf16 125.0](images/train_x-balanced.svg)" in text
+    svg = (tmp_path / "images" / "train_x-balanced.svg").read_text()
+    assert ">125.0</text>" in svg
+    assert ">50.0</text>" not in svg
+    assert run(tmp_path, text, "--check")[0] == 0
+
+
 def test_rows_of_one_name_have_bars_of_their_own(tmp_path: Path) -> None:
     write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000)])
     assert run(tmp_path, PICTURE)[0] == 0
