@@ -33,7 +33,7 @@ OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
 PART_COLORS = {
     "quantize": "#4e79a7",
     "dispatch": "#76b7b2",
-    "wrap": "#bab0ac",  # in results from before it was no part any more: it moves nothing
+    "wrap": "#bab0ac",  # in results from before it stopped being a part: it moves nothing
     "permute": "#a0cbe8",
     "up_projection": "#59a14f",
     "relayout": "#e15759",  # the subject: the only red

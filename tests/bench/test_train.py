@@ -140,7 +140,7 @@ class Machine:
 
 
 class Planned:
-    """In the place of one process."""
+    """Stands for one process."""
 
     def __init__(self, machine: Machine, task: process.Task) -> None:
         self.machine, self.task = machine, task

@@ -13,7 +13,7 @@ FREE = {
 
 
 class Launches(TorchDispatchMode):
-    """The operations that are called inside of the `with`, but for those that launch nothing."""
+    """The operations that are called inside of the `with`, except for those that launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from models.fp8.tensor import BLOCK
 COPIES_TILE = 4096
 """Counts of copies that a program adds up at once."""
 MANY_EXPERTS = 32
-"""From so many on, a program's table of tokens by experts takes more warps to hold."""
+"""From this many on, a program's table of tokens by experts takes more warps to hold."""
 
 
 def plan_expand(

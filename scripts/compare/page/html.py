@@ -10,7 +10,7 @@ from string import Formatter
 
 
 class Html(str):
-    """Text in which `<` begins a tag. Only `fill` and whoever writes tags by hand make it."""
+    """Text in which `<` begins a tag. Only `fill` and code that writes tags by hand make it."""
 
 
 NOTHING = Html()

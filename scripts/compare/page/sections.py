@@ -29,7 +29,7 @@ SMALL = "<small>{text}</small>"
 
 
 def verdicts(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> Html:
-    """A card for each arm: how fast, against the baseline, and whether that is noise."""
+    """A card for each side: how fast, against the baseline, and whether that is noise."""
     found = speed_verdicts(arms, baseline)
     if not found:
         return NOTHING
@@ -45,13 +45,13 @@ def verdicts(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> Html:
             else "one side run once"
         )
         card = fill(
-            '<article class="card{muted}"><h3>{dot}{arm}</h3>'
+            '<article class="card{muted}"><h3>{dot}{name}</h3>'
             '<p class="big">{ratio:.3f}<small>x the speed of {base}{cpu}</small></p>'
             '<p><span class="chip {kind}">{short}</span></p>'
             "<p class='small'>{percent} interval {low:.3f} to {high:.3f}; {counted}</p></article>",
             muted=" muted" if emulated else "",
             dot=dot(verdict.arm.runs[0]),
-            arm=verdict.arm.name,
+            name=verdict.arm.name,
             ratio=ratio.value,
             base=baseline.name,
             cpu=" (CPU)" if emulated else "",
@@ -221,12 +221,12 @@ them.</p>
 <p><b>Noise.</b> A ratio of speeds comes with a {percent} interval. If it holds 1, the difference
 is inside the noise. Where both sides were run more than once, a run counts as one measurement, its
 median, and the interval is Student's (Welch). Otherwise the logging intervals of both sides are
-drawn anew {resamples:,} times, in blocks of neighbours, because neighbours share a cause. Fewer
+drawn again {resamples:,} times, in blocks of neighbours, because neighbours share a cause. Fewer
 than {fewest} intervals say nothing. The ratio of repeats is that of their geometric means.</p>
 <p><b>Loss.</b> A final training loss is the mean over the last {tail:.0%} of the logged steps. The
 gap is (loss &minus; baseline's loss) / baseline's loss, of such means at the steps that both have
-logged; the baseline is {base}. Its interval draws blocks of those steps anew.
-Repeats are held against the baseline's run of the same seed.</p>
+logged; the baseline is {base}. Its interval draws blocks of those steps again.
+Repeats are compared with the baseline's run of the same seed.</p>
 <p><b>Relayouts.</b> A relayout is a pass whose only work is to re-arrange FP8 scales; it is counted
 per MoE layer and step. <b>Peak memory</b> is the largest of rank 0.</p>""",
         shortest=shortest,
