@@ -5,10 +5,10 @@
 It wants scales GEMM_READY, and the expert of each row. The permute kernel and the quantizing ones
 write such scales at once, so nothing is transposed.
 
-It compiles a kernel for each number of multiprocessors that it takes, and takes no more than as many
-waves of tiles need. So another P, the rows of all experts, can mean another kernel: on an H100 7 s in
-which the run stands still, and where layers wait for the count of their rows, P differs from layer to
-layer. `rows_step` says which P one kernel serves.
+It compiles a kernel for each number of multiprocessors that it takes, and takes no more than its
+waves of tiles need. So another P, the rows of all experts, can mean another kernel: on an H100 7 s
+in which the run stands still. Where layers wait for the count of their rows, P differs from layer
+to layer. `rows_step` says which P one kernel serves.
 """
 
 import deep_gemm  # type: ignore[import-not-found]
@@ -30,9 +30,10 @@ def rows_step() -> int:
 
     Then all waves are whole, with tiles of whatever width, and its heuristics (csrc/jit_kernels/
     heuristics/common.hpp, version 2.1) choose the same kernel for all such P: all multiprocessors,
-    and a width that does not depend on P. 16,896 rows on an H100, whose last ones are mostly
-    padding: no GEMM reads them, and a layer with fewer than that pays with memory, and with
-    quantizing and SwiGLU of rows that nobody reads.
+    and a width that does not depend on P.
+
+    On an H100 these are 16,896 rows. What is rounded up costs memory, and the passes of quantizing
+    and SwiGLU over rows that no GEMM reads; so layers with fewer rows than that pay most.
     """
     return BLOCK * deep_gemm.get_num_sms()
 

@@ -231,7 +231,7 @@ def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
 
 
 def rows_come_in_steps(ranks: Ranks, seed: int) -> None:
-    """Where the GEMM wants P so. A number of rows that is given stays; a layer computes the same."""
+    """As the GEMM wants P. A number that is given stays, and so does what a layer computes."""
     for step in (100_000, 384):
         ranks.ops = with_step(ranks.ops, step)
         expanding_is_dispatch_and_permute(ranks, seed)
