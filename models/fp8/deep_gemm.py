@@ -4,6 +4,11 @@
 
 It needs GEMM_READY scales, and the expert of each row. The permute and quantize kernels write such
 scales directly, so nothing is transposed.
+
+It compiles a kernel for each number of multiprocessors that it uses, and uses no more than its
+waves of tiles need. So another P, the rows of all experts, can mean another kernel: on an H100 7 s
+in which the run stands still. Where layers wait for the count of their rows, P differs from layer
+to layer. `rows_step` says which P one kernel serves.
 """
 
 import deep_gemm  # type: ignore[import-not-found]
@@ -12,12 +17,25 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from models.fp8.kernels.plan_rows import row_experts
-from models.fp8.tensor import BlockScaledTensor, BlockScaledWeights, Layout
+from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layout
 
 GEMM_LAYOUT = Layout.GEMM_READY
 
 # Of the offsets that are alive: each serves two GEMMs forward and two backward.
 _experts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def rows_step() -> int:
+    """P is best a multiple of this many rows: a tile of 128 for each multiprocessor.
+
+    Then all waves are whole, with tiles of whatever width, and its heuristics (csrc/jit_kernels/
+    heuristics/common.hpp, version 2.1) choose the same kernel for all such P: all multiprocessors,
+    and a width that does not depend on P.
+
+    On an H100 these are 16,896 rows. What is rounded up costs memory, and the passes of quantizing
+    and SwiGLU over rows that no GEMM reads; so layers with fewer rows than that pay most.
+    """
+    return BLOCK * deep_gemm.get_num_sms()
 
 
 def grouped_gemm(

@@ -64,6 +64,7 @@ class Operations(Protocol):
         local_experts: int,
         alignment: int = BLOCK,
         max_rows: int | None = None,
+        step: int = 1,
     ) -> ExpandedArrivals: ...
 
     # plan_rows
@@ -73,6 +74,7 @@ class Operations(Protocol):
         num_experts: int,
         alignment: int = BLOCK,
         max_rows: int | None = None,
+        step: int = 1,
     ) -> RowMap: ...
 
     # permute
@@ -89,6 +91,9 @@ class Operations(Protocol):
     def unpermute_probs(self, p: Tensor, row_map: RowMap) -> Tensor: ...
 
     # grouped_gemm: FP8 operands
+    def rows_step(self) -> int:
+        """P is best a multiple of this many rows for `grouped_gemm`."""
+
     def grouped_gemm(
         self,
         x: BlockScaledTensor,

@@ -44,7 +44,10 @@ class Runtime:
     def max_rows(self, layer: int, tokens: int, top_k: int, local_experts: int) -> int | None:
         """P of a layer, counted from 0, where room is reserved: the even share of `tokens` on every
         rank times `capacity`, and what rounding up each expert's rows may take; or what `room`
-        says. None where P is what arrives."""
+        says. None where P is what arrives.
+
+        A number drops the same rows on each machine, so only `room` honours the operations'
+        `rows_step`."""
         step, even = self.path.ROW_ALIGNMENT, tokens * top_k
         if self.capacity is not None:
             return (math.ceil(even * self.capacity / step) + local_experts) * step
@@ -52,7 +55,7 @@ class Runtime:
             return None
         slots = tokens * self.dispatcher.ranks * min(top_k, local_experts)
         most = most_rows(slots, local_experts, step) // step * step
-        return self.room.max_rows(layer, even, most, step)
+        return self.room.max_rows(layer, even, most, math.lcm(step, self.ops.rows_step()))
 
     def __deepcopy__(self, memo: dict) -> "Runtime":
         """Itself: megatron-core copies its config for shared experts, and one place counts."""

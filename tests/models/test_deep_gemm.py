@@ -1,5 +1,10 @@
 """DeepGEMM's grouped GEMM instead of ours, on a GPU where it is installed."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +21,8 @@ from tests.models.test_kernels_gemm import (
 )
 
 pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,39 @@ def test_grouped_gemm(deep_gemm, kind, n, k, room):
         assert_close(y[:rows], exact, size, k, 13)
 
 
+COMPILES = """
+import sys
+import torch
+import transformer_engine.pytorch  # first, as above
+from models.fp8 import deep_gemm, reference
+from models.fp8.tensor import Layout
+
+n, k = 384, 256
+w = reference.quantize_weights(torch.randn(2, n, k, device="cuda").bfloat16())
+for part in map(float, sys.argv[1:]):
+    rows = int(part * deep_gemm.rows_step()) // 128 * 128
+    x = reference.quantize(torch.randn(rows, k, device="cuda").bfloat16(), Layout.GEMM_READY)
+    offsets = torch.tensor([0, 128, rows], device="cuda")
+    deep_gemm.grouped_gemm(x, w, offsets, torch.bfloat16)
+torch.cuda.synchronize()
+"""
+
+
+def kernels_for(folder: Path, *parts: float) -> int:
+    """How many kernels are compiled where P is this many times `rows_step`."""
+    environment = {**os.environ, "DG_JIT_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", COMPILES, *map(str, parts)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return len(list((folder / "cache").iterdir()))
+
+
+def test_one_kernel_serves_all_numbers_of_rows_in_steps(deep_gemm, tmp_path):
+    assert deep_gemm.rows_step() % 128 == 0
+    assert kernels_for(tmp_path / "in_steps", 1, 2, 3, 7) == 1
+    # Otherwise there would be nothing to round up for.
+    assert kernels_for(tmp_path / "as_it_is", 1, 0.3, 1.4, 2.6) > 1
+
+
 def test_refusals(deep_gemm):
     offsets, real = segments("ragged", "cuda")
     x = reference.quantize(rows_of(real, 256, "cuda"), Layout.COMPACT)
@@ -62,6 +102,7 @@ def test_fp8_direct_takes_it_and_says_so(deep_gemm):
     chosen = operations.choose("fp8_direct", "cuda")
     assert chosen.operations.grouped_gemm is deep_gemm.grouped_gemm
     assert chosen.operations.GEMM_LAYOUT is Layout.GEMM_READY
+    assert chosen.operations.rows_step is deep_gemm.rows_step
     assert "grouped_gemm by DeepGEMM" in chosen.description
     assert "DeepGEMM" not in operations.choose("fp8_direct", "cuda", variant="triton").description
     assert "DeepGEMM" not in operations.choose("fp8_compact", "cuda").description

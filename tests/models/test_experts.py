@@ -1,6 +1,8 @@
 """The experts' forward and backward, dispatch included, against a dense float64 definition."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from models.config import PathName
 from models.fp8 import operations
+from models.fp8.operations import Operations
 from models.moe.dispatch.all_to_all import AllToAll
 from models.moe.experts import ExpertMLP, prepare_weights
 from models.moe.paths import PATHS
@@ -74,13 +77,17 @@ def weights_scale(x, ids, weights, up, down, grad) -> Tensor:
     return y.norm(dim=-1).gather(1, ids) * grad.norm(dim=-1, keepdim=True)
 
 
-def run_path(rank: int, path: PathName, tokens: list[int], route: Routing, seed: int) -> dict:
+def run_path(
+    rank: int, path: PathName, tokens: list[int], route: Routing, seed: int, step: int = 1
+) -> dict:
     ranks = dist.get_world_size()
     x, ids, weights, up, down, grad = problem(rank, tokens[rank], route, seed)
     local = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     leaves = [t.clone().requires_grad_() for t in (x, weights, up[local], down[local])]
     dispatcher = AllToAll(dist.distributed_c10d._get_default_group(), EXPERTS)
     ops, _ = operations.choose(path, "cpu")
+    if step > 1:
+        ops = cast(Operations, SimpleNamespace(**{**vars(ops), "rows_step": lambda: step}))
     runtime = Runtime(PATHS[path], ops, build_linear(PATHS[path], ops, "cpu"), dispatcher)
     prepared = prepare_weights(leaves[2], leaves[3], x.dtype, runtime)
     out = ExpertMLP.apply(*leaves, ids, 0, runtime, prepared)
@@ -88,8 +95,10 @@ def run_path(rank: int, path: PathName, tokens: list[int], route: Routing, seed:
     return dict(zip(RESULTS, (out.detach(), *(t.grad for t in leaves)), strict=True))
 
 
-def gather(path: str, tokens: list[int], route: Routing, seed: int) -> dict[str, Tensor]:
-    results = run_ranks(len(tokens), run_path, path, tokens, route, seed)
+def gather(
+    path: str, tokens: list[int], route: Routing, seed: int, step: int = 1
+) -> dict[str, Tensor]:
+    results = run_ranks(len(tokens), run_path, path, tokens, route, seed, step)
     return {key: torch.cat([r[key] for r in results]) for key in results[0]}
 
 
@@ -146,6 +155,17 @@ def test_direct_and_fused_are_bitwise_equal(tokens, route):
     fused = gather("fp8_fused", tokens, route, seed)
     for name, value in direct.items():
         assert torch.equal(value, fused[name]), f"{name}, seed {seed}"
+
+
+@pytest.mark.parametrize("path", ["fp8_direct", "fp8_fused"])
+@pytest.mark.parametrize(("tokens", "route"), [([150, 37], all_to_one), ([0, 90], anywhere)])
+def test_rows_in_steps_compute_the_same_bits(path, tokens, route):
+    """As DeepGEMM wants them; output and all gradients."""
+    seed = int(torch.randint(10_000, ()))
+    want = gather(path, tokens, route, seed)
+    for step in (384, 10_000):
+        for name, value in gather(path, tokens, route, seed, step).items():
+            assert torch.equal(value, want[name]), f"{name}, seed {seed}"
 
 
 def test_direct_is_closer_than_baseline():

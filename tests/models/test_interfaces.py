@@ -20,8 +20,8 @@ BROKEN = [
     ),
     (
         "models/fp8/kernels/plan_rows.py",
-        "alignment: int = BLOCK, max_rows: int | None = None\n) -> PlannedRows:",
-        "alignment: int = BLOCK\n) -> PlannedRows:\n    max_rows = None",
+        "    max_rows: int | None = None,\n    step: int = 1,\n) -> PlannedRows:",
+        "    step: int = 1,\n) -> PlannedRows:\n    max_rows = None",
         ("models/fp8/operations.py", "plan_rows"),
     ),
     (
@@ -65,6 +65,12 @@ BROKEN = [
         "def plan_arrivals(expert_ids: Tensor, rank: int, local_experts: int) -> Arrivals:",
         "def plan_arrivals(expert_ids: Tensor, local_experts: int, rank: int) -> Arrivals:",
         ("models/fp8/operations.py", "plan_arrivals"),
+    ),
+    (
+        "models/fp8/kernels/grouped_gemm.py",
+        "def rows_step() -> int:",
+        "def rows_step(device: torch.device) -> int:",
+        ("models/fp8/operations.py", "rows_step"),
     ),
     (
         "models/fp8/reference/plan_expand.py",

@@ -15,6 +15,7 @@ from models.fp8.kernels.plan_arrivals import CHUNK
 from tests.models.test_kernels_numbers import DEVICES, generator, set_up
 from tests.models.test_reference_arrivals import route
 from tests.models.test_reference_expand import KINDS, ROOMS, SHAPES, room_of, routing
+from tests.models.test_reference_rows import STEPS
 from tests.support.launches import Launches
 
 EMPTY = torch.empty
@@ -27,13 +28,13 @@ def prepared(monkeypatch, request):
     set_up(monkeypatch, request.node.callspec.params["device"])
 
 
-def check(ids, local, device, alignment=128, part=None, ranks=None):
+def check(ids, local, device, alignment=128, part=None, ranks=None, step=1):
     ids = ids.to(device)
     for rank in range(len(ids)) if ranks is None else ranks:
         needed = int(reference.plan_expand(ids, rank, local, alignment).rows.needed)
         room = room_of(needed, part, alignment)
-        got = kernels.plan_expand(ids, rank, local, alignment, room)
-        want = reference.plan_expand(ids, rank, local, alignment, room)
+        got = kernels.plan_expand(ids, rank, local, alignment, room, step)
+        want = reference.plan_expand(ids, rank, local, alignment, room, step)
         same(got, want, {"rows", "tail"}, rank)
         same(got.rows, want.rows, {"num_rows"}, rank)
         assert got.rows.num_rows == want.rows.num_rows
@@ -42,6 +43,7 @@ def check(ids, local, device, alignment=128, part=None, ranks=None):
         else:
             assert got.tail is not None
             assert got.tail.dtype is torch.bool
+            assert got.tail.shape == (want.rows.num_rows,)
             assert torch.equal(got.tail.view(torch.uint8), want.tail.view(torch.uint8))
 
 
@@ -65,6 +67,14 @@ def test_plan_expand(device, shape, part):
 def test_an_uneven_load(device, kind, alignment, part):
     ids, local = routing(kind, generator())
     check(ids, local, device, alignment, part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("part", [None, 0.5])
+def test_rows_in_steps(device, kind, step, part):
+    ids, local = routing(kind, generator())
+    check(ids, local, device, 16, part, step=step)
 
 
 @pytest.mark.parametrize("shape", [(4, 2 * CHUNK + 1, 8, 64), (2, 2 * CHUNK - 1, 8, 256)])

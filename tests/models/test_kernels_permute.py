@@ -12,6 +12,7 @@ from models.fp8 import kernels, reference
 from models.fp8.kernels.plan_rows import inverse, most_rows, plan_rows, row_experts
 from models.fp8.tensor import BlockScaledTensor, Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
+from tests.models.test_reference_rows import STEPS
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -87,6 +88,26 @@ def test_plan_without_waiting(device, kind):
     assert torch.equal(permuted[: exact.num_rows], kernels.permute(x, exact))
     assert (permuted[exact.num_rows :] == 0).all()
     assert_same_bits(kernels.unpermute(permuted, bounded), reference.unpermute(permuted, bounded))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+def test_plan_rows_in_steps(device, kind, step):
+    """P is rounded up, and rows behind the last expert's are zeros."""
+    ids, experts = routing(kind, device)
+    got, want = (of.plan_rows(ids, experts, 16, step=step) for of in (kernels, reference))
+    for name in ("rows", "counts", "offsets", "needed", "num_rows"):
+        assert torch.equal(*(torch.as_tensor(getattr(one, name)) for one in (got, want)))
+    assert torch.equal(got.source, inverse(want))
+    x = torch.randn(ids.shape[0], 128, generator=generator()).to(device)
+    assert_same_bits(kernels.permute(x, got), reference.permute(x, want))
+    weights = torch.rand(ids.shape, generator=generator()).to(device)
+    assert_same_bits(kernels.permute_probs(weights, got), reference.permute_probs(weights, want))
+    y = torch.randn(got.num_rows, 128, generator=generator()).to(device)
+    y[int(got.offsets[-1]) :] = torch.nan
+    assert_same_bits(kernels.unpermute(y, got), reference.unpermute(y, want))
+    bounded = kernels.plan_rows(ids, experts, 16, max_rows=640, step=step)
+    assert bounded.num_rows == len(bounded.source) == 640
 
 
 def test_plan_with_too_little_room_stays_in_bounds(device):

@@ -7,7 +7,7 @@ from torch import Tensor
 from models.fp8 import reference
 from models.fp8.reference.plan_expand import ExpandedArrivals
 from tests.models.test_reference_arrivals import definition, route
-from tests.models.test_reference_rows import naive_rows
+from tests.models.test_reference_rows import STEPS, naive_rows
 
 SHAPES = [
     # ranks, tokens, top_k, experts
@@ -50,13 +50,15 @@ KINDS = [
 ]  # fmt: skip
 
 
-def check(ids: Tensor, local: int, alignment: int, part: float | None) -> None:
+def check(ids: Tensor, local: int, alignment: int, part: float | None, step: int = 1) -> None:
     for rank in range(len(ids)):
         arrivals = definition(ids, rank, local)
         rows, counts, offsets = naive_rows(arrivals["ids"], local, alignment)
         room = room_of(offsets[-1], part, alignment)
-        plan = reference.plan_expand(ids, rank, local, alignment, room)
-        size = offsets[-1] if room is None else room
+        plan = reference.plan_expand(ids, rank, local, alignment, room, step)
+        size = room
+        if size is None:
+            size = -(-offsets[-1] // step) * step
         rows = [[to if to < size else -1 for to in row] for row in rows]
         copied = [to for row in rows for to in row if to >= 0]
         assert plan.rows.rows.tolist() == rows
@@ -72,15 +74,15 @@ def check(ids: Tensor, local: int, alignment: int, part: float | None) -> None:
             sum(start <= to < start + count for to in copied)
             for start, count in zip(offsets[:-1], counts, strict=True)
         ]
-        check_tail(plan, room, min(offsets[-1], size))
+        check_tail(plan, room is None and step == 1, min(offsets[-1], size), size)
 
 
-def check_tail(plan: ExpandedArrivals, room: int | None, end: int) -> None:
-    if room is None:
+def check_tail(plan: ExpandedArrivals, is_exact: bool, end: int, size: int) -> None:
+    if is_exact:
         assert plan.tail is None
     else:
         assert plan.tail is not None
-        assert plan.tail.tolist() == [False] * end + [True] * (room - end)
+        assert plan.tail.tolist() == [False] * end + [True] * (size - end)
 
 
 @pytest.mark.parametrize(("ranks", "tokens", "top_k", "experts"), SHAPES)
@@ -95,6 +97,14 @@ def test_the_plan_is_its_definition(gen, ranks, tokens, top_k, experts, part):
 def test_an_uneven_load(gen, kind, alignment, part):
     ids, local = routing(kind, gen)
     check(ids, local, alignment, part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("part", [None, 0.5])
+def test_rows_in_steps(gen, kind, step, part):
+    ids, local = routing(kind, gen)
+    check(ids, local, 16, part, step)
 
 
 def test_dtypes(gen):

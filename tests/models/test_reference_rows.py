@@ -51,6 +51,9 @@ KINDS = [
     "one token", "no rows",
 ]  # fmt: skip
 
+STEPS = [1, 384, 10_000]
+"""What P is rounded up to: nothing, something, and more rows than there are."""
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alignment", [128, 16, 1])
@@ -83,6 +86,40 @@ def test_plan_rows_with_a_bound(kind, room, gen):
     x = torch.randn(ids.shape[0], 8, generator=gen)
     fits = (plan.rows >= 0).sum(1, keepdim=True)
     assert torch.equal(ops.unpermute(ops.permute(x.round(), plan), plan), x.round() * fits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+def test_plan_rows_in_steps(kind, step, gen):
+    """P alone is rounded up; rows behind the last expert's are as padding is."""
+    ids, experts = routing(kind, gen)
+    rows, counts, offsets = naive_rows(ids.tolist(), experts, 16)
+    plan = ops.plan_rows(ids, experts, 16, step=step)
+    assert plan.num_rows % step == 0
+    assert 0 <= plan.num_rows - offsets[-1] < step
+    assert plan.rows.tolist() == rows
+    assert plan.counts.tolist() == counts
+    assert plan.offsets.tolist() == offsets
+    assert plan.needed == offsets[-1]
+    x = torch.randn(ids.shape[0], 8, generator=gen)
+    permuted = ops.permute(x, plan)
+    assert permuted.shape == (plan.num_rows, 8)
+    assert not permuted[offsets[-1] :].any()
+    probs = torch.rand(ids.shape, generator=gen) + 1
+    assert not ops.permute_probs(probs, plan)[offsets[-1] :].any()
+    permuted[offsets[-1] :] = torch.nan
+    fits = (plan.rows >= 0).sum(1, keepdim=True)
+    assert torch.equal(ops.unpermute(permuted.round(), plan), x.round() * fits)
+
+
+def test_a_bound_is_not_rounded(gen):
+    """With one, which copies are dropped does not depend on the step."""
+    ids, experts = routing("random", gen)
+    for size in (384, 640):
+        plan = ops.plan_rows(ids, experts, max_rows=size, step=512)
+        want = ops.plan_rows(ids, experts, max_rows=size)
+        assert plan.num_rows == want.num_rows == size
+        assert torch.equal(plan.rows, want.rows)
 
 
 @pytest.mark.parametrize("bad", [-2, 3])

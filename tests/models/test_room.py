@@ -129,6 +129,9 @@ def test_the_table_of_what_deep_ep_v2_would_take():
         with room.open(wait=False):
             rows = room.max_rows(0, even, 10**9, 128)
         assert rows is not None
+        with room.open(wait=False):
+            in_waves = room.max_rows(0, even, 10**9, 128 * 132)
+        assert f"`auto` gives {in_waves:,} rows" in text
         most = ranks * tokens * min(top_k, local) + local * 127
         most = -(-most // 128) * 128
         fp8 = hidden * 33 // 32

@@ -86,6 +86,7 @@ def cramp(*steps: int):
     nothing of such an attempt may remain."""
 
     def plant(rank: int) -> None:
+        from models.fp8.tensor import BLOCK
         from models.moe.room import Room
         from train import loop
 
@@ -99,7 +100,7 @@ def cramp(*steps: int):
         def cramped(self, layer, even, most, alignment):
             rows = max_rows(self, layer, even, most, alignment)
             if rows is not None and now[0] in steps:
-                rows = self.rows[layer] = alignment
+                rows = self.rows[layer] = BLOCK  # every path's, where the alignment may be large
             return rows
 
         def poisoned(model, *args):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models.fp8.tensor import BLOCK
 from tests.support.faults import cramp, crowd
 from tests.support.ranks import Training, read_metrics
 from tests.support.tiny import Rows, argv, checkpoints, computed
@@ -65,6 +66,60 @@ def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, ranks, keys):
     assert computed(got) == computed(want)
     assert redone(got) == 3
     assert not any(key in row for row in want for key in ("moe/room", "moe/redone_steps"))
+
+
+STEP = 384
+
+
+def in_steps(folder: Path, then=None):
+    """P as multiples of `STEP`, and in `folder`, for each rank, every P and what was needed."""
+
+    def plant(rank: int) -> None:
+        from models.fp8 import reference
+        from models.moe import experts
+
+        compute = experts._compute
+
+        def noted(*args):
+            y, saved = compute(*args)
+            rows = saved.trip.rows
+            with (folder / f"rows.{rank}").open("a") as file:
+                print(len(y), int(rows.needed), file=file)
+            return y, saved
+
+        experts._compute = noted
+        reference.rows_step = lambda: STEP
+        if then is not None:
+            then(rank)
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("capacity", "keys"),
+    [
+        ("auto", ["moe.path=fp8_direct", "train.valid_every=2", "train.valid_batches=1"]),
+        pytest.param("auto", ["moe.path=fp8_fused", "moe.recompute=true"], marks=pytest.mark.slow),
+        pytest.param("null", ["moe.path=fp8_direct", "moe.recompute=true"], marks=pytest.mark.slow),
+        pytest.param("null", ["moe.path=fp8_fused", "train.valid_every=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_rows_that_come_in_steps_change_no_bit(tmp_path, capacity, keys):
+    """Waiting and not, in steps that are done again and in validation."""
+    keys = [*EP2, f"moe.capacity={capacity}", *keys]
+    want = train(tmp_path, "as-it-is", 2, *keys)
+    got = train(tmp_path, "in-steps", 2, *keys, plant=in_steps(tmp_path, cramp(2, 3, 5)))
+    assert computed(got) == computed(want)
+    assert redone(got) == (3 if capacity == "auto" else 0)
+    for rank in range(2):
+        lines = (tmp_path / f"rows.{rank}").read_text().splitlines()
+        pairs = [tuple(map(int, line.split())) for line in lines]
+        lost = [rows for rows, needed in pairs if rows < needed]
+        assert bool(lost) == (capacity == "auto")
+        assert set(lost) <= {BLOCK}, "what `cramp` leaves"
+        enough = [(rows, needed) for rows, needed in pairs if rows >= needed]
+        assert all(rows % STEP == 0 for rows, _ in enough)
+        assert any(needed % STEP for _, needed in enough)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,12 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Rows of the experts' buffers, P: padding and room included."""
+        """Rows of the experts' buffers, P: padding and room included.
+
+        But not what DeepGEMM adds: with it P is rounded up to whole waves of tiles (`rows_step` in
+        models/fp8/deep_gemm.py), 16,896 rows on an H100. A plan knows neither whether it will be
+        installed nor the GPU's multiprocessors.
+        """
         if self.full:
             return self.even
         step = PATHS[self.moe.path].ROW_ALIGNMENT

@@ -5,3 +5,4 @@ from models.fp8.gpu.cublas_bf16 import *
 
 GEMM_LAYOUT = deep_gemm.GEMM_LAYOUT
 grouped_gemm = deep_gemm.grouped_gemm
+rows_step = deep_gemm.rows_step

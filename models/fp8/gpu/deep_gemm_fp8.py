@@ -5,3 +5,4 @@ from models.fp8.kernels import *
 
 GEMM_LAYOUT = deep_gemm.GEMM_LAYOUT
 grouped_gemm = deep_gemm.grouped_gemm
+rows_step = deep_gemm.rows_step

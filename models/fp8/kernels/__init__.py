@@ -17,7 +17,12 @@ This is the only part of the project that imports Triton.
 """
 
 from models.fp8.kernels.adamw import adamw, adamw_cast, adamw_quantize
-from models.fp8.kernels.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_wgrad
+from models.fp8.kernels.grouped_gemm import (
+    GEMM_LAYOUT,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    rows_step,
+)
 from models.fp8.kernels.grouped_mm import grouped_mm, grouped_mm_wgrad, grouped_wgrad
 from models.fp8.kernels.permute import (
     permute,

@@ -72,6 +72,11 @@ GEMM_LAYOUT = Layout.COMPACT
 """Where a producer best puts the scales of x: both layouts are read in place, this one faster."""
 
 
+def rows_step() -> int:
+    """P is best a multiple of this many rows: any will do, as one kernel takes all."""
+    return 1
+
+
 def grouped_gemm(
     x: BlockScaledTensor, w: BlockScaledWeights, offsets: Tensor, out_dtype: torch.dtype
 ) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.fp8.kernels.plan_arrivals import CHUNK, SPAN, count_arrivals, place_arrivals, prepare
 from models.fp8.reference.plan_expand import ExpandedArrivals
 from models.fp8.reference.plan_rows import RowMap, most_rows
-from models.fp8.tensor import BLOCK
+from models.fp8.tensor import BLOCK, ceil_div
 
 COPIES_TILE = 4096
 """Counts of copies that a program adds up at once."""
@@ -33,6 +33,7 @@ def plan_expand(
     local_experts: int,
     alignment: int = BLOCK,
     max_rows: int | None = None,
+    step: int = 1,
 ) -> ExpandedArrivals:
     """The plan of one rank from `expert_ids` int64 `[W, T, k]`, of all ranks' tokens.
 
@@ -49,10 +50,10 @@ def plan_expand(
     rows = empty(*plan.ids.shape, dtype=torch.int64)
     # Counts [E], offsets [E + 1] and needed [1] together.
     result = empty(2 * local_experts + 2, dtype=torch.int64)
-    if max_rows is None:
-        tail, size = None, most_rows(plan.ids.numel(), local_experts, alignment)
-    else:
-        tail, size = empty(max_rows, dtype=torch.bool), max_rows
+    size = max_rows
+    if size is None:
+        size = ceil_div(most_rows(plan.ids.numel(), local_experts, alignment), step) * step
+    tail = None if max_rows is None and step == 1 else empty(size, dtype=torch.bool)
 
     experts = triton.next_power_of_2(local_experts)
     warps = 8 if experts >= MANY_EXPERTS else 4
@@ -66,13 +67,16 @@ def plan_expand(
     )  # fmt: skip
 
     needed = result[-1]
+    num_rows = size if max_rows is not None else ceil_div(int(needed), step) * step
     row_map = RowMap(
         rows=rows,
         counts=result[:local_experts],
         offsets=result[local_experts:-1],
         needed=needed,
-        num_rows=int(needed) if max_rows is None else max_rows,
+        num_rows=num_rows,
     )
+    if tail is not None:
+        tail = tail[:num_rows]
     return ExpandedArrivals(**vars(plan), rows=row_map, written=written, tail=tail)
 
 

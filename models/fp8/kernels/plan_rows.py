@@ -44,13 +44,17 @@ class PlannedRows(RowMap):
 
 
 def plan_rows(
-    expert_ids: Tensor, num_experts: int, alignment: int = BLOCK, max_rows: int | None = None
+    expert_ids: Tensor,
+    num_experts: int,
+    alignment: int = BLOCK,
+    max_rows: int | None = None,
+    step: int = 1,
 ) -> PlannedRows:
     """Groups received rows by expert; within an expert they keep the order they came in.
 
     `expert_ids` is int64 `[R, T]`: a local expert below `num_experts`, or -1. Segments are rounded
-    up to `alignment` rows. The values of `reference.plan_rows`, and its ValueError for an id out of
-    range.
+    up to `alignment` rows, and P to a multiple of `step`. The values of `reference.plan_rows`, and
+    its ValueError for an id out of range.
 
     With `max_rows` the host does not wait, see the top of the file. Then P is `max_rows`, an id out
     of range is dropped, and so are copies beyond `max_rows`: nothing is written out of bounds.
@@ -61,7 +65,9 @@ def plan_rows(
         )
     ids = expert_ids.contiguous()
     slots = ids.numel()
-    size = most_rows(slots, num_experts, alignment) if max_rows is None else max_rows
+    size = max_rows
+    if size is None:
+        size = ceil_div(most_rows(slots, num_experts, alignment), step) * step
     width = triton.next_power_of_2(num_experts + 1)
     chunk = max(TILE // width, 16)
     chunks = max(ceil_div(slots, chunk), 1)  # with nothing to place, offsets are still written
@@ -86,7 +92,8 @@ def plan_rows(
 
     num_rows = size
     if max_rows is None:
-        num_rows, errors, _ = result[2 * num_experts :].tolist()  # waits for the device
+        end, errors, _ = result[2 * num_experts :].tolist()  # waits for the device
+        num_rows = ceil_div(end, step) * step
         if errors:
             raise ValueError(f"expert ids must be -1 or 0..{num_experts - 1}")
     return PlannedRows(

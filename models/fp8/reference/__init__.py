@@ -6,7 +6,12 @@ names as in `kernels/`: read them side by side.
 """
 
 from models.fp8.reference.adamw import adamw, adamw_cast, adamw_quantize
-from models.fp8.reference.grouped_gemm import GEMM_LAYOUT, grouped_gemm, grouped_gemm_wgrad
+from models.fp8.reference.grouped_gemm import (
+    GEMM_LAYOUT,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    rows_step,
+)
 from models.fp8.reference.grouped_mm import grouped_mm, grouped_mm_wgrad, grouped_wgrad
 from models.fp8.reference.permute import (
     permute,

@@ -18,6 +18,11 @@ GEMM_LAYOUT = Layout.COMPACT
 """Where a producer of `grouped_gemm`'s x puts its scales. Both are read in place."""
 
 
+def rows_step() -> int:
+    """P is best a multiple of this many rows: any will do."""
+    return 1
+
+
 def grouped_gemm(
     x: BlockScaledTensor, w: BlockScaledWeights, offsets: Tensor, out_dtype: torch.dtype
 ) -> Tensor:

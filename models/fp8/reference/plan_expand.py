@@ -25,8 +25,8 @@ class ExpandedArrivals(Arrivals):
     """int32 `[E]`: rows of each expert that a copy is written to: fewer than its `counts` where
     there was no room for all."""
     tail: Tensor | None
-    """bool `[P]`: rows behind the last expert's; None where P is what is needed and there are
-    none."""
+    """bool `[P]`: rows behind the last expert's; None where P is exactly what is needed, whatever
+    the routing, and there are none."""
 
 
 def plan_expand(
@@ -35,17 +35,18 @@ def plan_expand(
     local_experts: int,
     alignment: int = BLOCK,
     max_rows: int | None = None,
+    step: int = 1,
 ) -> ExpandedArrivals:
     """The plan of one rank from `expert_ids` int64 `[W, T, k]`, of all ranks' tokens.
 
     expert_ids, rank, local_experts: as for `plan_arrivals`, and its ValueError. alignment,
-    max_rows: as for `plan_rows`; without `max_rows` it waits for the device.
+    max_rows, step: as for `plan_rows`; without `max_rows` it waits for the device.
     """
     plan = plan_arrivals(expert_ids, rank, local_experts)
-    rows = plan_rows(plan.ids, local_experts, alignment, max_rows)
+    rows = plan_rows(plan.ids, local_experts, alignment, max_rows, step)
     plan.sources[:, 2:] = rows.rows
     written = torch.minimum(rows.counts, rows.offsets.diff()).int()
     tail = None
-    if max_rows is not None:
-        tail = torch.arange(max_rows, device=expert_ids.device) >= rows.offsets[-1]
+    if max_rows is not None or step > 1:
+        tail = torch.arange(rows.num_rows, device=expert_ids.device) >= rows.offsets[-1]
     return ExpandedArrivals(**vars(plan), rows=rows, written=written, tail=tail)

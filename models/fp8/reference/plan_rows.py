@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.fp8.tensor import BLOCK
+from models.fp8.tensor import BLOCK, ceil_div
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +39,22 @@ def most_rows(slots: int, num_experts: int, alignment: int = BLOCK) -> int:
 
 
 def plan_rows(
-    expert_ids: Tensor, num_experts: int, alignment: int = BLOCK, max_rows: int | None = None
+    expert_ids: Tensor,
+    num_experts: int,
+    alignment: int = BLOCK,
+    max_rows: int | None = None,
+    step: int = 1,
 ) -> RowMap:
     """Groups received rows by expert; within an expert they keep the order they came in.
 
     `expert_ids` is int64 `[R, T]`: a local expert below `num_experts`, or -1. Segments are rounded
-    up to `alignment` rows; an expert without rows takes none. Waits for the device, as the size of
-    the buffer depends on the routing. Raises ValueError for an id out of range.
+    up to `alignment` rows; an expert without rows takes none. P is what they take, rounded up to a
+    multiple of `step`. Waits for the device, as the size of the buffer depends on the routing.
+    Raises ValueError for an id out of range.
 
     With `max_rows`, a multiple of the alignment, P is `max_rows`, and copies beyond it are dropped:
-    their row is -1, and a segment ends there at the latest. `counts` are those of all copies.
+    their row is -1, and a segment ends there at the latest. `counts` are those of all copies. Then
+    `step` says nothing.
     """
     flat = expert_ids.flatten()
     if ((flat < -1) | (flat >= num_experts)).any():
@@ -69,5 +75,5 @@ def plan_rows(
     if max_rows is not None:
         rows = rows.masked_fill(rows >= max_rows, -1)
         offsets = offsets.clamp(max=max_rows)
-    num_rows = int(offsets[-1]) if max_rows is None else max_rows
+    num_rows = ceil_div(int(needed), step) * step if max_rows is None else max_rows
     return RowMap(rows.view(expert_ids.shape), counts, offsets, needed, num_rows)

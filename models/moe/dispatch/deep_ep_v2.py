@@ -180,7 +180,8 @@ class DeepEPv2(CountsBytes):
         x: BF16 [T, H], or a matrix in FP8 whose scales may lie in either layout; they arrive in
         `layout`. expert_ids, weights: as for `dispatch`. alignment: the rows of each expert are
         rounded up to a multiple of it. max_rows: P, a multiple of the alignment, where the host
-        does not wait to know it; copies beyond it are dropped.
+        does not wait to know it; copies beyond it are dropped. Where it waits, P is a multiple of
+        `ops.rows_step()`, but between nodes, where DeepEP allocates what it has counted.
 
         Returns the experts' rows [P, H], zeros where they are rounded up; the routing weight of
         each row, float32 [P], 0 where there is none; the plan, for the rows that `dispatch` would
@@ -201,6 +202,7 @@ class DeepEPv2(CountsBytes):
                 self.local_experts,
                 alignment,
                 max_rows,
+                self.ops.rows_step(),
             )
             rows = plan.rows
             handle = self._handle(plan, expert_ids, len(plan.ids), alignment)

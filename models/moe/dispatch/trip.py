@@ -37,7 +37,8 @@ class Trip:
         max_rows: int | None = None,
     ) -> None:
         """max_rows: if given, the host does not wait to know P: it is `max_rows`, a multiple of the
-        alignment, and copies beyond it are dropped."""
+        alignment, and copies beyond it are dropped. Otherwise P is rounded up to the operations'
+        `rows_step`."""
         self.dispatcher = dispatcher
         self.ops = ops
         self.counts = counts
@@ -58,7 +59,7 @@ class Trip:
         )
         self._planned = True
         self.rows = self.ops.plan_rows(
-            ids, self._local_experts, self._row_alignment, self._max_rows
+            ids, self._local_experts, self._row_alignment, self._max_rows, self.ops.rows_step()
         )
         self.probs = self.ops.permute_probs(weights, self.rows)
         return tensors
