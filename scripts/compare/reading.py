@@ -22,6 +22,9 @@ from scripts.compare.runs import (
 
 PERCENT = f"{CONFIDENCE:.0%}".replace("%", " %")
 
+MANY = 3
+"""Most runs that are named one by one where they agree."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -133,7 +136,14 @@ def _seeds_are_equal(runs: Sequence[Run]) -> bool:
 
 
 def _each(runs: Sequence[Run], values: Sequence[object]) -> str:
-    return ", ".join(f"{value} ({run.name})" for run, value in zip(runs, values, strict=True))
+    """Each value with its runs in brackets; those of the most common one, if many, are counted."""
+    names: dict[str, list[str]] = {}
+    for value, run in zip(values, runs, strict=True):
+        names.setdefault(str(value), []).append(run.name)
+    most = max(names, key=lambda value: len(names[value]))
+    if len(names) > 1 and len(names[most]) > MANY:
+        names[most] = [f"the {len(names.pop(most))} others"]
+    return ", ".join(f"{value} ({', '.join(found)})" for value, found in names.items())
 
 
 def partner(run: Run, baseline: Arm) -> Run:

@@ -373,9 +373,14 @@ def test_different_code_is_named(three: list[Path]) -> None:
     path = three[1] / "environment.json"
     path.write_text(path.read_text().replace("abc123", "def456"))
     (warning,) = warnings_of(three)
-    assert warning == (
-        "The runs were made with different code: commit abc123 (a), def456 (b), abc123 (c)."
-    )
+    assert warning == ("The runs were made with different code: commit abc123 (a, c), def456 (b).")
+
+
+def test_many_runs_that_agree_are_counted(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, "bf16") for name in "acdefg"]
+    folders[1:1] = [write_run(tmp_path / "b", "bf16", config={"optim": {"lr": 2e-3}})]
+    (warning,) = warnings_of(folders)
+    assert warning.endswith("optim.lr is 0.002 (b), 0.001 (the 6 others).")
 
 
 def test_unknown_baseline_is_one_line(
