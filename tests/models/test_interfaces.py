@@ -67,12 +67,6 @@ BROKEN = [
         ("models/fp8/operations.py", "plan_arrivals"),
     ),
     (
-        "models/fp8/kernels/grouped_gemm.py",
-        "def rows_step() -> int:",
-        "def rows_step(device: torch.device) -> int:",
-        ("models/fp8/operations.py", "rows_step"),
-    ),
-    (
         "models/fp8/reference/plan_expand.py",
         ") -> ExpandedArrivals:",
         ") -> Arrivals:",
