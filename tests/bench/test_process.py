@@ -44,7 +44,7 @@ def those_of(folder: Path) -> list[int]:
 
 
 def wait_until(number: int, folder: Path) -> None:
-    """For so many processes: torchrun and its two ranks, or none."""
+    """Until there are this many processes: torchrun and its two ranks, or none."""
     for _ in range(600):
         if len(those_of(folder)) == number:
             return
