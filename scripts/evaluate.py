@@ -89,20 +89,27 @@ def every(corpus: Corpus, most: int | None) -> Iterator[Batch]:
             yield make_batch(side[begin : begin + size], eod)
 
 
+SOURCES = {"data.path": "null", "data.name": "null", "data.mixture": "{}"}
+"""The keys that say what is read, one at a time, and how each is unset."""
+
+
 def with_data(found: Trained, source: str | None, keys: list[str], batches: int | None) -> Trained:
     """The same with the keys that say what it is evaluated on. Raises ConfigError."""
     given = [key.partition("=")[0] for key in keys]
+    named = {*given} & {*SOURCES}
     if source is not None:
-        if clash := {"data.path", "data.name"} & set(given):
-            raise ConfigError(f"--data {source} and {min(clash)} are both given; keep one")
-        keys = [*keys, "data.name=null", f"data.path={source}"]
+        if named:
+            raise ConfigError(f"--data {source} and {min(named)} are both given; keep one")
+        named, keys = {"data.path"}, [*keys, f"data.path={source}"]
     elif batches is not None:
         keys = [*keys, f"train.valid_batches={batches}"]
-    if found.weights is None and source is None and not {"data.path", "data.name"} & set(given):
+    if found.weights is None and not named:
         raise ConfigError(
             f"{found.path} does not say what it was validated on; name text with --data, or the "
             "run's with data.path=... or data.name=..."
         )
+    if named:  # instead of what the run was trained on, whichever way that was named
+        keys = [*(f"{key}={none}" for key, none in SOURCES.items() if key not in named), *keys]
     return found.with_keys(keys)
 
 

@@ -90,6 +90,16 @@ def test_whatever_holds_the_model(run_dir, tmp_path):
     assert more["tokens"] == 5 * 4 * 32
 
 
+@pytest.mark.parametrize("keys", [["data.path=null", "data.mixture={train: 1, models: 3}"], []])
+def test_what_is_named_replaces_what_was_trained_on(tmp_path, keys):
+    """Whichever of the keys the run had, and whichever is named now."""
+    run = trained(tmp_path, "run", 1, "parallel.expert_parallel=1", "train.steps=2", *keys)
+    for named in (["data.path=train"], ["data.mixture={train: 1}"], ["--data", "train"]):
+        found = result_of(tmp_path, run, *named, "--batches", "1")
+        assert "train: " in found["data"]
+        assert "models: " not in found["data"]
+
+
 def losses_of_windows(file: Path, text: bytes) -> tuple[float, int]:
     """The mean loss over all of a text's windows, and how many tokens those are."""
     from scripts.generate import load_model

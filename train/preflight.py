@@ -14,13 +14,16 @@ from train.checkpoint.files import folder_of, newest
 from train.checkpoint.same_run import check_same_run
 from train.config import Config, ConfigError, world_size_from_env
 from train.data.batches import PREFETCH
-from train.metrics import tensorboard
+from train.metrics import flops, tensorboard
 from train.planning import warning as planning
 
 log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where data workers put their batches; a container has 64 MB of it by default."""
+
+BYTES_PER_PARAMETER = 16
+"""On a CPU: the weight, its gradient and AdamW's two means, all in float32."""
 
 BYTES_PER_TOKEN = 3 * 8
 """Bytes of a batch per token: three int64."""
@@ -51,6 +54,8 @@ def check(config: Config) -> None:
         hf_reader.source(config)
     if device == "cuda":
         warn_of_memory(config)
+    else:
+        warn_of_cpu_memory(config)
     run_folder.make(run_dir)
 
 
@@ -124,6 +129,37 @@ def warn_of_memory(config: Config) -> None:
     reason = planning.why_not(config, ranks, node, gpu.total_memory, gpu.name)
     if reason is not None:
         log.warning("%s", reason)
+
+
+def warn_of_cpu_memory(config: Config) -> None:
+    """Warn, on the first rank, where this machine cannot hold its ranks' share of the parameters.
+
+    It is what a run on a model for GPUs meets where PyTorch sees none.
+    """
+    memory = machine_memory()
+    if os.environ.get("RANK", "0") != "0" or memory is None:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / world_size_from_env()
+    parameters = flops.count(config.model, config.moe).total_params
+    needed = parameters * BYTES_PER_PARAMETER * here
+    if needed > memory:
+        auto = config.train.device == "auto"
+        log.warning(
+            "%s this run needs %.1f GB of memory for weights, gradients and AdamW's means, and "
+            "this machine has %.1f; take a smaller model (configs/demo_cpu.yaml), or a machine "
+            "with GPUs and a CUDA build of PyTorch",
+            "PyTorch sees no GPU, and on the CPU" if auto else "on a CPU",
+            needed / 1e9,
+            memory / 1e9,
+        )
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def resolve_dtype(config: Config, device: str) -> torch.dtype:

@@ -280,6 +280,7 @@ def run(arguments: argparse.Namespace) -> int:
         found: dict[str, Any] = {
             "micro_batch": size,
             "global_batch": config.global_batch(ranks.world_size),
+            "expert_parallel": config.parallel.expert_parallel,
             **about,
         }
         if window:

@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from scripts.bench.tables import (
 from scripts.compare.curves import PAPER, Spec, config
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
+LINE = 13
+"""Height of a line of a bar's name, in pixels."""
 PART_COLORS = {
     "quantize": "#4e79a7",
     "dispatch": "#76b7b2",
@@ -65,7 +68,7 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
     look = config(PAPER)
     look["title"] |= {"fontSize": 12, "fontWeight": "normal", "offset": 6}
     look["axisX"] |= {"labelFlush": False, "tickCount": 6}
-    look["axisY"] = {"labelLimit": 0, "labelColor": PAPER.ink}
+    look["axisY"] = {"labelLimit": 0, "labelColor": PAPER.ink, "labelLineHeight": LINE}
     look["legend"] |= {"orient": "top", "columns": 5, "title": None}
     spec = {"vconcat": panels, "config": look, "background": "white", "padding": 8}
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,9 @@ def _training(result: Result) -> list[Spec]:
         title += [f"{routing} routing"] if routing else []
         same = [one for one in kinds if one[:2] == kind[:2]]
         title += [f"sitting {sitting}"] if len(same) > 1 else []
-        panels.append({"title": ", ".join(title), "width": 320, "height": {"step": 26}} | layers)
+        if len(sizes := {row["micro_batch"] for row in panel}) == 1:
+            title += [f"micro-batch {min(sizes)}"]
+        panels.append({"title": ", ".join(title), "width": 400, "height": {"step": 28}} | layers)
     return panels
 
 
@@ -111,7 +116,11 @@ def _kind(row: Row) -> tuple:
 
 def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
     """Bars with whiskers and figures, and a dotted line at `best`; `across` is the axis of all."""
-    names = [f"{training_name(row)}, micro-batch {row['micro_batch']}" for row in rows]
+    differ = len({row["micro_batch"] for row in rows}) > 1
+    names = [
+        textwrap.wrap(training_name(row) + differ * f", micro-batch {row['micro_batch']}", 40)
+        for row in rows
+    ]
     values = []
     for place, row in enumerate(rows):
         color = OURS if row["stack"] == "ours" else STOCK
@@ -129,7 +138,10 @@ def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
         return {"field": field, "type": "nominal", "scale": None}
 
     # By their places, since two rows may share a name.
-    axis = {"labelExpr": f"{json.dumps(names)}[datum.value]"}
+    axis: Spec = {"labelExpr": f"{json.dumps(names)}[datum.value]"}
+    # Of a label of two lines the first is at the bar's middle; this moves it up by half a line.
+    two = f"{json.dumps([len(lines) > 1 for lines in names])}[datum.value]"
+    axis["labelOffset"] = {"condition": {"test": two, "value": -LINE / 2}, "value": 0}
     y = {"field": "place", "type": "ordinal", "title": None, "axis": axis}
     bar = {"type": "bar", "height": 18}
     whisker = {"type": "errorbar", "ticks": {"size": 8}, "color": "black"}

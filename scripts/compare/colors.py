@@ -29,8 +29,8 @@ CHOSEN = (
     Color("#E69F00", "#9a6a00", "#f0c75e"),
 )
 
-WIDE = "fp8_baseline"
-"""Drawn as a wide pale line, below the path whose losses equal its own, so that both are seen."""
+COVERED = {"fp8_baseline": "fp8_compact", "fp8_direct": "fp8_fused"}
+"""A path, and the one that trains to the same bits and whose curve is drawn over its own."""
 
 
 def nth_color(place: int) -> Color:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.compare.arms import Arm
-from scripts.compare.colors import COLORS, WIDE
+from scripts.compare.colors import COLORS, COVERED
 from scripts.compare.reading import on_cpu, partner
 from scripts.compare.runs import Run
 
@@ -175,8 +175,20 @@ def colors(runs: Sequence[Run], look: Look) -> Spec:
     return by_run(runs, [look.color(run.path) for run in runs])
 
 
+def covered(runs: Sequence[Run]) -> list[bool]:
+    """Of each run, whether its curve is drawn wide and pale, so that it is seen below another one.
+
+    Curves of losses coincide to the eye: so where no two runs train to the same bits, it is the
+    first run's.
+    """
+    paths = {run.path for run in runs}
+    found = [COVERED.get(run.path) in paths for run in runs]
+    return found if any(found) or len(runs) < 2 else [True, *found[1:]]
+
+
 def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> list[Spec]:
     """The layers of a chart: a line for each run, and dots where there are validation losses."""
+    wide = covered(runs)
     before = [sum(other.path == run.path for other in runs[:i]) for i, run in enumerate(runs)]
     line: Spec = {
         "x": x,
@@ -184,9 +196,8 @@ def curves(chart: Chart, runs: Sequence[Run], look: Look, x: Spec, y: Spec) -> l
         "description": {"field": "run", "type": "nominal"},
         "color": colors(runs, look),
         "strokeDash": by_run(runs, [DASHES[count % len(DASHES)] for count in before]),
-        # A curve that another one covers exactly is wide and pale, so that both are seen.
-        "strokeWidth": by_run(runs, [5 if run.path == WIDE else 1.8 for run in runs]),
-        "opacity": by_run(runs, [0.45 if run.path == WIDE else 1 for run in runs]),
+        "strokeWidth": by_run(runs, [5 if one else 1.8 for one in wide]),
+        "opacity": by_run(runs, [0.45 if one else 1 for one in wide]),
     }
     layers: list[Spec] = [{"mark": {"type": "line", "clip": True}, "encoding": line}]
     if chart.column == "gap":

@@ -20,7 +20,14 @@ from scripts import terminal
 from scripts.bench.results import write_json
 from scripts.plan.rates import RESULTS, Rates
 from scripts.plan.rates import measured as measured_rates
-from scripts.plan.rows import Measured, measured
+from scripts.plan.rows import (
+    FITTED_FILE,
+    FITTED_MEMORY,
+    FITTED_SITTING,
+    FITTED_TIME,
+    Measured,
+    measured,
+)
 from scripts.plan.time import Fit, layer_ms, parts_ms
 from train.metrics.environment import commit
 from train.planning.memory import FIT, GIB, peak
@@ -70,12 +77,19 @@ def _total(row: Measured, rates: Rates, fit: Fit) -> float:
 def result(results: Path = RESULTS) -> dict[str, Any]:
     """What the file holds. Raises OSError, KeyError, ValueError for a broken file of results."""
     rows, rates = measured(results), measured_rates(results)
+    of_memory = sum(row.fits_memory for row in rows)
+    of_time = sum(row.fits_time and not row.is_layer for row in rows)
+    if (of_memory, of_time) != (len(FITTED_MEMORY), len(FITTED_TIME)):
+        raise ValueError(
+            f"{FITTED_FILE} has not all rows of the sitting {FITTED_SITTING} that plans are fitted "
+            "on (scripts/plan/rows.py)"
+        )
     overhead = fit_overhead(rows)
     found = fit_time(rows, rates)
-    gpus = sorted({row.shape.ranks for row in rows})
+    *gpus, most = sorted({row.shape.ranks for row in rows})
     names = sorted({row.machine.name for row in rows})
     return {
-        "machine": f"{' and '.join(map(str, gpus))} x {' and '.join(names)}",
+        "machine": f"{', '.join(map(str, gpus))} and {most} x {' and '.join(names)}",
         "commit": commit(),
         "bounds": {"memory": MEMORY_BOUND, "time": TIME_BOUND},
         "memory": {"overhead_gib": overhead},

@@ -95,7 +95,9 @@ def _memories(axes: Axes, plans: Mapping[int, Plan], machine: Machine, chosen: s
     _stack(axes, bars)
     room = next(iter(plans.values())).room / GIB
     axes.axhline(room, color="black", lw=0.8, ls="--")
-    axes.text(-0.4, room, f"{room:.0f} of {machine.memory / GIB:.0f} GiB", fontsize=7, va="bottom")
+    # At the right, where bars are lowest.
+    said = f"{room:.0f} of {machine.memory / GIB:.0f} GiB"
+    axes.text(len(plans) - 0.6, room, said, fontsize=7, ha="right", va="bottom")
     axes.set_title(f"GiB of a rank of {chosen}", fontsize=9, loc="left")
     _ticks(axes, list(plans))
 

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.config import PATH_NAMES
-from scripts.bench.results import Row, rows_to_show
+from scripts.bench.results import Row
+from scripts.bench.train_rows import SAME
 from scripts.plan.machines import MACHINES, Machine
 from scripts.plan.rates import WAITED
 from train.config import Config
@@ -17,9 +18,9 @@ from train.planning.shapes import Shape, shape_of
 
 FITTED_MEMORY = (("bf16", ("prepare",), 4), ("fp8_direct", ("prepare",), 4))
 FITTED_TIME = (("bf16", ("prepare",), 4), ("bf16", ("prepare",), 8), ("fp8_compact", (), 4))
-FITTED_FILE = "train_qwen3_30b_a3b_8l.json"
-"""Rows of this file by path, flags and micro-batch, balanced and on two GPUs: figures are fitted on
-them. All other rows are checked."""
+FITTED_FILE, FITTED_SITTING = "train_qwen3_30b_a3b_8l.json", "2026-11-26 04:32"
+"""Rows of this file and sitting by path, flags and micro-batch, balanced and on two GPUs: figures
+are fitted on them. All other rows are checked."""
 
 ONE_GPU = "train_qwen3_30b_a3b_8l_1gpu.json"
 """The config of files that have none of their own; their rows override it."""
@@ -64,8 +65,8 @@ def measured(results: Path) -> list[Measured]:
 
 def _training(path: Path) -> Iterator[Measured]:
     result: Any = _read(path)
-    several = len(result.get("sittings", ())) > 1
-    for row in rows_to_show(result):
+    names = set()
+    for row in _repeated_or_screened(result):
         flags = tuple(row.get("flags", ()))
         known = row["path"] in PATH_NAMES and set(flags) <= KNOWN_FLAGS
         if row["stack"] != "ours" or "step_ms" not in row or not known or "operations" in row:
@@ -76,19 +77,35 @@ def _training(path: Path) -> Iterator[Measured]:
         if shape is None:
             continue
         which = (row["path"], flags, row["micro_batch"])
-        is_first = path.name == FITTED_FILE and routing == "balanced" and row["gpus"] == 2
+        is_first = (path.name, row.get("sitting")) == (FITTED_FILE, FITTED_SITTING)
+        is_first = is_first and routing == "balanced" and row["gpus"] == 2
         peak = row.get("peak_allocated_gib")
+        machine = _machine(sitting["machine"])
+        name = _name(path, row, routing, flags, machine)
+        name += (name in names) * f", {row.get('sitting')}"
+        names.add(name)
         yield Measured(
-            name=_name(path, row, routing, flags) + several * f", {row.get('sitting')}",
+            name=name,
             source=path.name,
             shape=shape,
-            machine=_machine(sitting["machine"]),
+            machine=machine,
             fits_memory=is_first and which in FITTED_MEMORY,
             fits_time=is_first and which in FITTED_TIME,
             peak_gib=None if peak is None else peak["max"],
             step_ms=row["step_ms"]["median"],
             is_assumed=routing == "natural" and shape.expert_ranks > 1,
         )
+
+
+def _repeated_or_screened(result: Any) -> Iterator[Row]:
+    """Every row, and what was screened and then not repeated in the same sitting."""
+    keys = (*SAME, "micro_batch", "sitting")
+    seen = []
+    for row in [*result["rows"], *result.get("screening", ())]:
+        key = [row.get(name) for name in keys]
+        if key not in seen:
+            yield row
+        seen.append(key)
 
 
 def _shape(
@@ -98,6 +115,9 @@ def _shape(
     version."""
     tree = json.loads(json.dumps(tree))
     tree["moe"]["path"] = row["path"]
+    tree["parallel"]["expert_parallel"] = row.get(
+        "expert_parallel", tree["parallel"]["expert_parallel"]
+    )
     if routing == "natural":
         tree["moe"] |= {"force_balance": False, "capacity": "default"}
     if "waits" in flags:
@@ -115,10 +135,11 @@ def _shape(
     return shape_of(config, row["gpus"])
 
 
-def _name(path: Path, row: Row, routing: str, flags: tuple[str, ...]) -> str:
+def _name(path: Path, row: Row, routing: str, flags: tuple[str, ...], machine: Machine) -> str:
     config = path.stem.removeprefix("train_").removesuffix("_1gpu")
     said = ", ".join([f"{config} `{row['path']}`", *flags])
-    gpus = "1 GPU" if row["gpus"] == 1 else f"{row['gpus']} GPUs"
+    kind = "H100" if machine is MACHINES["h100"] else "H200"
+    gpus = f"{row['gpus']} {kind}" + "s" * (row["gpus"] > 1)
     return f"{said}, micro-batch {row['micro_batch']}, {gpus}" + (
         "" if routing == "balanced" else f", {routing} routing"
     )

@@ -52,14 +52,15 @@ def _memory(plans: Sequence[Plan], machine: Machine) -> str:
     rows.append((f"fits in {room:.1f} GiB", ["yes" if plan.fits else "NO" for plan in plans]))
     largest = ["none" if plan.largest is None else str(plan.largest) for plan in plans]
     rows.append(("largest micro-batch", largest))
-    where = [plan.memory.name for plan in plans]
-    said = (
-        where[0]
-        if len(set(where)) == 1
-        else ", ".join(f"{plan.path}: {name}" for plan, name in zip(plans, where, strict=True))
-    )
+    where: dict[str, list[str]] = {}
+    for plan in plans:
+        where.setdefault(plan.memory.name, []).append(plan.path)
+    said = [
+        f"  at the peak: {moment}" + f" ({', '.join(paths)})" * (len(where) > 1)
+        for moment, paths in where.items()
+    ]
     title = f"memory of a rank, GiB of {machine.memory / GIB:.1f}"
-    return "\n".join([_table(title, plans, rows), f"  at the peak: {said}"])
+    return "\n".join([_table(title, plans, rows), *said])
 
 
 def _traffic(plans: Sequence[Plan]) -> str:

@@ -281,9 +281,20 @@ def test_rows_of_one_name_have_bars_of_their_own(tmp_path: Path) -> None:
     assert run(tmp_path, PICTURE)[0] == 0
     svg = (tmp_path / "images" / "train_x.svg").read_text()
     assert len(re.findall(r'aria-roledescription="bar"', svg)) == 2
-    assert len(re.findall(r">ours bf16, micro-batch \d+</text>", svg)) == 2
+    assert len(re.findall(r">ours bf16</text>", svg)) == 2
+    assert len(re.findall(r"micro-batch \d+</text>", svg)) == 1, (
+        "what all bars share is the title's"
+    )
     for figure in ("100.0", "90.0"):
         assert f">{figure}</text>" in svg
+
+
+def test_bars_of_two_micro_batches_name_theirs(tmp_path: Path) -> None:
+    write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000, micro_batch=4)])
+    assert run(tmp_path, PICTURE)[0] == 0
+    svg = (tmp_path / "images" / "train_x.svg").read_text()
+    assert len(re.findall(r">ours bf16, micro-batch \d+</text>", svg)) == 2
+    assert len(re.findall(r"micro-batch \d+</text>", svg)) == 2
 
 
 def test_same_figures_give_the_same_picture(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from models.config import PATH_NAMES
-from scripts.compare.colors import COLORS, WIDE, Color, nth_color
+from scripts.compare.colors import COLORS, COVERED, Color, nth_color
 
 MANY = [nth_color(place) for place in range(12)]
 
@@ -28,7 +28,7 @@ def contrast(a: str, b: str) -> float:
 
 def test_every_path_has_a_colour():
     assert tuple(COLORS) == PATH_NAMES
-    assert WIDE in PATH_NAMES
+    assert {*COVERED, *COVERED.values()} <= {*PATH_NAMES}
 
 
 @pytest.mark.parametrize("kind", Color._fields)

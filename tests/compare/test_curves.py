@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import vl_convert
 
+from models.config import PATH_NAMES
 from scripts.compare.arms import Arm, arm_of, group_arms
 from scripts.compare.curves import DASHES, PAPER, choose_charts, make_rows, title_of
 from scripts.compare.picture import make_picture
@@ -79,10 +80,10 @@ def test_picture_has_a_curve_for_each_run(two: list[Path]) -> None:
     # The third point is missing, which breaks the line.
     assert [curve["d"].count("M") for curve in curves] == [1, 2, 1, 2]
     assert [len(re.findall("[ML]", curve["d"])) for curve in curves] == [20, 19] * 2
-    # From the lowest loss to the highest: the width of what is drawn, and how the wide one is.
+    # From the first step to the last: the width of what is drawn. The first run's curve is wide.
     x = [float(x) for x in re.findall(r"[ML]([\d.]+),", curves[0]["d"])]
     assert x == pytest.approx([440 * n / 19 for n in range(20)], abs=0.01)
-    assert [float(curve["stroke-width"]) for curve in curves] == [1.8, 5] * 2
+    assert [float(curve["stroke-width"]) for curve in curves] == [5, 1.8] * 2
     text = re.sub("<[^>]*>", " ", svg)
     for expected in ("Training loss ", "Gap of the training loss to a, %", " a ", " b ", "6k"):
         assert expected in text
@@ -108,6 +109,25 @@ def test_repeats_are_told_apart_by_dashes(tmp_path: Path) -> None:
     solid, dashed = (",".join(map(str, dash)) for dash in DASHES[:2])
     found = [curve["stroke-dasharray"] for curve in lines(draw(folders))[:4]]
     assert found == [solid, dashed] * 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "wide"),
+    [
+        (PATH_NAMES, {"fp8_baseline", "fp8_direct"}),
+        (["bf16", "fp8_direct"], {"bf16"}),
+        (["bf16", "fp8_direct", "fp8_fused"], {"fp8_direct"}),
+        (["bf16"], set()),
+    ],
+)
+def test_a_curve_below_another_is_wide(tmp_path: Path, paths: list[str], wide: set[str]) -> None:
+    folders = [write_run(tmp_path / path, path, BF16) for path in paths]
+    drawn = lines(draw(folders))[: len(paths)]
+    widths = {line["stroke-width"] for line in drawn}
+    assert len(widths) == 1 + bool(wide)
+    most = max(widths, key=float)
+    found = {path for path, line in zip(paths, drawn, strict=True) if line["stroke-width"] == most}
+    assert found == (wide or {*paths})
 
 
 def test_one_run_has_no_gap_and_no_tokens_mean_steps(tmp_path: Path) -> None:

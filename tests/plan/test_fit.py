@@ -55,11 +55,39 @@ def test_each_checked_row_is_within_its_bound(unit, bound):
 def test_what_was_measured_is_what_the_files_say():
     said = {row["planned"]: row for row in WRITTEN["rows"]}
     source = json.loads((RESULTS / "train_qwen3_30b_a3b_8l.json").read_text())
-    ours = [row for row in source["rows"] or source["screening"] if row["stack"] == "ours"]
-    row = next(r for r in ours if r["path"] == "fp8_direct" and r["micro_batch"] == 8)
-    name = "qwen3_30b_a3b_8l `fp8_direct`, prepare, micro-batch 8, 2 GPUs"
-    assert said[name]["measured_gib"] == round(row["peak_allocated_gib"]["max"], 3)
-    assert said[name]["measured_ms"] == round(row["step_ms"]["median"], 3)
+    wanted = {"path": "fp8_direct", "flags": ["prepare"], "routing": "balanced", "micro_batch": 8}
+    for part, gpus, kind in (("rows", 2, "H100"), ("rows", 4, "H100"), ("screening", 2, "H200")):
+        row = next(row for row in source[part] if {**row, **wanted, "gpus": gpus} == row)
+        found = said[f"qwen3_30b_a3b_8l `fp8_direct`, prepare, micro-batch 8, {gpus} {kind}s"]
+        assert found["measured_gib"] == round(row["peak_allocated_gib"]["max"], 3)
+        assert found["measured_ms"] == round(row["step_ms"]["median"], 3)
+
+
+def test_a_screened_row_counts_until_it_is_repeated(results):
+    path = results / rows.FITTED_FILE
+    before = rows.measured(results)
+
+    def repeat(content: Any) -> None:
+        screened = next(row for row in content["screening"] if row["stack"] == "ours")
+        content["rows"].append({**screened, "step_ms": {"median": 1.0}})
+
+    edit(path, repeat)
+    after = rows.measured(results)
+    assert sorted(row.name for row in after) == sorted(row.name for row in before)
+    assert 1.0 in [row.step_ms for row in after]
+
+
+def test_a_row_says_over_how_many_gpus_the_experts_are(results):
+    (four,) = [row for row in rows.measured(results) if "4 H100s" in row.name]
+    assert four.shape.expert_ranks == four.shape.ranks == 4
+
+    def forget(content: Any) -> None:
+        for row in content["rows"]:
+            row.pop("expert_parallel", None)
+
+    edit(results / rows.FITTED_FILE, forget)
+    (four,) = [row for row in rows.measured(results) if "4 H100s" in row.name]
+    assert (four.shape.expert_ranks, four.shape.ranks) == (2, 4), "then it is the config's"
 
 
 def test_checked_rows_change_no_plan(results):
@@ -68,7 +96,8 @@ def test_checked_rows_change_no_plan(results):
     def double(content: Any) -> None:
         for row in content["screening"] + content["rows"]:
             fitted = (row["path"], tuple(row["flags"]), row["micro_batch"])
-            if fitted not in {*rows.FITTED_TIME, *rows.FITTED_MEMORY}:
+            is_fitted = fitted in {*rows.FITTED_TIME, *rows.FITTED_MEMORY}
+            if "error" not in row and not (is_fitted and row["sitting"] == rows.FITTED_SITTING):
                 for figure in (row["step_ms"], row["peak_allocated_gib"]):
                     figure |= {key: 2 * value for key, value in figure.items()}
 
@@ -84,7 +113,7 @@ def test_fitted_rows_do(results):
     before = fit.result(results)
 
     def slower(content: Any) -> None:
-        for row in content["screening"] + content["rows"]:
+        for row in content["screening"]:
             if row["path"] == "bf16" and row["stack"] == "ours":
                 row["step_ms"]["median"] *= 1.1
                 row["peak_allocated_gib"]["max"] += 1
@@ -108,6 +137,17 @@ def test_a_row_out_of_bounds_ends_the_command(results, tmp_path, capsys):
     (results / "pairs.json").write_text("no JSON")
     assert fit.main(command) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["bf16", "fp8_compact"])
+def test_fitted_rows_that_are_gone_are_named(results, tmp_path, capsys, path):
+    def drop(content: Any) -> None:
+        content["screening"] = [row for row in content["screening"] if row["path"] != path]
+
+    edit(results / rows.FITTED_FILE, drop)
+    assert fit.main(["--results", str(results), "--out", str(tmp_path / "fit.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{rows.FITTED_FILE} has not all rows of the sitting {rows.FITTED_SITTING}" in line
 
 
 def test_rows_that_are_no_plans_are_left_out(results):

@@ -91,3 +91,26 @@ def test_asking_for_the_commit_writes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / ".git" / "index").read_bytes() == index
     file.write_text("b")
     assert (environment.commit() or "").endswith("-dirty")
+
+
+def test_a_model_that_a_machine_without_gpus_cannot_hold(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight, "machine_memory", lambda: 30_000_000_000)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = load("configs/moe_small.yaml", ["parallel.expert_parallel=1"])
+    preflight.warn_of_cpu_memory(config)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("PyTorch sees no GPU, and on the CPU this run needs 30.6 GB of memory ")
+    assert " this machine has 30.0; " in line
+    caplog.clear()
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)  # half of it on each of two machines
+    preflight.warn_of_cpu_memory(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
+    preflight.warn_of_cpu_memory(config)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(preflight, "machine_memory", lambda: None)
+    preflight.warn_of_cpu_memory(config)
+    assert not caplog.records

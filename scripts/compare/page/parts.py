@@ -118,7 +118,7 @@ def routing(runs: Sequence[Run]) -> Html:
                 experts=join(
                     fill(
                         '<i style="--load:{shade};--side:var(--{side})" '
-                        'title="layer {layer}, expert {expert}: {value:.2f} of the mean"></i>',
+                        'title="layer {layer}, expert {expert}: {value:.2f} times the mean"></i>',
                         shade=_shade(value),
                         side="more" if value > 1 else "less",
                         layer=layer,
@@ -132,7 +132,7 @@ def routing(runs: Sequence[Run]) -> Html:
         ]
         figure = fill(
             '<figure class="heat"><figcaption>{dot}{run}, step {step}: '
-            "busiest expert {most:.2f} of the mean</figcaption>"
+            "busiest expert {most:.2f} times the mean</figcaption>"
             '<div role="img" aria-label="Expert load of {run}">{rows}</div></figure>',
             dot=dot(run),
             run=run.name,
