@@ -257,8 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
         preflight.make_deterministic()
     if arguments.wait_for:
         _load_libraries(spec)
-        while not arguments.wait_for.exists():
-            time.sleep(0.05)
+        _wait_for(arguments.wait_for)
     ranks = parallel.start(
         preflight.resolve_device(first),
         first.parallel.expert_parallel,
@@ -299,6 +298,14 @@ def run(arguments: argparse.Namespace) -> int:
         dist.barrier()
         parallel.stop()
     return 1 if fatal else 0
+
+
+def _wait_for(file: Path) -> None:
+    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
+    while not file.exists():
+        if not file.parent.is_dir():
+            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
+        time.sleep(0.05)
 
 
 def _load_libraries(spec: Spec) -> None:

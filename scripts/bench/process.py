@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scripts.bench.stacks import Spec
 from train.config import Config
+from train.safety.parent import end_with_parent
+
+PATIENCE_S = 40
+"""How long torchrun has to end its ranks: it kills those that ignore its signal after 30 s."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ class Process:
             "--out", str(self._out), "--wait-for", str(self._go), *arguments.overrides,
         ]  # fmt: skip
         environment = {"OMP_NUM_THREADS": "8", **os.environ, **task.spec.environment}
-        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the plan, which then ends this
+            preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+        )
 
     def measure(self) -> tuple[dict[str, Any], str]:
         """What it writes, with `results`, and how it ended."""
@@ -62,8 +70,15 @@ class Process:
         return json.loads(found), ended
 
     def end(self) -> None:
-        """Whatever of it is still there: a rank that hangs keeps its GPU's memory."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Whatever of it is still there: a rank that hangs keeps its GPU's memory.
+
+        Asks torchrun first: its ranks are in sessions of their own, and those that still load
+        their libraries outlive a torchrun that is killed. A second time does nothing.
+        """
+        self._process.terminate()
+        try:
+            self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -13,6 +13,7 @@ How a table looks depends on the script that wrote the file:
     train_*.json     scripts.bench.train      a row per stack, path, variant and micro-batch
     kernels.json     scripts.bench.kernels    a row per kernel and shape
     moe_layer.json   scripts.bench.layer      a row per shape and path of one MoE layer
+    pairs.json       scripts.bench.pairs      a row per pair of paths that were trained in turn
     compare.json     scripts.compare          a column per run; what holds on any machine
     step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
     plan_fit.json    scripts.plan.fit         a row per measured step that a plan was compared with

@@ -1,6 +1,6 @@
 """Files of `docs/results/` as Markdown tables; `scripts/bench/readme.py` says which kinds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from scripts.bench.results import Origin, Result, Row, Spread, rows_to_show
@@ -34,7 +34,7 @@ def chosen(result: Result, wanted: Filters) -> Result:
         row for row in rows_to_show(result)
         if all(str(row.get(key)) in values for key, values in wanted.items())
     ]  # fmt: skip
-    return {**result, "rows": rows} if wanted else result
+    return {**result, "rows": rows, "screening": []} if wanted else result
 
 
 def make_table(path: Path, result: Result, wanted: Filters) -> str:
@@ -300,7 +300,8 @@ def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
     parts = [where, said, f"commit {commits if result.get('commit') else 'not known'}"]
     if bench := result.get("bench"):  # of training steps
         if result["rows"]:
-            parts.append(f"median [least to most] of {_windows(shown)} of {bench['steps']} steps")
+            steps = _steps(shown) or bench["steps"]
+            parts.append(f"median [least to most] of {_windows(shown)} of {steps} steps")
         else:
             parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
@@ -317,9 +318,24 @@ def sitting_of(result: Result, row: Row) -> Origin:
 
 def _windows(shown: Sequence[Row]) -> str:
     """How many each row has."""
-    counts = sorted({row["repeats"] for row in shown if row.get("repeats")})
-    numbers = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
+    numbers = _range(row["repeats"] for row in shown if row.get("repeats")) or "no"
     return f"{numbers} window{'' if numbers == '1' else 's'}"
+
+
+def _steps(shown: Sequence[Row]) -> str:
+    """Of a window; empty where the rows do not say."""
+    return _range(
+        len(window["single_step_ms"])
+        for row in shown
+        for window in row.get("windows", ())
+        if "single_step_ms" in window
+    )
+
+
+def _range(counts: Iterable[int]) -> str:
+    """From the smallest to the largest; empty where there is none."""
+    found = sorted(set(counts))
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""
 
 
 def machine_name(result: Origin) -> str:

@@ -43,7 +43,9 @@ def row(
     }
 
 
-def write_results(folder: Path, rows: list[dict[str, Any]], name: str = "train_x.json") -> None:
+def write_results(
+    folder: Path, rows: list[dict[str, Any]], name: str = "train_x.json", **more: Any
+) -> None:
     (folder / "results").mkdir(exist_ok=True)
     result = {
         "machine": {"device": "cuda", "device_name": "NVIDIA H200", "devices": 4},
@@ -51,6 +53,7 @@ def write_results(folder: Path, rows: list[dict[str, Any]], name: str = "train_x
         "commit": "abc",
         "config": {},
         "rows": rows,
+        **more,
     }
     (folder / "results" / name).write_text(json.dumps(result))
 
@@ -130,6 +133,16 @@ def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
     assert lines[3][-2].startswith("1.125")
     assert lines[4][0] == "megatron-core `bf16`, experimental"
     assert lines[4][-4] == NONE
+
+
+def test_the_line_below_says_how_many_steps_these_rows_have(tmp_path: Path) -> None:
+    """Whatever the first sitting of the file had, which is in `bench`."""
+    rows = [row("bf16", 1) | {"windows": [{"single_step_ms": [1.0] * 12}] * 3}]
+    rows += [row("fp8_direct", 1) | {"windows": [{"single_step_ms": [1.0] * 15}] * 3}]
+    write_results(tmp_path, [*rows, row("fp8_fused", 1)], bench={"steps": 20})
+    for marker, said in (("", "12 to 15"), (" | path=bf16", "12"), (" | path=fp8_fused", "20")):
+        _, text = run(tmp_path, TEXT.format(f"train_x.json{marker}"))
+        assert f"of 3 windows of {said} steps; [train_x.json]" in text
 
 
 def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
@@ -320,7 +333,7 @@ def test_what_is_not_measured_yet_is_said(
 def test_bad_input_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
 ) -> None:
-    write_results(tmp_path, [row("bf16", 1)])
+    write_results(tmp_path, [row("bf16", 1)], screening=[row("fp8_fused", 2)])
     write_results(tmp_path, [{"what": 1}], "odd.json")
     short = row("bf16", 1)
     del short["tflops_per_gpu"]

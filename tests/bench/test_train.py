@@ -121,7 +121,7 @@ class Machine:
         """speeds: seconds a step of each stack and micro-batch, or the error that it ends with."""
         self.started: list[tuple[str, str, list[int]]] = []
         self.speeds = speeds
-        self.waiting = 0
+        self.left: set[Planned] = set()
         monkeypatch.setattr(train, "Process", lambda task, arguments: Planned(self, task))
 
     def measure(self, task: process.Task) -> tuple[dict[str, Any], str]:
@@ -144,14 +144,14 @@ class Planned:
 
     def __init__(self, machine: Machine, task: process.Task) -> None:
         self.machine, self.task = machine, task
-        machine.waiting += 1
+        machine.left.add(self)
 
     def measure(self) -> tuple[dict[str, Any], str]:
         self.end()
         return self.machine.measure(self.task)
 
     def end(self) -> None:
-        self.machine.waiting -= 1
+        self.machine.left.discard(self)
 
 
 def plan(tmp_path: Path, *argv: str) -> dict:
@@ -204,7 +204,7 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(train.Sitting, "is_over", lambda sitting: next(over))
         report = plan(tmp_path, *first_argv, "--sitting", "monday")
-    assert first.waiting == 0, "a process that was started ahead is left behind"
+    assert not first.left, "a process that was started ahead is left behind"
     assert [name for name, _, _ in first.started] == ["bf16", "fp8_compact", "bf16", "fp8_compact"]
     assert [row["repeats"] for row in report["rows"]] == [1, 1]
 
@@ -496,3 +496,16 @@ def test_nvml_is_loaded_once_a_process(monkeypatch):
     measure._nvml_handle.cache_clear()
     on_a_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
     assert measure._joules(on_a_cpu) is None
+
+
+def test_ctrl_c_ends_what_was_started_with_one_line(tmp_path, monkeypatch, capsys):
+    machine = Machine(monkeypatch, {"bf16": {4: 0.1}})
+
+    def interrupted(task: process.Task) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "measure", interrupted)
+    argv = ["--stacks", "bf16", "--screen", "4", "--repeats", "3", "--ahead"]
+    assert train.main([*TINY, "--gpus", "2", "--out", str(tmp_path), *argv]) == 130
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+    assert not machine.left, "the one that was started ahead is left behind"

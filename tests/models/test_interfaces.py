@@ -67,10 +67,10 @@ BROKEN = [
         ("models/fp8/operations.py", "plan_arrivals"),
     ),
     (
-        "models/fp8/kernels/grouped_gemm.py",
+        "models/fp8/deep_gemm.py",
         "def rows_step() -> int:",
         "def rows_step(device: torch.device) -> int:",
-        ("models/fp8/operations.py", "rows_step"),
+        ("models/fp8/gpu/deep_gemm_fp8.py", "assignment"),
     ),
     (
         "models/fp8/reference/plan_expand.py",

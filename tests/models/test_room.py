@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from models.config import MoEConfig
 from models.moe import room as rooms
+from models.moe.paths import PATHS
 from models.moe.room import Room, settle
+from models.moe.runtime import Runtime
 from scripts.bench.stacks import use_runtime
 from tests.models.test_gpt import batch, build, configure
 from tests.support.ranks import run_ranks
@@ -66,6 +69,22 @@ def test_room_follows_what_was_needed():
     assert one["share"] == pytest.approx((192 + 2176 + 192) / EVEN / 3)
     assert one["bound"] == [2176, MOST, MOST]
     assert one["shrunk"] == (MOST, 1216)
+
+
+@pytest.mark.parametrize("step", [1, 384, 10_000])
+def test_room_heeds_what_the_gemm_wants_and_a_number_does_not(step):
+    ops: Any = SimpleNamespace(rows_step=lambda: step)
+    unused: Any = SimpleNamespace(ranks=2)
+    room = Room(1)
+    runtime = Runtime(PATHS["fp8_direct"], ops, unused, unused, room=room)
+    room._needs.append([2100])
+    with room.open(wait=False):
+        rows = runtime.max_rows(0, 1024, 2, 4)
+    most = 2 * 1024 * 2 + 3 * 128  # each copy, and 127 rows for each expert, in whole blocks
+    # 2100 and 1/8 of 2048 in steps of 128, or of 384.
+    assert rows == {1: 2432, 384: 2688, 10_000: most}[step]
+    # In blocks of 128: 1.25 of 2048, and one for each expert.
+    assert replace(runtime, capacity=1.25, room=None).max_rows(0, 1024, 2, 4) == (20 + 4) * 128
 
 
 def moe(capacity: Any, path: str = "bf16") -> MoEConfig:

@@ -48,7 +48,9 @@ def printed(columns: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     return out.getvalue().splitlines()
 
 
-@pytest.mark.parametrize(("columns", "width"), [(80, 80), (100, 100), (220, WIDTH), (None, WIDTH)])
+@pytest.mark.parametrize(
+    ("columns", "width"), [(80, 80), (100, 100), (220, WIDTH), (0, WIDTH), (None, WIDTH)]
+)
 def test_lines_fit_and_lose_nothing(columns, width, monkeypatch):
     lines = printed(columns, Path("runs/a demo/bf16"), monkeypatch)
     assert max(map(len, lines)) <= width

@@ -29,6 +29,8 @@ class Progress:
         # Paths are printed as they are: `[/b]` and `:x:` are not markup.
         self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         terminal = self.console.is_terminal
+        if self.console.width == 0:  # COLUMNS=0 in the environment, at which rich prints nothing
+            self.console.width = WIDTH
         self.width = min(WIDTH, self.console.width) if terminal else WIDTH
         self.steps = steps
         self.bar = Bar(

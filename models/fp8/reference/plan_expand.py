@@ -25,7 +25,7 @@ class ExpandedArrivals(Arrivals):
     """int32 `[E]`: rows of each expert that a copy is written to: fewer than its `counts` where
     there was no room for all."""
     tail: Tensor | None
-    """bool `[P]`: rows behind the last expert's; None where P is exactly what is needed, whatever
+    """bool `[P]`: rows after the last expert's; None where P is exactly what is needed, whatever
     the routing, and there are none."""
 
 

@@ -22,7 +22,7 @@ V2_FASTER = (2,)
 """Numbers of expert-parallel ranks on which DeepEP v2 was measured to be faster than v1: `auto` and
 `deep_ep` use it there where both can run (docs/performance.md)."""
 V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
-"""Paths that use it on any number of ranks, since only v2 does what they are made for."""
+"""Paths that use v2 on any number of ranks, since only v2 does what they are made for."""
 
 
 class Dispatcher(Protocol[Handle]):

@@ -1,0 +1,94 @@
+"""No process of a benchmark is left behind, whatever ends it and whenever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from scripts.bench.measure import main
+from scripts.bench.process import Process, Task
+from scripts.bench.stacks import config_of, parse
+from tests.support.tiny import TINY_MODEL as TINY
+
+STARTS_AND_HANGS = """
+import time
+from tests.bench.test_process import start
+start(), print("started", flush=True), time.sleep(600)
+"""
+
+
+def start() -> Process:
+    """One that waits, of two ranks."""
+    spec = parse("bf16")
+    config = config_of(spec, TINY[0], TINY[1:], "balanced", 2)
+    arguments = Namespace(process_minutes=6, gpus=2, config=TINY[0], overrides=TINY[1:])
+    return Process(Task(spec, "balanced", config, (2,), 1, 1), arguments)
+
+
+def those_of(folder: Path) -> list[int]:
+    """The processes that were started with temporary files in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            of_it = str(folder).encode() in (process / "cmdline").read_bytes()
+            if of_it and "State:\tZ" not in (process / "status").read_text():
+                found.append(int(process.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def wait_until(number: int, folder: Path) -> None:
+    """Until there are this many processes: torchrun and its two ranks, or none."""
+    for _ in range(600):
+        if len(those_of(folder)) == number:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{those_of(folder)} are there, not {number}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch):
+    """Also while they load their libraries: then they do not know yet whose ranks they are."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = start()
+    try:
+        wait_until(3, tmp_path)
+        process.end()
+        wait_until(0, tmp_path)
+        assert not list(tmp_path.glob("*")), "its folder is left"
+        process.end()  # a second time does nothing
+    finally:
+        for left in those_of(tmp_path):
+            os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_they_end_with_a_benchmark_that_is_killed(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", STARTS_AND_HANGS]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as one:
+        try:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "started\n"
+            wait_until(3, tmp_path)
+            one.kill()
+            wait_until(0, tmp_path)
+        finally:
+            one.kill()
+            for left in those_of(tmp_path):
+                os.kill(left, signal.SIGKILL)
+
+
+def test_what_is_waited_for_needs_a_folder(tmp_path, capsys):
+    gone = tmp_path / "gone" / "go"
+    out = ["--out", str(tmp_path / "one.json"), "--wait-for", str(gone)]
+    assert main([TINY[0], "bf16", *TINY[1:], "parallel.expert_parallel=1", *out]) == 2
+    assert f"error: --wait-for {gone}: there is no folder" in capsys.readouterr().err
