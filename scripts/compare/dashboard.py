@@ -202,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or Path("dashboard.json")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(make_specification(group), indent=1) + "\n")
-        print(f"{out}: workspace and report of {group.name}; not sent to W&B")
+        why = "--out is given" if options.out else "no API key, or W&B is offline"
+        print(f"{out}: workspace and report of {group.name}; not sent to W&B ({why})")
         return 0
     import wandb
 
