@@ -122,6 +122,7 @@ class Machine:
         self.started: list[tuple[str, str, list[int]]] = []
         self.speeds = speeds
         self.left: set[Planned] = set()
+        self.processes = 0
         monkeypatch.setattr(sitting, "Process", lambda task, arguments: Planned(self, task))
 
     def measure(self, task: process.Task) -> tuple[dict[str, Any], str]:
@@ -145,6 +146,7 @@ class Planned:
     def __init__(self, machine: Machine, task: process.Task) -> None:
         self.machine, self.task = machine, task
         machine.left.add(self)
+        machine.processes += 1
 
     def measure(self) -> tuple[dict[str, Any], str]:
         self.end()
@@ -519,6 +521,7 @@ def test_what_failed_is_not_repeated(tmp_path, monkeypatch, ahead):
     names = [name for name, *_ in machine.started]
     assert names == ["bf16", "fp8_direct", "bf16", "bf16"]
     assert not machine.left
+    assert machine.processes == 4 + len(ahead), "one too many only where it failed meanwhile"
     assert [row["repeats"] for row in report["rows"]] == [3, 0]
     assert report["rows"][1]["error"] == "OutOfMemoryError: no"
     # Another command tries it again: it may have been the machine.
