@@ -45,7 +45,7 @@ class Sitting:
         }  # fmt: skip
         key |= {
             name: found[name]
-            for name in ("global_batch", "dispatch", "description")
+            for name in ("global_batch", "expert_parallel", "dispatch", "description")
             if name in found
         }
         row = train_rows.row_of(rows, key)
