@@ -23,7 +23,7 @@ Rows can be chosen by their keys. A key given twice takes either value:
     <!-- table: kernels.json | shape=16384 x 2048 | by=ours | by=TE -->
 
 The picture of a `train_*.json` (scripts/bench/plots.py) is drawn to docs/images/train_*.svg, of
-chosen rows to a file with their values in its name:
+chosen rows to a file with their values in its name, `_` for what is neither letter nor digit:
 
     <!-- picture: train_moe_small.json | routing=balanced -->
     <!-- end of picture -->
@@ -108,14 +108,18 @@ class Renderer:
             if found["kind"] == "table":
                 link = self._link(self.results)
                 return make_table(path, result, wanted).replace("(RESULTS/", f"({link}/")
-            name = "-".join([path.stem, *(value for values in wanted.values() for value in values)])
+            drawn = chosen(result, wanted)
+            if wanted and not drawn["rows"]:
+                raise InputError(f"{path} has no row of {wanted}")
+            values = [re.sub(r"[^\w.]+", "_", one) for many in wanted.values() for one in many]
+            name = "-".join([path.stem, *values])  # without what ends a link, or names a folder
             picture = self.images / f"{name}.svg"
             if not is_picture_of(picture, path, wanted):
                 if self.check:
                     self.stale.append(picture)
                 else:
                     plot(path, picture, wanted)
-            return f"![{alt_text(chosen(result, wanted))}]({self._link(picture)})\n"
+            return f"![{alt_text(drawn)}]({self._link(picture)})\n"
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} lacks {error}") from None
         except ValueError as error:

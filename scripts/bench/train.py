@@ -18,22 +18,21 @@ Writes `train_<config>.json` after every process. What has been measured is not 
 measures the anchors, and rows name their sitting: speeds are compared within a sitting.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
-loaded when its turn comes; until then it does not touch the GPUs. That saves some 20 s a process,
-and wants a few cores to spare.
+loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
+loading them takes, and wants a few cores to spare.
 
 Natural routing (`--routings natural`) trains the real router on the config's text and drops
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,
 on random tokens.
 
-A stack that fails gets a row with `error`, and the others continue. Exit codes: 0 done, or the
-minutes are over; 2 bad input, reported in one line; 130 after Ctrl-C. No process is left behind.
+A stack that fails gets a row with `error` and is not repeated; the others continue. Exit codes: 0
+done, or the minutes are over; 2 bad input, reported in one line; 130 after Ctrl-C. No process is
+left behind.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,97 +40,15 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import PATH_NAMES
-from scripts.bench import results, stacks, train_rows
+from scripts.bench import stacks, train_rows
 from scripts.bench.measure import or_one_line, positive, positive_list
-from scripts.bench.process import Process, Task
-from scripts.bench.results import Row
+from scripts.bench.process import Task
+from scripts.bench.sitting import Sitting
 from scripts.bench.stacks import ROUTINGS, Spec
 from train.config import Config, ConfigError, check_world
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN = SCREEN_STEPS, SCREEN_WARMUP = 5, 6
-PROCESS_MINUTES = 1.5
-"""Minutes to reserve for a process that has not run yet."""
-
-
-class Sitting:
-    """A session on one machine: starts processes, and records their results."""
-
-    def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
-        self.arguments, self.content, self.path = arguments, content, path
-        self.name = arguments.sitting or datetime.now().strftime("%Y-%m-%d %H:%M")
-        self.began = time.monotonic()
-        self.longest = PROCESS_MINUTES * 60
-
-    def is_over(self) -> bool:
-        """Whether the next process may not end within the minutes."""
-        minutes = self.arguments.minutes
-        return minutes and time.monotonic() - self.began + self.longest > minutes * 60
-
-    def note(
-        self, rows: list[Row], found: dict[str, Any], spec: Spec, routing: str, config: Config
-    ) -> None:
-        """What a process found at one micro-batch, into its row."""
-        key: Row = {
-            **spec.columns(), "routing": routing, "gpus": self.arguments.gpus,
-            "micro_batch": found["micro_batch"], "sitting": self.name,
-            "version": self.version(spec),
-        }  # fmt: skip
-        key |= {
-            name: found[name]
-            for name in ("global_batch", "expert_parallel", "dispatch", "description")
-            if name in found
-        }
-        row = train_rows.row_of(rows, key)
-        if "error" in found:
-            row["error"] = found["error"]
-        else:
-            device_name = self.content["sittings"][self.name]["machine"]["device_name"]
-            train_rows.add(row, found, config, device_name)
-        self.write()
-
-    def version(self, spec: Spec) -> str | None:
-        """The version of the stack."""
-        origin = self.content["sittings"].get(self.name, {})
-        if spec.stack == "ours":
-            return origin.get("commit")
-        return origin.get("versions", {}).get("megatron-core")
-
-    def run(self, tasks: Sequence[Task], rows: list[Row]) -> bool:
-        """Each in processes of its own; what they find, into `rows`. Whether there was time."""
-        started: list[Process] = []  # the one that measures, and the one that waits for it
-        try:
-            for number in range(len(tasks)):
-                if self.is_over():
-                    return False
-                for task in tasks[number + len(started) : number + 1 + self.arguments.ahead]:
-                    started.append(Process(task, self.arguments))
-                for one in self.found(started[0]):
-                    task = started[0].task
-                    self.note(rows, one, task.spec, task.routing, task.config)
-                del started[0]
-        finally:
-            for process in started:
-                process.end()
-        return True
-
-    def found(self, process: Process) -> list[dict[str, Any]]:
-        """A result a micro-batch, with an error where it has none."""
-        begin = time.monotonic()
-        report, ended = process.measure()
-        found = report.pop("results")
-        if "machine" in report:
-            origin = {name: report[name] for name in ("machine", "versions", "commit")}
-            self.content["sittings"].setdefault(self.name, origin)
-            self.content |= origin
-        sizes = [one["micro_batch"] for one in found]
-        missing = [size for size in process.task.sizes if size not in sizes]
-        found += [{"micro_batch": size, "error": f"process ended: {ended}"} for size in missing]
-        self.longest = max(self.longest, time.monotonic() - begin)
-        return found
-
-    def write(self) -> None:
-        results.write_json(self.path, self.content)
 
 
 def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:

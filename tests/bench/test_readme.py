@@ -276,6 +276,23 @@ def test_a_picture_of_some_rows(tmp_path: Path) -> None:
     assert run(tmp_path, text, "--check")[0] == 0
 
 
+def test_a_picture_can_be_linked_whatever_chooses_its_rows(tmp_path: Path) -> None:
+    write_results(tmp_path, [row("bf16", 12500, sitting="2026/1 10:20")])
+    marker = PICTURE.replace("json", "json | sitting=2026/1 10:20")
+    status, text = run(tmp_path, marker)
+    assert status == 0
+    assert "(images/train_x-2026_1_10_20.svg)" in text
+    assert run(tmp_path, text, "--check")[0] == 0
+
+
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_a_picture_of_no_row_is_one_line(tmp_path: Path, capsys, check: list[str]) -> None:
+    write_results(tmp_path, [row("bf16", 1)], screening=[row("fp8_fused", 2)])
+    text = PICTURE.replace("json", "json | path=bf61")
+    assert run(tmp_path, text, *check) == (2, text)
+    assert capsys.readouterr().err.endswith("has no row of {'path': ['bf61']}\n")
+
+
 def test_rows_of_one_name_have_bars_of_their_own(tmp_path: Path) -> None:
     write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000)])
     assert run(tmp_path, PICTURE)[0] == 0

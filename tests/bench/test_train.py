@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench import measure, pairs, process, results, stacks, train, train_rows
+from scripts.bench import measure, pairs, process, results, sitting, stacks, train, train_rows
 from scripts.bench.measure import Window
 from scripts.bench.stacks import Spec, config_of, parse, parse_all
 from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
@@ -122,7 +122,8 @@ class Machine:
         self.started: list[tuple[str, str, list[int]]] = []
         self.speeds = speeds
         self.left: set[Planned] = set()
-        monkeypatch.setattr(train, "Process", lambda task, arguments: Planned(self, task))
+        self.processes = 0
+        monkeypatch.setattr(sitting, "Process", lambda task, arguments: Planned(self, task))
 
     def measure(self, task: process.Task) -> tuple[dict[str, Any], str]:
         self.started.append((str(task.spec), task.routing, list(task.sizes)))
@@ -145,6 +146,7 @@ class Planned:
     def __init__(self, machine: Machine, task: process.Task) -> None:
         self.machine, self.task = machine, task
         machine.left.add(self)
+        machine.processes += 1
 
     def measure(self) -> tuple[dict[str, Any], str]:
         self.end()
@@ -202,7 +204,7 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
     first_argv = (*argv, "--ahead")
     over = iter([False, False, False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(train.Sitting, "is_over", lambda sitting: next(over))
+        patch.setattr(sitting.Sitting, "is_over", lambda _: next(over))
         report = plan(tmp_path, *first_argv, "--sitting", "monday")
     assert not first.left, "a process that was started ahead is left behind"
     assert [name for name, _, _ in first.started] == ["bf16", "fp8_compact", "bf16", "fp8_compact"]
@@ -509,3 +511,20 @@ def test_ctrl_c_ends_what_was_started_with_one_line(tmp_path, monkeypatch, capsy
     assert train.main([*TINY, "--gpus", "2", "--out", str(tmp_path), *argv]) == 130
     assert capsys.readouterr().err == "stopped; the same command continues\n"
     assert not machine.left, "the one that was started ahead is left behind"
+
+
+@pytest.mark.parametrize("ahead", [[], ["--ahead"]])
+def test_what_failed_is_not_repeated(tmp_path, monkeypatch, ahead):
+    machine = Machine(monkeypatch, {"bf16": {4: 0.1}, "fp8_direct": {4: "OutOfMemoryError: no"}})
+    argv = ("--stacks", "bf16,fp8_direct", "--screen", "4", "--repeats", "3")
+    report = plan(tmp_path, *argv, *ahead)
+    names = [name for name, *_ in machine.started]
+    assert names == ["bf16", "fp8_direct", "bf16", "bf16"]
+    assert not machine.left
+    assert machine.processes == 4 + len(ahead), "one too many only where it failed meanwhile"
+    assert [row["repeats"] for row in report["rows"]] == [3, 0]
+    assert report["rows"][1]["error"] == "OutOfMemoryError: no"
+    # Another command tries it again: it may have been the machine.
+    machine.speeds["fp8_direct"][4] = 0.2
+    report = plan(tmp_path, *argv, "--sitting", "tuesday")
+    assert [name for name, *_ in machine.started[4:]] == ["fp8_direct"] * 3

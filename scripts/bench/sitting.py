@@ -1,0 +1,112 @@
+"""A session on one machine: what `scripts.bench.train` has planned is measured and written down."""
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.bench import results, train_rows
+from scripts.bench.process import Process, Task
+from scripts.bench.results import Row
+from scripts.bench.stacks import Spec
+from train.config import Config
+
+PROCESS_MINUTES = 1.5
+"""Minutes to reserve for a process that has not run yet."""
+
+
+class Sitting:
+    """A session on one machine: starts processes, and records their results."""
+
+    def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
+        self.arguments, self.content, self.path = arguments, content, path
+        self.name = arguments.sitting or datetime.now().strftime("%Y-%m-%d %H:%M")
+        self.began = time.monotonic()
+        self.longest = PROCESS_MINUTES * 60
+        self.failed: set[tuple[Spec, str, int]] = set()
+        """Stack, routing and micro-batch of what failed."""
+
+    def is_over(self) -> bool:
+        """Whether the next process may not end within the minutes."""
+        minutes = self.arguments.minutes
+        return minutes and time.monotonic() - self.began + self.longest > minutes * 60
+
+    def note(
+        self, rows: list[Row], found: dict[str, Any], spec: Spec, routing: str, config: Config
+    ) -> None:
+        """What a process found at one micro-batch, into its row."""
+        key: Row = {
+            **spec.columns(), "routing": routing, "gpus": self.arguments.gpus,
+            "micro_batch": found["micro_batch"], "sitting": self.name,
+            "version": self.version(spec),
+        }  # fmt: skip
+        key |= {
+            name: found[name]
+            for name in ("global_batch", "expert_parallel", "dispatch", "description")
+            if name in found
+        }
+        row = train_rows.row_of(rows, key)
+        if "error" in found:
+            row["error"] = found["error"]
+            self.failed.add((spec, routing, found["micro_batch"]))
+        else:
+            device_name = self.content["sittings"][self.name]["machine"]["device_name"]
+            train_rows.add(row, found, config, device_name)
+        self.write()
+
+    def version(self, spec: Spec) -> str | None:
+        """The version of the stack."""
+        origin = self.content["sittings"].get(self.name, {})
+        if spec.stack == "ours":
+            return origin.get("commit")
+        return origin.get("versions", {}).get("megatron-core")
+
+    def run(self, tasks: Sequence[Task], rows: list[Row]) -> bool:
+        """Each in processes of its own; what they find, into `rows`. Whether there was time."""
+        left = deque(tasks)
+        started: deque[Process] = deque()  # the one that measures, and the one that waits for it
+        try:
+            while left or started:
+                if self.is_over():
+                    return False
+                while left and len(started) < 1 + self.arguments.ahead:
+                    if not self.has_failed(task := left.popleft()):
+                        started.append(Process(task, self.arguments))
+                if not started:
+                    break
+                task = started[0].task
+                if self.has_failed(task):  # since this one was started ahead
+                    started[0].end()
+                else:
+                    for one in self.found(started[0]):
+                        self.note(rows, one, task.spec, task.routing, task.config)
+                started.popleft()
+        finally:
+            for process in started:
+                process.end()
+        return True
+
+    def has_failed(self, task: Task) -> bool:
+        """Whether it would fail again, as out of memory: at all of its micro-batches."""
+        return all((task.spec, task.routing, size) in self.failed for size in task.sizes)
+
+    def found(self, process: Process) -> list[dict[str, Any]]:
+        """A result a micro-batch, with an error where it has none."""
+        begin = time.monotonic()
+        report, ended = process.measure()
+        found = report.pop("results")
+        if "machine" in report:
+            origin = {name: report[name] for name in ("machine", "versions", "commit")}
+            self.content["sittings"].setdefault(self.name, origin)
+            self.content |= origin
+        sizes = [one["micro_batch"] for one in found]
+        missing = [size for size in process.task.sizes if size not in sizes]
+        found += [{"micro_batch": size, "error": f"process ended: {ended}"} for size in missing]
+        self.longest = max(self.longest, time.monotonic() - begin)
+        return found
+
+    def write(self) -> None:
+        results.write_json(self.path, self.content)
