@@ -24,8 +24,8 @@ WINDOW = 20
 Routing is most uneven in a run's first steps, and while they are remembered, room stays as wide. In
 120 steps of configs/moe_small.yaml on real text (two H100s, expert_parallel=2), the mean of all
 layers' needs fell from 1.13 to 1.03 even shares, while room stayed at 1.45 with 100 steps. By those
-needs, with 20 no step would have been done again either, and 0.26 shares been spare in the last 100
-steps instead of 0.38; with 10, two steps would have been."""
+needs (docs/results/room_needs.json), 20 would have repeated no step either, and left 0.26 shares
+spare in the last 100 steps instead of 0.38; 10 would have repeated two."""
 PARTS = 16
 """Room grows and shrinks by this part of a rank's even share: few sizes, so that the allocator
 reuses their memory and does not fragment."""
