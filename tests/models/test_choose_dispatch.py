@@ -150,9 +150,14 @@ def test_a_handle_of_another_version(machine):
 
     package.EPHandle = Other  # type: ignore[attr-defined]
     reason = unavailable(2, 2) or ""
-    assert reason.startswith("deep_ep 2.2.0 has another handle than 2.1.0 (channel_linked_list, ")
+    assert reason.startswith("deep_ep 2.2.0 has another handle than is known here (channel_linked")
+    assert reason.endswith(": install that of 2.1.0")
     assert "something_new" in reason
     assert "do_expand" not in reason
+    package.__version__ = "2.1.0"  # type: ignore[attr-defined]
+    assert (unavailable(2, 2) or "").endswith(": rebuild it from a commit that has that of 2.1.0")
+    del package.EPHandle
+    assert unavailable(2, 2) == "deep_ep 2.1.0 exports no EPHandle: install 2.1.0"
 
 
 def test_between_nodes_it_needs_what_is_switched_off(machine):

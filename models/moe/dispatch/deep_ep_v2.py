@@ -72,7 +72,8 @@ class DeepEPv2(CountsBytes):
         nodes: int = 1,
         device: str = "cuda",
     ) -> None:
-        """Allocates the buffer, with all ranks of the group: a problem shows before training.
+        """Allocates a buffer, with all ranks of the group: a missing library or a rank that cannot
+        reach the others shows before training.
 
         ops: for the plans. hidden_size: of the widest rows that will be sent. tokens: of a rank in
         one dispatch; for more, the buffer is replaced, where every rank has the same number. nodes:

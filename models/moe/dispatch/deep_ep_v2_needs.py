@@ -66,12 +66,18 @@ def loaded_nccl() -> tuple[int, int, int] | None:
 def _unknown_handle() -> str | None:
     import deep_ep
 
-    has = set(inspect.signature(deep_ep.EPHandle).parameters)
-    if has == FIELDS:
-        return None
     version = getattr(deep_ep, "__version__", "unknown")
-    others = ", ".join(sorted(has ^ FIELDS))
-    return f"deep_ep {version} has another handle than {VERSION} ({others}): install that version"
+    handle = getattr(deep_ep, "EPHandle", None)
+    if handle is None:
+        return f"deep_ep {version} exports no EPHandle: install {VERSION}"
+    others = set(inspect.signature(handle).parameters) ^ FIELDS
+    if not others:
+        return None
+    wanted = "rebuild it from a commit that has" if version == VERSION else "install"
+    return (
+        f"deep_ep {version} has another handle than is known here ({', '.join(sorted(others))}): "
+        f"{wanted} that of {VERSION}"
+    )
 
 
 def _dotted(version: tuple[int, ...]) -> str:
