@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from models.config import PATH_NAMES
 from models.fp8.operations import Operations
 from models.moe.paths import PATHS
@@ -46,6 +48,14 @@ def test_nobody_else_lists_them():
     ]
     assert not found, f"these should ask models.config.PATH_NAMES: {found}"
     assert lists_paths((ROOT / MAY_LIST[0]).read_text()), "this test finds no list any more"
+
+
+@pytest.mark.parametrize("text", ["README.md", "docs/how-it-works.md"])
+def test_the_diff_that_is_shown_is_the_diff(text):
+    shown = re.search(r"^```\n\$ (diff \S+ \S+)\n(.*?)^```", (ROOT / text).read_text(), re.M | re.S)
+    assert shown, "it shows none any more"
+    done = subprocess.run(shown[1].split(), cwd=ROOT, capture_output=True, text=True)
+    assert shown[2] == done.stdout
 
 
 def test_what_a_list_is():
