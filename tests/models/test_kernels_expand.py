@@ -13,8 +13,8 @@ from triton.runtime.jit import JITFunction
 from models.fp8 import kernels, reference
 from models.fp8.kernels.plan_arrivals import CHUNK
 from tests.models.test_kernels_numbers import DEVICES, generator, set_up
-from tests.models.test_reference_arrivals import route
-from tests.models.test_reference_expand import KINDS, ROOMS, SHAPES, room_of, routing
+from tests.models.test_reference_arrivals import SHAPES, route
+from tests.models.test_reference_expand import KINDS, ROOMS, room_of, routing
 from tests.models.test_reference_rows import STEPS
 from tests.support.launches import Launches
 

@@ -6,18 +6,9 @@ from torch import Tensor
 
 from models.fp8 import reference
 from models.fp8.reference.plan_expand import ExpandedArrivals
-from tests.models.test_reference_arrivals import definition, route
+from tests.models.test_reference_arrivals import SHAPES, definition, route
 from tests.models.test_reference_rows import STEPS, naive_rows
 
-SHAPES = [
-    # ranks, tokens, top_k, experts
-    (2, 37, 2, 4),
-    (4, 50, 3, 8),
-    (3, 1, 2, 6),
-    (8, 20, 8, 16),
-    (2, 300, 1, 2),
-    (2, 0, 2, 4),
-]
 ROOMS = [None, 1.5, 1.0, 0.5, 0.0]
 """`max_rows`, as a part of what is needed; half of it loses rows."""
 
