@@ -57,7 +57,7 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
 
     Raises ValueError where nothing is to draw.
     """
-    result = chosen(json.loads(source.read_text(encoding="utf-8")), wanted or {})
+    result = chosen(source, json.loads(source.read_text(encoding="utf-8")), wanted or {})
     is_training = any("step_ms" in row for row in rows_to_show(result))
     if is_training:
         panels = _training(result)

@@ -108,9 +108,7 @@ class Renderer:
             if found["kind"] == "table":
                 link = self._link(self.results)
                 return make_table(path, result, wanted).replace("(RESULTS/", f"({link}/")
-            drawn = chosen(result, wanted)
-            if wanted and not drawn["rows"]:
-                raise InputError(f"{path} has no row of {wanted}")
+            drawn = chosen(path, result, wanted)
             values = [re.sub(r"[^\w.]+", "_", one) for many in wanted.values() for one in many]
             name = "-".join([path.stem, *values])  # without what ends a link, or names a folder
             picture = self.images / f"{name}.svg"

@@ -28,13 +28,18 @@ Filters = dict[str, list[str]]
 """The values that a row's keys may have; empty for all rows."""
 
 
-def chosen(result: Result, wanted: Filters) -> Result:
-    """The same file with those of its rows alone."""
+def chosen(path: Path, result: Result, wanted: Filters) -> Result:
+    """The same file with those of its rows alone. Raises InputError where none is left."""
+    if not wanted:
+        return result
     rows = [
-        row for row in rows_to_show(result)
+        row
+        for row in rows_to_show(result)
         if all(str(row.get(key)) in values for key, values in wanted.items())
-    ]  # fmt: skip
-    return {**result, "rows": rows, "screening": []} if wanted else result
+    ]
+    if not rows:
+        raise InputError(f"{path} has no row of {wanted}")
+    return {**result, "rows": rows, "screening": []}
 
 
 def make_table(path: Path, result: Result, wanted: Filters) -> str:
@@ -43,9 +48,9 @@ def make_table(path: Path, result: Result, wanted: Filters) -> str:
     `wanted` has the values that a row's keys may have; empty for all rows. Raises InputError.
     """
     rows = rows_to_show(result)
-    shown = rows_to_show(chosen(result, wanted)) if wanted else rows
-    if not shown:
-        raise InputError(f"{path} has no row of {wanted}" if rows else f"{path} has no rows")
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    shown = rows_to_show(chosen(path, result, wanted))
     for mark, make in KINDS.items():
         if mark in rows[0]:
             return "\n".join([*make(shown, rows), "", _origin(path, result, shown), ""])
