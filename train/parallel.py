@@ -160,7 +160,8 @@ def start(
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        device_id=device if device_type == "cuda" and "RANK" in os.environ else None,
+        # No `device_id`: with it every group, megatron-core's twenty too, would be connected at
+        # once, and each that two GPUs share takes memory of both.
     )
 
     # megatron-core's modules find their groups here; its expert-parallel ranks are neighbours too.

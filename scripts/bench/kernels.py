@@ -308,8 +308,8 @@ def gemm_problem(ops: ModuleType, experts: int, rows: int, k: int, n: int) -> Ge
 
 
 def bench_gemms(
-    bench: Bench, ops: ModuleType, te: ModuleType | None, deep_gemm: ModuleType | None,
-    experts: int, rows: int, k: int, n: int,
+    bench: Bench, ops: ModuleType, te: ModuleType | None, te_grouped: ModuleType | None,
+    deep_gemm: ModuleType | None, experts: int, rows: int, k: int, n: int,
 ) -> None:  # fmt: skip
     shape = f"{experts} x {rows}, {k} to {n}"
     p = gemm_problem(ops, experts, rows, k, n)
@@ -359,6 +359,19 @@ def bench_gemms(
         forward = partial(linear.forward, p.x, w, p.offsets, bf16)
         forward()  # asks for the segments once
         run("quantize both, forward", "TE", forward, "FP8")
+    if te_grouped:
+        for dtype in (bf16, torch.float32):
+            call = partial(te_grouped.grouped_mm_wgrad, p.dy, p.x, p.offsets, dtype)
+            run(f"grouped_mm_wgrad to {dtype}", "TE", call, wgrad)
+        call = partial(te_grouped.grouped_wgrad, p.dy8, p.x8[COMPACT], p.offsets, bf16)
+        run("dequantize, grouped_mm_wgrad", "TE", call, wgrad)
+        linear = te_grouped.TEGroupedLinear(ops)
+        w, w_t = linear.prepare_weights(p.w, bf16)
+        _, x_kept = linear.forward(p.x, w, p.offsets, bf16)
+        _, dy_kept = linear.forward(p.dy, w_t, p.offsets, bf16)
+        for dtype in (bf16, torch.float32):
+            call = partial(linear.wgrad, dy_kept, x_kept, p.offsets, dtype)
+            run(f"grouped_gemm_wgrad to {dtype}", "TE", call, "FP8")
 
 
 def _pytorch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -418,6 +431,15 @@ def find_te() -> ModuleType | None:
     return te
 
 
+def find_te_grouped(te: ModuleType | None) -> ModuleType | None:
+    """TransformerEngine's GEMMs of all experts in one launch, where the cuBLAS loaded has them."""
+    if te is None:
+        return None
+    from models.fp8 import te_grouped
+
+    return te_grouped if te_grouped.is_supported() else None
+
+
 def find_deep_gemm() -> ModuleType | None:
     """DeepGEMM itself, where it can be loaded."""
     try:
@@ -448,12 +470,13 @@ def main() -> int:
         tune(ops)
         return 0
     te, deep_gemm = find_te(), find_deep_gemm()
+    te_grouped = find_te_grouped(te)
     bench = Bench(args.only)
     for rows, cols in SIZES:
         bench_memory_bound(bench, ops, te, rows, cols)
     for experts, rows, k, n in GEMMS:
         bench_weights(bench, ops, experts, n, k)
-        bench_gemms(bench, ops, te, deep_gemm, experts, rows, k, n)
+        bench_gemms(bench, ops, te, te_grouped, deep_gemm, experts, rows, k, n)
     bench_optimizer(bench, ops, *UP_PROJECTION)
     if args.out:
         config = {
