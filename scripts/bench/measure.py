@@ -21,8 +21,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,21 +92,20 @@ def measure(
     for _ in range(warmup):
         stack.step(queue)
     stack.dropped_rows(), stack.redone_steps()  # of the warm-up
-    gc.collect()
-    _wait(ranks)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(ranks.device)
-    dist.barrier()
-    _wait(ranks)
-
     timer, laps = Timer(ranks.device), []
-    before, begin = _joules(ranks), time.perf_counter()
-    for _ in range(steps):
-        timer.start()
-        loss = stack.step(queue)
-        laps.append(timer.stop())
-    _wait(ranks)
-    seconds, after = (time.perf_counter() - begin) / steps, _joules(ranks)
+    with without_collector():
+        _wait(ranks)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+        dist.barrier()
+        _wait(ranks)
+        before, begin = _joules(ranks), time.perf_counter()
+        for _ in range(steps):
+            timer.start()
+            loss = stack.step(queue)
+            laps.append(timer.stop())
+        _wait(ranks)
+        seconds, after = (time.perf_counter() - begin) / steps, _joules(ranks)
 
     singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
     peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
@@ -127,6 +126,18 @@ def measure(
         stack.redone_steps(),  # all ranks redo a step together
         None if math.isnan(joules) else joules,
     )
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python collects what is unreachable before, and nothing inside: that would hold the host up
+    in one step or another. NVIDIA's recipes for megatron-core collect by hand, between steps."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _wait(ranks: Ranks) -> None:

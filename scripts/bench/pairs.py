@@ -31,7 +31,7 @@ from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import or_one_line, positive
+from scripts.bench.measure import or_one_line, positive, without_collector
 from scripts.bench.results import Row
 from scripts.bench.stacks import Ours, Spec
 from train import parallel, preflight
@@ -87,13 +87,11 @@ class Pair:
     def times(self, blocks: int) -> torch.Tensor:
         """Milliseconds of each step, [blocks, 4], on the slowest rank."""
         timer, laps = Timer(self.stack.ranks.device), []
-        gc.collect()
-        gc.disable()  # a collection in one step would look like a difference
-        for which in ORDER * blocks:
-            timer.start()
-            self.step(which)
-            laps.append(timer.stop())
-        gc.enable()
+        with without_collector():
+            for which in ORDER * blocks:
+                timer.start()
+                self.step(which)
+                laps.append(timer.stop())
         found = torch.tensor([lap.milliseconds()["total"] for lap in laps], dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.view(blocks, len(ORDER))

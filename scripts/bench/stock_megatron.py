@@ -54,6 +54,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
@@ -309,12 +310,12 @@ class StockMegatron:
     def _forward_step(
         self,
         batches: Iterator[Batch],
-        model: DistributedDataParallel,
+        model: DistributedDataParallel | GPTModel,
         return_schedule_plan: bool = False,
     ) -> tuple[Any, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         batch = next(batches).to(self.device)
         if return_schedule_plan:  # `ep_overlap`: megatron takes two micro-batches apart and mixes
-            plan = model.module.module.build_schedule_plan
+            plan = get_attr_wrapped_model(model, "build_schedule_plan")
             return plan(batch.tokens, None, None, labels=batch.labels), _mean
         return model(batch.tokens, None, None, labels=batch.labels), _mean
 
