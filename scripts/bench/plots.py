@@ -94,7 +94,8 @@ def _training(result: Result) -> list[Spec]:
     for kind in kinds:
         panel = [row for row in rows if _kind(row) == kind]
         stock = best_stock(rows, panel[0])
-        axis = f"TFLOP/s per GPU, {machine_name(sitting_of(result, panel[0]))}{dotted}"
+        machine = machine_name(sitting_of(result, panel[0]), panel[0].get("gpus"))
+        axis = f"TFLOP/s per GPU, {machine}{dotted}"
         layers = _bars(
             panel, stock["tflops_per_gpu"]["median"] if stock else None,
             {"scale": {"domainMax": most}, "title": axis},
@@ -118,7 +119,7 @@ def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
     """Bars with whiskers and figures, and a dotted line at `best`; `across` is the axis of all."""
     differ = len({row["micro_batch"] for row in rows}) > 1
     names = [
-        textwrap.wrap(training_name(row) + differ * f", micro-batch {row['micro_batch']}", 40)
+        textwrap.wrap(training_name(row) + differ * f", micro-batch {row['micro_batch']}", 52)
         for row in rows
     ]
     values = []

@@ -1,6 +1,6 @@
 """Files of `docs/results/` as Markdown tables; `scripts/bench/readme.py` says which kinds."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
 from scripts.bench.results import Origin, Result, Row, Spread, rows_to_show
@@ -61,45 +61,79 @@ def make_table(path: Path, result: Result, wanted: Filters) -> str:
 
 
 def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    head = ["", "routing", "GPUs", "micro-batch", "ms a step", "TFLOP/s/GPU", "tokens/s/GPU"]
-    head += ["peak GiB", "kJ/Mtoken", "rows dropped", "speed / best stock", "sitting"]
-    body = []
-    several = len({row.get("gpus") for row in rows}) > 1
-    for row in shown:
-        gpus = str(row["gpus"]) if several else ABSENT
-        routing = row.get("routing", ABSENT)
-        first = [training_name(row, "`"), routing, gpus, str(row["micro_batch"])]
-        sitting = row.get("sitting", ABSENT)
-        if "step_ms" not in row:
-            body.append([*first, failure(row), *[ABSENT] * 6, sitting])
-            continue
-        if "error" in row:  # it failed in a later repeat
-            first[0] += f", {row['repeats']} of the repeats, then {failure(row)}"
-        speed = row["tokens_per_sec_per_gpu"]
-        stock = best_stock(rows, row)
-        energy = row.get("joules_per_mtoken")
-        cells = [
-            *first,
-            _spread(row["step_ms"], "{:,.1f}"),
-            _spread(row["tflops_per_gpu"], "{:,.1f}"),
-            _spread(speed, "{:,.0f}"),
-            _largest(row.get("peak_allocated_gib")),
-            f"{energy['median'] / 1e3:,.1f}" if energy else ABSENT,
-            str(row.get("dropped_rows", ABSENT)),
-            _ratio(speed, stock["tokens_per_sec_per_gpu"]) if stock else ABSENT,
-            sitting,
-        ]
-        body.append(cells)
-    lines = _table([*head], body, left=2)
+    """A column that is the same in all rows is said below, in a line, instead."""
+    columns = {
+        "routing": [row.get("routing", ABSENT) for row in shown],
+        "GPUs": [str(row.get("gpus", ABSENT)) for row in shown],
+        "micro-batch": [str(row["micro_batch"]) for row in shown],
+    }
+    figures = [_figures(row, rows) for row in shown]
+    for name in MEASURED:
+        columns[name] = [row.get(name, ABSENT) for row in figures]
+    columns["sitting"] = [row.get("sitting", ABSENT) for row in shown]
+    common = {
+        name: cells[0]
+        for name, cells in columns.items()
+        if name not in MEASURED and len(shown) > 1 and len(set(cells)) == 1
+    }
+    columns = {name: cells for name, cells in columns.items() if name not in common}
+    body = [list(cells) for cells in zip(map(_row_name, shown), *columns.values(), strict=True)]
+    left = 1 + ("routing" in columns)
+    lines = _table(["", *columns], body, left=left)
+    said = [f"{name} {cell}" for name, cell in common.items() if cell != ABSENT]
+    if said:
+        lines += ["", f"In all rows: {', '.join(said)}."]
     names = {
-        f"{training_name(stock, '`')} at micro-batch {stock['micro_batch']}"
-        + (f" ({stock['routing']})" if "routing" in stock else ""): None
+        f"{training_name(stock, '`')} at micro-batch {stock['micro_batch']}" + _which(stock, common)
         for row in shown
         if (stock := best_stock(rows, row))
     }
     if names:
-        lines += ["", f"Best stock, the fastest of the peers: {'; '.join(names)}."]
+        lines += ["", f"Best stock, the fastest of the peers: {'; '.join(sorted(names))}."]
     return lines
+
+
+MEASURED = ("ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "kJ/Mtoken",
+            "rows dropped", "speed / best stock")  # fmt: skip
+
+
+def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """What was measured, by column; of a stack that failed, why."""
+    if "step_ms" not in row:
+        return {"ms a step": failure(row)}
+    speed, energy = row["tokens_per_sec_per_gpu"], row.get("joules_per_mtoken")
+    stock = best_stock(rows, row)
+    single = row.get("single_step_ms")
+    cells = {
+        "ms a step": _spread(row["step_ms"], "{:,.1f}"),
+        "median step": f"{single['median']:,.1f}" if single else ABSENT,
+        "TFLOP/s/GPU": _spread(row["tflops_per_gpu"], "{:,.1f}"),
+        "tokens/s/GPU": _spread(speed, "{:,.0f}"),
+        "peak GiB": _largest(row.get("peak_allocated_gib")),
+        "rows dropped": str(row.get("dropped_rows", ABSENT)),
+    }
+    if energy:
+        cells["kJ/Mtoken"] = f"{energy['median'] / 1e3:,.1f}"
+    if stock:
+        cells["speed / best stock"] = _ratio(speed, stock["tokens_per_sec_per_gpu"])
+    return cells
+
+
+def _row_name(row: Row) -> str:
+    name = training_name(row, "`")
+    if "step_ms" in row and "error" in row:  # it failed in a later repeat
+        name += f", {row['repeats']} of the repeats, then {failure(row)}"
+    return name
+
+
+def _which(stock: Row, common: Container[str]) -> str:
+    """Of several best ones, whose this is."""
+    said = []
+    if "routing" in stock and "routing" not in common:
+        said.append(stock["routing"])
+    if "GPUs" not in common and "gpus" in stock:
+        said.append(f"{stock['gpus']} GPUs")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
@@ -116,11 +150,18 @@ def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
 
 
 def training_name(row: Row, quote: str = "") -> str:
-    """Stack, path and variant."""
+    """Stack, path and variant; of ours also which DeepEP dispatched, whether it was asked for or
+    chosen."""
     parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
     if operations := row.get("operations"):
         parts.append(f"operations {operations}")
-    return ", ".join([*parts, *row.get("flags", [])])
+    parts += [flag for flag in row.get("flags", []) if flag not in ("v1", "v2")]
+    if library := DISPATCHED_BY.get(row.get("dispatch", "")):
+        parts.append(library)
+    return ", ".join(parts)
+
+
+DISPATCHED_BY = {"deep_ep_v1": "DeepEP v1", "deep_ep_v2": "DeepEP v2"}
 
 
 def failure(row: Row) -> str:
@@ -297,7 +338,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
     origins = [sitting_of(result, row) for row in shown]
-    where = ", ".join(dict.fromkeys(map(machine_name, origins)))
+    machines = [machine_name(o, row.get("gpus")) for o, row in zip(origins, shown, strict=True)]
+    where = ", ".join(dict.fromkeys(machines))
     commits = ", ".join(dict.fromkeys(str(one.get("commit")) for one in origins))
     versions = result.get("versions") or {}
     names = ("torch", "transformer-engine", "megatron-core", "triton")
@@ -343,9 +385,10 @@ def _range(counts: Iterable[int]) -> str:
     return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else ""
 
 
-def machine_name(result: Origin) -> str:
+def machine_name(result: Origin, gpus: int | None = None) -> str:
+    """The machine and how many of its devices, where a row says that it used so many."""
     machine = result["machine"]
     if not isinstance(machine, dict):
         return str(machine)
     name = machine.get("gpu") or machine.get("device_name") or machine["cpu"]
-    return f"{machine.get('devices', 1)} x {name}"
+    return f"{gpus or machine.get('devices', 1)} x {name}"

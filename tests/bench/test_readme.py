@@ -85,18 +85,19 @@ def test_training_table(tmp_path: Path) -> None:
     write_results(tmp_path, rows)
     status, text = run(tmp_path, TEXT.format("train_x.json"))
     assert status == 0
-    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | routing | micro-batch |")
+    assert text.startswith("before\n\n<!-- table: train_x.json -->\n|  | micro-batch | ms a step |")
     assert text.endswith("<!-- end of table -->\n\nafter\n")
     assert "old" not in text
     assert (
-        "| ours `fp8_direct` | balanced | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
+        "| ours `fp8_direct` | 8 | 320.0 [318.5 to 321.5] | 125.0 [124.0 to 126.0] | "
         "12,500 [12,375 to 12,625] | 62.0 | 0 | 1.250 [1.225 to 1.275] | a |"
     ) in text
     # The best stock is the fastest one of the same sitting, at its own micro-batch.
     assert (
-        "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 4 (balanced); "
-        "megatron-core `fp8` at micro-batch 8 (balanced)."
+        "Best stock, the fastest of the peers: megatron-core `fp8` at micro-batch 4; "
+        "megatron-core `fp8` at micro-batch 8."
     ) in text
+    assert "In all rows: routing balanced, GPUs 4." in text
     assert "| 62.0 | 0 | 0.900 [0.882 to 0.918] | a |" in text
     assert "| 62.0 | 0 | 1.500 [1.470 to 1.530] | b |" in text
     assert (
@@ -115,7 +116,18 @@ def test_rows_can_be_chosen_and_the_ratio_stays(tmp_path: Path) -> None:
     write_results(tmp_path, [*rows, row("fp8", 10000, "megatron-core")])
     lines = table(tmp_path, "train_x.json | micro_batch=8 | path=bf16 | path=fp8_direct")
     assert [line[0] for line in lines[1:]] == ["ours `bf16`", "ours `fp8_direct`"]
-    assert lines[2][-2].startswith("1.250")
+    assert lines[2][-1].startswith("1.250")
+
+
+def test_which_deep_ep_dispatched_is_said_once(tmp_path: Path) -> None:
+    """Also where `moe.dispatch=auto` chose it, and no flag says so."""
+    asked = row("fp8_fused", 1) | {"flags": ["v2", "prepare"], "dispatch": "deep_ep_v2"}
+    chose = row("bf16", 1) | {"flags": ["prepare"], "dispatch": "deep_ep_v1"}
+    alone = row("fp8_direct", 1) | {"dispatch": "all_to_all"}
+    write_results(tmp_path, [asked, chose, alone])
+    names = [line[0] for line in table(tmp_path, "train_x.json")[1:]]
+    assert names[0] == "ours `fp8_fused`, prepare, DeepEP v2"
+    assert names[1:] == ["ours `bf16`, prepare, DeepEP v1", "ours `fp8_direct`"]
 
 
 def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:
@@ -148,8 +160,8 @@ def test_the_line_below_says_how_many_steps_these_rows_have(tmp_path: Path) -> N
 def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
     write_results(tmp_path, [row("bf16", 10000), row("fp8_direct", 12500)])
     head, *lines = table(tmp_path, "train_x.json")
-    assert head[-2:] == ["rows dropped", "sitting"], "a column without a figure is left out"
-    assert [line[-3] for line in lines] == ["62.0", "62.0"]
+    assert head[-1] == "rows dropped", "a column without a figure is left out"
+    assert [line[-2] for line in lines] == ["62.0", "62.0"]
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
@@ -170,11 +182,11 @@ def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
     write_results(tmp_path, [ours, written("stock:fp8", 0.3), failed])
     lines = table(tmp_path, "train_x.json")
     assert lines[1][0] == "ours `fp8_baseline`, operations triton"
-    assert lines[1][3] == "150.0 [100.0 to 200.0]"
+    assert lines[1][1:3] == ["150.0 [100.0 to 200.0]", "150.0"]
     tokens = 16 * config.model.seq_len
-    assert lines[1][6:9] == ["4.0", f"{100 / tokens * 1e6 / 1e3:,.1f}", "6"]
-    assert lines[2][-2] == "1.000"
-    assert lines[3][3] == "ConfigError: no"
+    assert lines[1][5:8] == ["4.0", f"{100 / tokens * 1e6 / 1e3:,.1f}", "6"]
+    assert lines[2][-1] == "1.000"
+    assert lines[3][1] == "ConfigError: no"
 
 
 def test_table_of_pairs(tmp_path: Path) -> None:
