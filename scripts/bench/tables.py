@@ -386,7 +386,7 @@ def _range(counts: Iterable[int]) -> str:
 
 
 def machine_name(result: Origin, gpus: int | None = None) -> str:
-    """The machine and how many of its devices, where a row says that it used so many."""
+    """The machine, and how many of its devices: as many as a row used, where it says so."""
     machine = result["machine"]
     if not isinstance(machine, dict):
         return str(machine)
