@@ -69,6 +69,9 @@ class Window:
     included."""
     step_joules: float | None = None
     """Energy of all GPUs, per step; None where it is not measured."""
+    outside_gib: float | None = None
+    """Memory of the GPU that PyTorch's allocator does not hold, on the rank with the most: CUDA's
+    context, NCCL's and DeepEP's buffers; None on a CPU."""
 
     def figures(self) -> dict[str, Any]:
         """For JSON, units in the names."""
@@ -80,6 +83,7 @@ class Window:
             "dropped_rows": self.dropped_rows,
             "redone_steps": self.redone_steps,
             "step_joules": self.step_joules,
+            "outside_allocator_gib": self.outside_gib,
         }
 
 
@@ -109,13 +113,14 @@ def measure(
 
     singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
     peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
-    largest = torch.tensor([seconds, peak, *singles], dtype=torch.float64)
+    outside = _outside_gib(ranks.device) if on_gpu else 0.0
+    largest = torch.tensor([seconds, peak, outside, *singles], dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     energy = math.nan if before is None or after is None else (after - before) / steps
     sums = [float(loss.detach()), stack.dropped_rows(), energy]
     summed = torch.tensor(sums, dtype=torch.float64)
     dist.all_reduce(summed)
-    seconds, peak, *singles = largest.tolist()
+    seconds, peak, outside, *singles = largest.tolist()
     loss_sum, dropped, joules = summed.tolist()
     return Window(
         seconds,
@@ -125,6 +130,7 @@ def measure(
         int(dropped),
         stack.redone_steps(),  # all ranks redo a step together
         None if math.isnan(joules) else joules,
+        outside if on_gpu else None,
     )
 
 
@@ -143,6 +149,11 @@ def without_collector() -> Iterator[None]:
 def _wait(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
+
+
+def _outside_gib(device: torch.device) -> float:
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free - torch.cuda.memory_reserved(device)) / GIB
 
 
 def _joules(ranks: Ranks) -> float | None:

@@ -19,15 +19,8 @@ from pathlib import Path
 import vl_convert
 
 from scripts.bench.results import Result, Row, rows_to_show
-from scripts.bench.tables import (
-    Filters,
-    best_stock,
-    chosen,
-    failure,
-    machine_name,
-    sitting_of,
-    training_name,
-)
+from scripts.bench.tables import Filters, chosen, machine_name, sitting_of
+from scripts.bench.training_table import best_stock, failure, training_name
 from scripts.compare.curves import PAPER, Spec, config
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"

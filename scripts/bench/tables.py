@@ -1,11 +1,11 @@
 """Files of `docs/results/` as Markdown tables; `scripts/bench/readme.py` says which kinds."""
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from scripts.bench.results import Origin, Result, Row, Spread, rows_to_show
-
-ABSENT = "–"  # noqa: RUF001
+from scripts.bench.markdown import ABSENT, largest, span, table
+from scripts.bench.results import Origin, Result, Row, rows_to_show
+from scripts.bench.training_table import failure, training_table
 
 COMPARED = (
     "computed in",
@@ -57,128 +57,6 @@ def make_table(path: Path, result: Result, wanted: Filters) -> str:
     raise InputError(f"{path}: its rows have none of {', '.join(KINDS)}; no table is known")
 
 
-# Training steps: scripts/bench/train.py
-
-
-def _training(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """A column that is the same in all rows is said below, in a line, instead."""
-    columns = {
-        "routing": [row.get("routing", ABSENT) for row in shown],
-        "GPUs": [str(row.get("gpus", ABSENT)) for row in shown],
-        "micro-batch": [str(row["micro_batch"]) for row in shown],
-    }
-    figures = [_figures(row, rows) for row in shown]
-    for name in MEASURED:
-        columns[name] = [row.get(name, ABSENT) for row in figures]
-    columns["sitting"] = [row.get("sitting", ABSENT) for row in shown]
-    common = {
-        name: cells[0]
-        for name, cells in columns.items()
-        if name not in MEASURED and len(shown) > 1 and len(set(cells)) == 1
-    }
-    columns = {name: cells for name, cells in columns.items() if name not in common}
-    body = [list(cells) for cells in zip(map(_row_name, shown), *columns.values(), strict=True)]
-    left = 1 + ("routing" in columns)
-    lines = _table(["", *columns], body, left=left)
-    said = [f"{name} {cell}" for name, cell in common.items() if cell != ABSENT]
-    if said:
-        lines += ["", f"In all rows: {', '.join(said)}."]
-    names = {
-        f"{training_name(stock, '`')} at micro-batch {stock['micro_batch']}" + _which(stock, common)
-        for row in shown
-        if (stock := best_stock(rows, row))
-    }
-    if names:
-        lines += ["", f"Best stock, the fastest of the peers: {'; '.join(sorted(names))}."]
-    return lines
-
-
-MEASURED = ("ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "kJ/Mtoken",
-            "rows dropped", "speed / best stock")  # fmt: skip
-
-
-def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """What was measured, by column; of a stack that failed, why."""
-    if "step_ms" not in row:
-        return {"ms a step": failure(row)}
-    speed, energy = row["tokens_per_sec_per_gpu"], row.get("joules_per_mtoken")
-    stock = best_stock(rows, row)
-    single = row.get("single_step_ms")
-    cells = {
-        "ms a step": _spread(row["step_ms"], "{:,.1f}"),
-        "median step": f"{single['median']:,.1f}" if single else ABSENT,
-        "TFLOP/s/GPU": _spread(row["tflops_per_gpu"], "{:,.1f}"),
-        "tokens/s/GPU": _spread(speed, "{:,.0f}"),
-        "peak GiB": _largest(row.get("peak_allocated_gib")),
-        "rows dropped": str(row.get("dropped_rows", ABSENT)),
-    }
-    if energy:
-        cells["kJ/Mtoken"] = f"{energy['median'] / 1e3:,.1f}"
-    if stock:
-        cells["speed / best stock"] = _ratio(speed, stock["tokens_per_sec_per_gpu"])
-    return cells
-
-
-def _row_name(row: Row) -> str:
-    name = training_name(row, "`")
-    if "step_ms" in row and "error" in row:  # it failed in a later repeat
-        name += f", {row['repeats']} of the repeats, then {failure(row)}"
-    return name
-
-
-def _which(stock: Row, common: Container[str]) -> str:
-    """Of several best ones, whose this is."""
-    said = []
-    if "routing" in stock and "routing" not in common:
-        said.append(stock["routing"])
-    if "GPUs" not in common and "gpus" in stock:
-        said.append(f"{stock['gpus']} GPUs")
-    return f" ({', '.join(said)})" if said else ""
-
-
-def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
-    """The fastest stack that is not ours, of the row's routing and sitting, at its own
-    micro-batch."""
-    peers = [
-        peer
-        for peer in rows
-        if peer["stack"] != "ours"
-        and "step_ms" in peer
-        and all(peer.get(key) == row.get(key) for key in ("routing", "sitting", "gpus"))
-    ]
-    return max(peers, key=lambda peer: peer["tokens_per_sec_per_gpu"]["median"], default=None)
-
-
-def training_name(row: Row, quote: str = "") -> str:
-    """Stack, path and variant; of ours also which DeepEP dispatched, whether it was asked for or
-    chosen."""
-    parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
-    if operations := row.get("operations"):
-        parts.append(f"operations {operations}")
-    parts += [flag for flag in row.get("flags", []) if flag not in ("v1", "v2")]
-    if library := DISPATCHED_BY.get(row.get("dispatch", "")):
-        parts.append(library)
-    return ", ".join(parts)
-
-
-DISPATCHED_BY = {"deep_ep_v1": "DeepEP v1", "deep_ep_v2": "DeepEP v2"}
-
-
-def failure(row: Row) -> str:
-    """The row's error in few words; they must not end a cell of the table."""
-    error = str(row["error"])
-    if "out of memory" in error.lower() or "OutOfMemory" in error:
-        return "out of memory"
-    return error[:60].replace("|", "/")
-
-
-def _ratio(ours: Spread, theirs: Spread) -> str:
-    """Ratio of the medians, and its smallest and largest value between any two of the repeats."""
-    low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
-    middle = f"{ours['median'] / theirs['median']:.3f}"
-    return middle if low == high else f"{middle} [{low:.3f} to {high:.3f}]"
-
-
 # One MoE layer: scripts/bench/layer.py
 
 
@@ -202,16 +80,16 @@ def _layer(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         cells = [
             row["shape"],
             f"`{row['path']}`",
-            _spread(row["forward_ms"], "{:,.2f}"),
-            _spread(row["backward_ms"], "{:,.2f}"),
+            span(row["forward_ms"], "{:,.2f}"),
+            span(row["backward_ms"], "{:,.2f}"),
             f"{speed['median']:,.0f}",
-            _largest(row.get("peak_allocated_gib")),
+            largest(row.get("peak_allocated_gib")),
             " + ".join(str(one["relayouts"]["counted"]) for one in passes),
             ABSENT if None in kernels else " + ".join(map(str, kernels)),
             f"{speed['median'] / base['median']:.3f}" if base else ABSENT,
         ]
         body.append(cells)
-    return _table(head, body, left=2)
+    return table(head, body, left=2)
 
 
 # Kernels: scripts/bench/kernels.py
@@ -224,9 +102,9 @@ def _kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     body = []
     for row in shown:
         figures = (form.format(row[key]) if key in row else ABSENT for key, form in forms.items())
-        spread = _spread(row["us"], "{:,.1f}")
-        body.append([row["kernel"], row["by"], row["shape"], spread, *figures])
-    return _table(head, body, left=3)
+        us = span(row["us"], "{:,.1f}")
+        body.append([row["kernel"], row["by"], row["shape"], us, *figures])
+    return table(head, body, left=3)
 
 
 # Two paths step by step: scripts/bench/pairs.py
@@ -252,7 +130,7 @@ def _pairs(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             " → ".join(f"{peak:.2f}" for peak in peaks) if peaks else ABSENT,
         ]
         body.append(cells)
-    return _table(head, body)
+    return table(head, body)
 
 
 # Kernels of one traced step: scripts/bench/trace.py
@@ -264,7 +142,7 @@ def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         for kind in shown[0]["ms"]
         if kind in ("idle", "span") or any(row["ms"][kind] >= 0.05 for row in shown)
     ]
-    return _table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
+    return table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
 
 
 # Runs compared: scripts/compare/__main__.py
@@ -278,7 +156,7 @@ def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     ]
     paths = [row["path"] for row in shown]
     names = [row["path"] if paths.count(row["path"]) == 1 else row["run"] for row in shown]
-    return _table(["", *(f"`{name}`" for name in names)], body)
+    return table(["", *(f"`{name}`" for name in names)], body)
 
 
 # Plans against what was measured: scripts/plan/fit.py
@@ -297,13 +175,13 @@ def _planned(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             cells += [form.format(row[f"{of}_{unit}"]) for of in ("measured", "planned")]
             cells += [f"{row[f'error_{unit}']:+.1%}", row[f"role_{unit}"]]
         body.append(cells)
-    return _table(head, body)
+    return table(head, body)
 
 
 KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "planned": _planned,
     "pair": _pairs,
-    "stack": _training,
+    "stack": training_table,
     "kernel": _kernels,
     "shape": _layer,
     "run": _comparison,
@@ -311,29 +189,6 @@ KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
 }
 """By a key that only rows of that kind have; the first one that matches. (Kernels have shapes
 too.)"""
-
-
-def _spread(figure: Spread, form: str) -> str:
-    """The median, and from where to where the measurements went."""
-    low, high = form.format(figure["min"]), form.format(figure["max"])
-    middle = form.format(figure["median"])
-    return middle if low == high else f"{middle} [{low} to {high}]"
-
-
-def _largest(figure: Spread | None) -> str:
-    return ABSENT if figure is None else f"{figure['max']:.1f}"
-
-
-def _table(head: list[str], body: Sequence[list[str]], left: int = 1) -> list[str]:
-    """Lines of Markdown, the first `left` columns as text; columns without a figure left out."""
-    kept = [i for i in range(len(head)) if i < left or any(row[i] != ABSENT for row in body)]
-    rule = ["---" if i < left else "---:" for i in kept]
-    lines = [_line([row[i] for i in kept]) for row in (head, *body)]
-    return [lines[0], _line(rule), *lines[1:]]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:

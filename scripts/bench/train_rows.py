@@ -88,6 +88,9 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
     peaks = [w["peak_allocated_gib"] for w in windows if w["peak_allocated_gib"] is not None]
     if peaks:
         row["peak_allocated_gib"] = spread(peaks)
+    outside = [w["outside_allocator_gib"] for w in windows if w.get("outside_allocator_gib")]
+    if outside:
+        row["outside_allocator_gib"] = spread(outside)
     row["seconds_per_mtoken"] = spread([s / tokens * 1e6 for s in seconds])
     joules = [w["step_joules"] for w in windows if w["step_joules"] is not None]
     if joules:
