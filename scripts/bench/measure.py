@@ -16,15 +16,13 @@ the next is tried, except for an error that leaves the GPU or NCCL unusable.
 import argparse
 import gc
 import itertools
-import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +33,7 @@ from torch.profiler import profile
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
 from scripts.bench.stacks import ROUTINGS, Spec, Stack
+from scripts.bench.window import Window, measure, wait
 from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
@@ -42,138 +41,12 @@ from train.failure import run_process
 from train.metrics import auxiliary
 from train.metrics.throughput import GIB
 from train.parallel import Ranks
-from train.profiling.timer import Timer
 
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """Texts of errors after which neither this rank nor its peers can continue."""
 LEFT_GIB = 0.5
 """Memory that libraries may keep on the GPU after a stack is freed: workspaces of GEMMs and the
 like."""
-
-
-@dataclass
-class Window:
-    """What was measured; the same on every rank."""
-
-    step_seconds: float
-    """Mean over the window, on the slowest rank."""
-    single_seconds: list[float]
-    """Each single step."""
-    peak_gib: float | None
-    """Peak memory of tensors, on the rank with the most; None on a CPU."""
-    final_loss: float
-    dropped_rows: int = 0
-    """Rows dropped on all ranks, in all steps of the window."""
-    redone_steps: int = 0
-    """Steps of the window that were repeated for lack of room (`moe.capacity=auto`); their time is
-    included."""
-    step_joules: float | None = None
-    """Energy of all GPUs, per step; None where it is not measured."""
-    outside_gib: float | None = None
-    """Memory of the GPU that PyTorch's allocator does not hold, on the rank with the most: CUDA's
-    context, NCCL's and DeepEP's buffers; None on a CPU."""
-
-    def figures(self) -> dict[str, Any]:
-        """For JSON, units in the names."""
-        return {
-            "step_ms": self.step_seconds * 1e3,
-            "single_step_ms": [seconds * 1e3 for seconds in self.single_seconds],
-            "peak_allocated_gib": self.peak_gib,
-            "final_loss": self.final_loss if math.isfinite(self.final_loss) else None,
-            "dropped_rows": self.dropped_rows,
-            "redone_steps": self.redone_steps,
-            "step_joules": self.step_joules,
-            "outside_allocator_gib": self.outside_gib,
-        }
-
-
-def measure(
-    stack: Stack, batches: Sequence[Batch], ranks: Ranks, warmup: int, steps: int
-) -> Window:
-    """Warm up and time `steps` steps. All ranks call it."""
-    on_gpu = ranks.device.type == "cuda"
-    queue = itertools.cycle(batches)
-    for _ in range(warmup):
-        stack.step(queue)
-    stack.dropped_rows(), stack.redone_steps()  # of the warm-up
-    timer, laps = Timer(ranks.device), []
-    with without_collector():
-        _wait(ranks)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-        dist.barrier()
-        _wait(ranks)
-        before, begin = _joules(ranks), time.perf_counter()
-        for _ in range(steps):
-            timer.start()
-            loss = stack.step(queue)
-            laps.append(timer.stop())
-        _wait(ranks)
-        seconds, after = (time.perf_counter() - begin) / steps, _joules(ranks)
-
-    singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
-    peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
-    outside = _outside_gib(ranks.device) if on_gpu else 0.0
-    largest = torch.tensor([seconds, peak, outside, *singles], dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    energy = math.nan if before is None or after is None else (after - before) / steps
-    sums = [float(loss.detach()), stack.dropped_rows(), energy]
-    summed = torch.tensor(sums, dtype=torch.float64)
-    dist.all_reduce(summed)
-    seconds, peak, outside, *singles = largest.tolist()
-    loss_sum, dropped, joules = summed.tolist()
-    return Window(
-        seconds,
-        singles,
-        peak if on_gpu else None,
-        loss_sum,
-        int(dropped),
-        stack.redone_steps(),  # all ranks redo a step together
-        None if math.isnan(joules) else joules,
-        outside if on_gpu else None,
-    )
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Python collects what is unreachable before, and nothing inside: that would hold the host up
-    in one step or another. NVIDIA's recipes for megatron-core collect by hand, between steps."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _wait(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)
-
-
-def _outside_gib(device: torch.device) -> float:
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free - torch.cuda.memory_reserved(device)) / GIB
-
-
-def _joules(ranks: Ranks) -> float | None:
-    """What this rank's GPU has used since its driver was loaded; None where NVML does not say."""
-    if ranks.device.type != "cuda":
-        return None
-    with suppress(Exception):
-        import pynvml
-
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(_nvml_handle(ranks.device)) / 1e3
-    return None
-
-
-@cache
-def _nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of a GPU; the library is loaded once per process."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 @dataclass(frozen=True)
@@ -213,7 +86,7 @@ def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> 
     """Trace one step of every rank, and write the first one's. All ranks call it."""
     with profile() as recorded:
         stack.step(itertools.cycle(batches))
-        _wait(ranks)
+        wait(ranks)
     if ranks.is_first:
         recorded.export_chrome_trace(str(path))
 

@@ -31,9 +31,10 @@ from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results, stacks
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import or_one_line, positive, without_collector
+from scripts.bench.measure import or_one_line, positive
 from scripts.bench.results import Row
 from scripts.bench.stacks import Ours, Spec
+from scripts.bench.window import without_collector
 from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from scripts.bench import plots, readme, train_rows
-from scripts.bench.measure import Window
 from scripts.bench.stacks import parse
+from scripts.bench.window import Window
 from train.config import load
 
 TEXT = "before\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nafter\n"

@@ -12,10 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench import measure, pairs, process, results, sitting, stacks, train, train_rows
-from scripts.bench.measure import Window
+from scripts.bench import (
+    measure,
+    pairs,
+    process,
+    results,
+    sitting,
+    stacks,
+    train,
+    train_rows,
+    window,
+)
 from scripts.bench.stacks import Spec, config_of, parse, parse_all
 from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
+from scripts.bench.window import Window
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
 from train.config import ConfigError, load
@@ -65,7 +75,7 @@ class Uneven:
 def measured(rank: int) -> Window:
     ranks: Any = SimpleNamespace(device=torch.device("cpu"))
     batches: Any = [None]
-    return measure.measure(Uneven(rank), batches, ranks, warmup=1, steps=3)
+    return window.measure(Uneven(rank), batches, ranks, warmup=1, steps=3)
 
 
 def test_the_slowest_rank_counts():
@@ -491,13 +501,13 @@ def test_nvml_is_loaded_once_a_process(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     about = SimpleNamespace(uuid="abc")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    measure._nvml_handle.cache_clear()
+    window._nvml_handle.cache_clear()
     ranks: Any = SimpleNamespace(device=torch.device("cuda", 0))
-    assert [measure._joules(ranks) for _ in range(3)] == [2.5] * 3
+    assert [window._joules(ranks) for _ in range(3)] == [2.5] * 3
     assert calls == ["init"]
-    measure._nvml_handle.cache_clear()
+    window._nvml_handle.cache_clear()
     on_a_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert measure._joules(on_a_cpu) is None
+    assert window._joules(on_a_cpu) is None
 
 
 def test_ctrl_c_ends_what_was_started_with_one_line(tmp_path, monkeypatch, capsys):
