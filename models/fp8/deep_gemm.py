@@ -32,8 +32,8 @@ def rows_step() -> int:
     heuristics/common.hpp, version 2.1) choose the same kernel for all such P: all multiprocessors,
     and a width that does not depend on P.
 
-    On an H100 these are 16,896 rows. What is rounded up costs memory, and the passes of quantizing
-    and SwiGLU over rows that no GEMM reads; so layers with fewer rows than that pay most.
+    On an H100 these are 16,896 rows. What is rounded up costs memory, so layers with fewer rows
+    than that pay most.
     """
     return BLOCK * deep_gemm.get_num_sms()
 

@@ -89,13 +89,13 @@ class SwigluApart(Generic[Weights, Kept]):
         raise NotImplementedError
 
     def down(self, h: Tensor, probs: Tensor, w: Weights, offsets: Tensor) -> tuple[Tensor, Kept]:
-        return self.forward(self.ops.swiglu(h, probs), w, offsets, h.dtype)
+        return self.forward(self.ops.swiglu(h, probs, offsets), w, offsets, h.dtype)
 
     def up_backward(
         self, da: Tensor, h: Tensor, probs: Tensor, a: Kept | None, w: Weights, offsets: Tensor
     ) -> tuple[Tensor, Tensor, Kept, Kept]:
         assert a is not None
-        dh, dprobs = self.ops.swiglu_backward(da, h, probs)
+        dh, dprobs = self.ops.swiglu_backward(da, h, probs, offsets)
         dx, dh_kept = self.forward(dh, w, offsets, h.dtype)
         return dx, dprobs, dh_kept, a
 
@@ -185,7 +185,7 @@ class DirectLinear(_QuantizedWeights):
     def down(
         self, h: Tensor, probs: Tensor, w: BlockScaledWeights, offsets: Tensor
     ) -> tuple[Tensor, None]:
-        a = self.ops.swiglu_quantize(h, probs, self.ops.GEMM_LAYOUT)
+        a = self.ops.swiglu_quantize(h, probs, self.ops.GEMM_LAYOUT, offsets)
         return self.ops.grouped_gemm(a, w, offsets, h.dtype), None
 
     def up_backward(
@@ -198,7 +198,7 @@ class DirectLinear(_QuantizedWeights):
         offsets: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dh, quantized, dprobs, a = self.ops.swiglu_backward_quantize(
-            da, h, probs, self.ops.GEMM_LAYOUT
+            da, h, probs, self.ops.GEMM_LAYOUT, offsets
         )
         return self.ops.grouped_gemm(quantized, w, offsets, h.dtype), dprobs, dh, a
 

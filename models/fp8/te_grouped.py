@@ -156,7 +156,7 @@ def grouped_wgrad(
     dtype: torch.dtype,
 ) -> Tensor:
     """wgrad from rows, of which either may be in FP8: the function of `kernels/`."""
-    dy, x = (as_bf16(t) for t in (dy, x))
+    dy, x = (as_bf16(t, offsets) for t in (dy, x))
     return grouped_mm_wgrad(dy, x, offsets, dtype)
 
 

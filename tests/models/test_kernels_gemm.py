@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from models.fp8 import kernels as ops
 from models.fp8 import reference
 from models.fp8.kernels.grouped_gemm import Tiling, grouped_gemm_tiled
+from models.fp8.kernels.grouped_mm import as_bf16
+from models.fp8.kernels.quantize import values
 from models.fp8.linear import DirectLinear, Fp8Linear, HighPrecisionLinear
 from models.fp8.tensor import BLOCK, Layout
 from tests.models.test_kernels_numbers import DEVICES, generator, set_up
@@ -195,6 +197,15 @@ def test_grouped_wgrad(device, bf16, kind, layout, scaled, n, k):
     assert_close(dw, exact, size, 2 * max(COUNTS[kind]) + 256)
     for expert, count in enumerate(COUNTS[kind]):
         assert count or (dw[expert] == 0).all()
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("end", [0, 1, 128, 255, 256])
+def test_rows_after_the_last_expert_are_not_dequantized(device, layout, end):
+    x = reference.quantize(rows_of(torch.ones(256, 1), 384, device, torch.bfloat16), layout)
+    got = as_bf16(x, torch.tensor([0, end // 2, end], device=device))
+    assert torch.equal(got[:end], values(x, torch.bfloat16)[:end])
+    assert got[end:].isnan().all(), "not written"
 
 
 @pytest.mark.parametrize("kind", COUNTS)

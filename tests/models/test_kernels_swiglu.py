@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from models.fp8 import kernels, overflow, reference
-from models.fp8.tensor import Layout
+from models.fp8.tensor import E4M3, BlockScaledTensor, Layout
 from tests.models.test_kernels_numbers import DEVICES, assert_same_bits, generator, set_up
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -112,6 +112,47 @@ def test_swiglu_backward_quantize_is_all_of_them(device, dtype, layout, shape):
     assert_same_bits(dh_scaled, kernels.quantize(dh, layout))
     assert_same_bits(a, kernels.swiglu(h, probs))
     assert_same_bits(dh, kernels.swiglu_backward(da, h, probs)[0])
+
+
+def written(t):
+    """Which rows of a tensor that was `torch.empty` have been written."""
+    if t.dtype is E4M3:
+        return (t.view(torch.uint8) != 0xFF).any(1)
+    return ~t.isnan() if t.dim() == 1 else ~t.isnan().all(1)
+
+
+@pytest.mark.parametrize("end", [0, 1, 32, 40, 69, 70])
+def test_rows_after_the_last_expert_are_left_alone(device, end):
+    """Not read, so whatever is there changes nothing and is not noted; not written."""
+    da, h, probs = problem((70, 256), torch.bfloat16, device)
+    clean = [t.clone() for t in (da, h, probs)]
+    for t in (da, h, probs):
+        t[end:] = torch.inf
+    offsets = torch.tensor([0, end // 2, end], device=device)
+    note = overflow.note_on(h.device)
+    for layout in Layout:
+        for name, wanted in (
+            ("swiglu", 1), ("swiglu_quantize", 1),
+            ("swiglu_backward", 0), ("swiglu_backward_quantize", 0),
+        ):  # fmt: skip
+            more = (layout,) if name.endswith("quantize") else ()
+            note.zero_()
+            got = getattr(kernels, name)(*(da, h, probs)[wanted:], *more, offsets)
+            assert not note, name
+            want = getattr(kernels, name)(*clean[wanted:], *more)
+            of_reference = getattr(reference, name)(*(da, h, probs)[wanted:], *more, offsets)
+            assert not note, "nor by the reference"
+            for one, other, defined in zip(
+                *(t if isinstance(t, tuple) else (t,) for t in (got, want, of_reference)),
+                strict=True,
+            ):
+                if isinstance(one, BlockScaledTensor):
+                    scales = [t.row_scales[:end] for t in (one, other)]
+                    assert torch.equal(*scales)
+                    one, other, defined = one.data, other.data, defined.data
+                assert_same_bits(one[:end], other[:end])
+                assert not written(one)[end:].any(), name
+                assert not defined[end:].view(torch.uint8).any(), "zeros, by the reference"
 
 
 def test_refusals(device):

@@ -14,6 +14,7 @@ differ from the plain expression and are therefore spelled out:
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from models.fp8.tensor import BLOCK, Layout, ceil_div, scale_shape
 
@@ -65,8 +66,24 @@ def note_infinities(x, note_ptr):
 
 
 @triton.jit
+def in_use(count, per_row, offsets_ptr, experts):
+    """Of `count` things, `per_row` in each row, those before the end of the last expert's segment;
+    see `end_of`."""
+    stop = count
+    if offsets_ptr is not None:
+        stop = tl.minimum(count, tl.load(offsets_ptr + experts).to(tl.int32) * per_row)
+    return stop
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+def end_of(offsets: Tensor | None) -> tuple[Tensor | None, int]:
+    """Arguments of a kernel that calls `in_use`: where experts' segments end, int64 `[E + 1]`, and
+    the place of the last end; without them all rows are in use."""
+    return offsets, 0 if offsets is None else offsets.numel() - 1
 
 
 def scale_strides(rows: int, cols: int, layout: Layout) -> tuple[int, int, int]:

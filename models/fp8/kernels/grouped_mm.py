@@ -88,13 +88,13 @@ def grouped_wgrad(
     memory to the tensor cores saved the bfloat16 copy, and was slower than these two steps.) Zeros
     for an expert without rows. Errors as `grouped_mm_wgrad`.
     """
-    dy, x = (as_bf16(t) for t in (dy, x))
+    dy, x = (as_bf16(t, offsets) for t in (dy, x))
     return grouped_mm_wgrad(dy, x, offsets, dtype)
 
 
-def as_bf16(x: BlockScaledTensor | Tensor) -> Tensor:
-    """The values of rows in FP8, and other rows as they are."""
-    return values(x, torch.bfloat16) if isinstance(x, BlockScaledTensor) else x
+def as_bf16(x: BlockScaledTensor | Tensor, offsets: Tensor) -> Tensor:
+    """The values of rows in FP8 that lie before the last of `offsets`; other rows as they are."""
+    return values(x, torch.bfloat16, offsets) if isinstance(x, BlockScaledTensor) else x
 
 
 @triton.jit

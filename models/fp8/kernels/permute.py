@@ -3,6 +3,7 @@
 Permuting is a gather. Each program owns a few permuted rows, looks up what they are copied from
 (`plan_rows` leaves that inverse behind) and writes them whole, zeros if they are padding. So every
 byte of the result is written once, by one kernel, with no pass before it that fills with zeros.
+Rows after the last expert's segment are not written: nothing reads them.
 FP8 rows and their scales go in the same program: K bytes and K / 32 bytes of scales are read and
 written for each of P rows, 2 * P * K * 33 / 32 in all. A token for several local experts is read
 once for each of them, which often costs no memory traffic: its second read finds it in L2.
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.fp8.kernels.blocks import end_of, in_use
 from models.fp8.kernels.plan_rows import inverse
 from models.fp8.reference.plan_rows import RowMap
 from models.fp8.tensor import (
@@ -37,8 +39,8 @@ SUMS = 2048  # elements of the result that an unpermute program computes
 def permute(x: Tensor, row_map: RowMap) -> Tensor:
     """`x [R, K]` to `[P, K]`, of any dtype, bit for bit; padding rows are zero.
 
-    Raises ValueError if x has another number of rows than the plan, or if the bytes of a row are
-    not a multiple of 4.
+    Rows after the last segment, where P is `max_rows`, are undefined. Raises ValueError if x has
+    another number of rows than the plan, or if the bytes of a row are not a multiple of 4.
     """
     _check_length(x, row_map.rows.shape[0])
     out = torch.empty(row_map.num_rows, x.shape[1], dtype=x.dtype, device=x.device)
@@ -51,9 +53,9 @@ def permute_scaled(
 ) -> BlockScaledTensor:
     """`permute` for data and scales, COMPACT in, `layout` out. Bytes move; no value is computed.
 
-    Padding rows have zero data and zero scales, so they stay zero whatever multiplies them.
-    Raises ValueError unless the scales are COMPACT, for another number of rows than the plan's, and
-    if K is not a multiple of 4.
+    Padding rows have zero data and zero scales, so they stay zero whatever multiplies them; rows
+    after the last segment are undefined. Raises ValueError unless the scales are COMPACT, for
+    another number of rows than the plan's, and if K is not a multiple of 4.
     """
     if x.layout is not Layout.COMPACT:
         raise ValueError(f"permute moves COMPACT scales, got {x.layout.name}; call relayout first")
@@ -87,7 +89,7 @@ def _permute(
     tiles = ceil_div(words, width)
     rows = WORDS // width
     _permute_kernel[(ceil_div(row_map.num_rows, rows) * tiles,)](
-        x, out.view(torch.int32), scales, out_scales, inverse(row_map),
+        x, out.view(torch.int32), scales, out_scales, inverse(row_map), *end_of(row_map.offsets),
         row_map.num_rows, row_map.rows.shape[1], words, tiles,
         0 if scales is None else scales.shape[1],
         *((0, 0) if out_scales is None else out_scales.stride()),
@@ -97,8 +99,9 @@ def _permute(
 
 @triton.jit
 def _permute_kernel(
-    x_ptr, out_ptr, scales_ptr, out_scales_ptr, source_ptr, num_rows, slots, words, tiles, blocks,
-    stride_row, stride_block, ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
+    x_ptr, out_ptr, scales_ptr, out_scales_ptr, source_ptr, offsets_ptr, experts, num_rows, slots,
+    words, tiles, blocks, stride_row, stride_block,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
@@ -106,7 +109,7 @@ def _permute_kernel(
     source = (slot // slots).to(tl.int64)
     row = row.to(tl.int64)
     ours = (slot >= 0)[:, None]
-    real = (row < num_rows)[:, None]
+    real = (row < in_use(num_rows, 1, offsets_ptr, experts))[:, None]
 
     word = (tile * WIDTH + tl.arange(0, WIDTH))[None, :]
     x = tl.load(x_ptr + source[:, None] * words + word, mask=ours & (word < words), other=0)

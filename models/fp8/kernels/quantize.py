@@ -22,6 +22,8 @@ from models.fp8.kernels.blocks import (
     WIDTH,
     check_whole_blocks,
     dtype_max,
+    end_of,
+    in_use,
     magnitude,
     quantize_rows,
     reciprocal,
@@ -244,8 +246,11 @@ def dequantize(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     return values(x, dtype)
 
 
-def values(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` that reads scales in either layout."""
+def values(x: BlockScaledTensor, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
+    """`dequantize` that reads scales in either layout.
+
+    Rows from the last of `offsets`, int64 `[E + 1]`, on are not computed, and undefined.
+    """
     check_whole_blocks(x.cols)
     if dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"can dequantize to bfloat16 and float32, not {dtype}")
@@ -254,15 +259,18 @@ def values(x: BlockScaledTensor, dtype: torch.dtype) -> Tensor:
     blocks = x.rows * per_row
     if blocks:
         _dequantize_kernel[(ceil_div(blocks, ROWS),)](
-            x.data, x.scale_inv, out, blocks, per_row, *x.row_scales.stride(), ROWS=ROWS
-        )
+            x.data, x.scale_inv, out, *end_of(offsets), blocks, per_row, *x.row_scales.stride(),
+            ROWS=ROWS,
+        )  # fmt: skip
     return out
 
 
 @triton.jit
 def _dequantize_kernel(
-    data_ptr, scale_ptr, out_ptr, blocks, per_row, stride_row, stride_block, ROWS: tl.constexpr
-):
+    data_ptr, scale_ptr, out_ptr, offsets_ptr, experts, blocks, per_row, stride_row, stride_block,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    blocks = in_use(blocks, per_row, offsets_ptr, experts)
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = (block * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
     real = block < blocks

@@ -11,6 +11,9 @@ the same bits. `swiglu_backward_quantize` adds what an FP8 backward pass needs n
 FP8 blocks for dgrad, and the activation once more for wgrad, from the same h that is in registers
 anyway, instead of another pass that reads h.
 
+Given `offsets`, rows after the last expert's are neither read nor written: where room for rows is
+set aside, a fifth of them may be such.
+
 All arithmetic is float32. Against the reference the results are off by at most one unit in the last
 place of bfloat16, since the exponential and the division are the GPU's fast ones, and `dprobs` by
 at most 1e-5 of the sum of the magnitudes that it adds up.
@@ -25,6 +28,8 @@ from models.fp8.kernels.blocks import (
     WIDTH,
     check_whole_blocks,
     dtype_max,
+    end_of,
+    in_use,
     note_infinities,
     quantize_rows,
     scale_strides,
@@ -37,27 +42,30 @@ ROWS = 32  # rows of a forward tile, which is 128 wide
 BACKWARD_ROWS = 16  # fewer, because a backward program goes through its rows from end to end
 
 
-def swiglu(h: Tensor, probs: Tensor) -> Tensor:
+def swiglu(h: Tensor, probs: Tensor, offsets: Tensor | None = None) -> Tensor:
     """`silu(h[:, :F]) * h[:, F:] * probs`: `h [P, 2F]`, `probs [P]` float32 to `[P, F]`.
 
-    h is bfloat16 or float32, and so is the result. Raises TypeError for another dtype, ValueError
-    for shapes that do not fit.
+    Rows from the last of `offsets`, int64 `[E + 1]`, on are not computed, and undefined. h is
+    bfloat16 or float32, and so is the result. Raises TypeError for another dtype, ValueError for
+    shapes that do not fit.
     """
     rows, cols = _check_input(h, probs)
     out = torch.empty(rows, cols, dtype=h.dtype, device=h.device)
     tiles = ceil_div(cols, BLOCK)
     if out.numel():
         _swiglu_kernel[(ceil_div(rows, ROWS) * tiles,)](
-            h.contiguous(), probs, out, None, note_on(h.device), rows, cols, tiles, 0, 0, rows, 0.0,
-            QUANTIZE=False, ROWS=ROWS,
+            h.contiguous(), probs, out, None, note_on(h.device), *end_of(offsets), rows, cols,
+            tiles, 0, 0, rows, 0.0, QUANTIZE=False, ROWS=ROWS,
         )  # fmt: skip
     return out
 
 
-def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTensor:
+def swiglu_quantize(
+    h: Tensor, probs: Tensor, layout: Layout, offsets: Tensor | None = None
+) -> BlockScaledTensor:
     """`quantize(swiglu(h, probs), layout)` in one pass, bit for bit; F a multiple of 128.
 
-    Errors as `swiglu`, and ValueError for another F.
+    `offsets` as in `swiglu`. Errors as `swiglu`, and ValueError for another F.
     """
     rows, cols = _check_input(h, probs)
     check_whole_blocks(cols, "F")
@@ -67,8 +75,8 @@ def swiglu_quantize(h: Tensor, probs: Tensor, layout: Layout) -> BlockScaledTens
     tiles = cols // BLOCK
     if data.numel():
         _swiglu_kernel[(ceil_div(stored, ROWS) * tiles,)](
-            h.contiguous(), probs, data, scale_inv, note_on(h.device), rows, cols, tiles,
-            stride_row, stride_block, stored, dtype_max(h.dtype), QUANTIZE=True, ROWS=ROWS,
+            h.contiguous(), probs, data, scale_inv, note_on(h.device), *end_of(offsets), rows, cols,
+            tiles, stride_row, stride_block, stored, dtype_max(h.dtype), QUANTIZE=True, ROWS=ROWS,
         )  # fmt: skip
     return BlockScaledTensor(data, scale_inv, layout)
 
@@ -81,9 +89,10 @@ def _activation(gate, up, prob):
 
 @triton.jit
 def _swiglu_kernel(
-    h_ptr, probs_ptr, out_ptr, scale_ptr, note_ptr, rows, cols, tiles, stride_row, stride_block,
-    stored, dtype_max, QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
+    h_ptr, probs_ptr, out_ptr, scale_ptr, note_ptr, offsets_ptr, experts, rows, cols, tiles,
+    stride_row, stride_block, stored, dtype_max, QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    rows = in_use(rows, 1, offsets_ptr, experts)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tile * WIDTH + tl.arange(0, WIDTH)
@@ -106,10 +115,12 @@ def _swiglu_kernel(
         tl.store(out, a, mask=real)
 
 
-def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    da: Tensor, h: Tensor, probs: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of `swiglu`: `da [P, F]` to `dh [P, 2F]` in h's dtype and `dprobs [P]` float32.
 
-    Errors as `swiglu`.
+    `offsets` and errors as in `swiglu`.
     """
     rows, cols = _check_input(h, probs, da)
     dh = torch.empty(rows, 2 * cols, dtype=h.dtype, device=h.device)
@@ -117,19 +128,20 @@ def swiglu_backward(da: Tensor, h: Tensor, probs: Tensor) -> tuple[Tensor, Tenso
     if rows:
         _swiglu_backward_kernel[(ceil_div(rows, BACKWARD_ROWS),)](
             da.contiguous(), h.contiguous(), probs, dh, dprobs, None, None, None,
-            note_on(h.device), rows, cols, 0, 0, rows, 0.0, QUANTIZE=False, ROWS=BACKWARD_ROWS,
+            note_on(h.device), *end_of(offsets), rows, cols, 0, 0, rows, 0.0,
+            QUANTIZE=False, ROWS=BACKWARD_ROWS,
         )  # fmt: skip
     return dh, dprobs
 
 
 def swiglu_backward_quantize(
-    da: Tensor, h: Tensor, probs: Tensor, layout: Layout
+    da: Tensor, h: Tensor, probs: Tensor, layout: Layout, offsets: Tensor | None = None
 ) -> tuple[Tensor, BlockScaledTensor, Tensor, Tensor]:
     """`swiglu_backward`, and what dgrad and wgrad need, in one pass over da and h.
 
     Returns `dh [P, 2F]` in h's dtype, the same quantized in blocks of 1 x 128, `dprobs [P]` and
     `a [P, F] = swiglu(h, probs)`. These have the bits of the separate operations, except `dprobs`,
-    which may be summed in another order. Errors as `swiglu_quantize`.
+    which may be summed in another order. `offsets` and errors as in `swiglu_quantize`.
     """
     rows, cols = _check_input(h, probs, da)
     check_whole_blocks(cols, "F")
@@ -144,8 +156,8 @@ def swiglu_backward_quantize(
     if data.numel():
         _swiglu_backward_kernel[(ceil_div(stored, BACKWARD_ROWS),)](
             da.contiguous(), h.contiguous(), probs, dh, dprobs, a, data, scale_inv,
-            note_on(h.device), rows, cols, stride_row, stride_block, stored, dtype_max(h.dtype),
-            QUANTIZE=True, ROWS=BACKWARD_ROWS,
+            note_on(h.device), *end_of(offsets), rows, cols, stride_row, stride_block, stored,
+            dtype_max(h.dtype), QUANTIZE=True, ROWS=BACKWARD_ROWS,
         )  # fmt: skip
     return dh, BlockScaledTensor(data, scale_inv, layout), dprobs, a
 
@@ -165,13 +177,15 @@ def _store_quantized(
 @triton.jit
 def _swiglu_backward_kernel(
     da_ptr, h_ptr, probs_ptr, dh_ptr, dprobs_ptr, a_ptr, data_ptr, scale_ptr, note_ptr,
-    rows, cols, stride_row, stride_block, stored, dtype_max,
+    offsets_ptr, experts, rows, cols, stride_row, stride_block, stored, dtype_max,
     QUANTIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    rows = in_use(rows, 1, offsets_ptr, experts)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     prob = tl.load(probs_ptr + row, mask=row < rows, other=0.0)[:, None]
     dprob = tl.zeros([ROWS], tl.float32)
-    for block in range(tl.cdiv(cols, WIDTH)):
+    is_used = tl.program_id(0) * ROWS < rows
+    for block in range(tl.where(is_used, tl.cdiv(cols, WIDTH), 0)):
         col = block * WIDTH + tl.arange(0, WIDTH)
         real = (row < rows)[:, None] & (col < cols)[None, :]
         at_a = (row * cols)[:, None] + col[None, :]
