@@ -148,9 +148,6 @@ def start(
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # TF32 for the only float32 GEMMs, the router's: its input and weights are bfloat16 values,
-        # which TF32 holds exactly, and without it they run outside the tensor cores.
-        torch.set_float32_matmul_precision("high")
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
