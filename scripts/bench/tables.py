@@ -1,5 +1,7 @@
 """Files of `docs/results/` as Markdown tables; `scripts/bench/readme.py` says which kinds."""
 
+import statistics
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
@@ -271,6 +273,8 @@ def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 
 def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    if _has_repeats(shown):
+        return _repeated(shown)
     body = [
         [label, *(row.get(label, ABSENT) for row in shown)]
         for label in COMPARED
@@ -279,6 +283,55 @@ def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     paths = [row["path"] for row in shown]
     names = [row["path"] if paths.count(row["path"]) == 1 else row["run"] for row in shown]
     return _table(["", *(f"`{name}`" for name in names)], body)
+
+
+REPEATED = {
+    "final train loss": "{:.3f}",
+    "final valid loss": "{:.3f}",
+    "busiest expert / mean": "{:.2f}",
+    "final busiest expert / mean": "{:.2f}",
+    "final load entropy": "{:.3f}",
+}
+"""Columns of a comparison of repeats."""
+
+
+def _has_repeats(shown: Sequence[Row]) -> bool:
+    """Whether runs of one configuration are among these rows of a comparison."""
+    arms = [row["arm"] for row in shown if "arm" in row]
+    return len(set(arms)) < len(arms)
+
+
+def _repeats(shown: Sequence[Row]) -> Iterable[int]:
+    """Runs of each configuration."""
+    return Counter(row["arm"] for row in shown).values()
+
+
+def _repeated(shown: Sequence[Row]) -> list[str]:
+    """A row per configuration, named by the keys that tell them apart."""
+    arms: dict[str, list[Row]] = {}
+    for row in shown:
+        arms.setdefault(row["arm"], []).append(row)
+    keys = list(shown[0]["differs"])
+    body = []
+    for runs in arms.values():
+        figures = [
+            _mean([run[label] for run in runs if run.get(label, ABSENT) != ABSENT], form)
+            for label, form in REPEATED.items()
+        ]
+        body.append([*(str(runs[0]["differs"][key]) for key in keys), *figures])
+    return _table([*(f"`{key}`" for key in keys), *REPEATED], body, left=len(keys))
+
+
+def _mean(figures: Sequence[str], form: str) -> str:
+    """Of one figure of several runs, and from where to where it went."""
+    if not figures:
+        return ABSENT
+    try:
+        values = [float(text) for text in figures]
+    except ValueError:
+        return "not finite"  # of a run that diverged
+    mean, low, high = map(form.format, (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} [{low} to {high}]"
 
 
 # Plans against what was measured: scripts/plan/fit.py
@@ -353,6 +406,8 @@ def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
             parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
         parts.append("mean ± 95% interval")
+    elif _has_repeats(shown):
+        parts.append(f"mean [least to most] of {_range(_repeats(shown))} runs")
     elif not {"run", "traced", "planned"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])

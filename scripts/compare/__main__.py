@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from scripts import terminal
-from scripts.compare.arms import Arm, arm_of, group_arms
+from scripts.compare.arms import Arm, arm_differences, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import save_png
 from scripts.compare.printed import print_table
@@ -26,12 +26,20 @@ from scripts.compare.reading import reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
 
+SERIES = ("loss/train", "moe/max_expert_load", "moe/load_entropy")
+"""What a row of compare.json has step by step."""
+
 
 def make_json(
     runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, table: Sequence[Row]
 ) -> dict[str, Any]:
-    """The comparison as data: what the table and the pictures show, and where it comes from."""
+    """The comparison as data: what the table and the pictures show, and where it comes from.
+
+    A row's `arm` is the same for runs that are repeats of each other, `differs` has the config's
+    keys in which arms differ, and a series is at the logged steps.
+    """
     first = runs[0]
+    differences = arm_differences(runs)
     return {
         "machine": first.machine,
         "versions": first.environment.get("versions"),
@@ -53,9 +61,11 @@ def make_json(
             {
                 "run": run.name,
                 "folder": str(run.folder),
+                "arm": arm_of(arms, run).name,
+                "differs": {key: values[index] for key, values in differences},
                 **{row.label: row.cells[index].text for row in table},
                 "tokens": list(run.series("progress/tokens").values()),
-                "loss/train": list(run.series("loss/train").values()),
+                **{name: list(values) for name in SERIES if (values := run.series(name).values())},
             }
             for index, run in enumerate(runs)
         ],

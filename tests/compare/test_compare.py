@@ -369,6 +369,38 @@ def test_json_has_the_ratios(three: list[Path]) -> None:
     assert data["rows"][1]["folder"] == str(three[1])
 
 
+def test_json_tells_which_runs_are_repeats_and_their_load_over_time(tmp_path: Path) -> None:
+    def one(seed: int, bias: bool) -> Path:
+        keys: dict[str, dict[str, Any]]
+        keys = {"moe": {"expert_bias": bias}, "train": {"seed": seed}}
+        load = {"moe/max_expert_load": 1.5 + seed, "moe/load_entropy": 0.5}
+        return write_run(tmp_path / f"{bias}-{seed}", "bf16", metrics=load, config=keys)
+
+    run_main(*(one(seed, bias) for bias in (False, True) for seed in (1, 2)))
+    rows = json.loads((tmp_path / "compare" / "compare.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["False-1"] * 2 + ["True-1"] * 2
+    assert [row["differs"] for row in rows] == [
+        {"moe.expert_bias": bias} for bias in ("False", "False", "True", "True")
+    ]
+    assert rows[1]["moe/max_expert_load"] == [3.5] * len(STEPS)
+    assert rows[1]["moe/load_entropy"] == [0.5] * len(STEPS)
+    assert (rows[1]["final busiest expert / mean"], rows[1]["final load entropy"]) == (
+        "3.50",
+        "0.500",
+    )
+
+
+def test_the_final_load_is_that_of_the_last_tenth(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", "bf16", metrics={"moe/max_expert_load": 4.0})
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for place, load in ((-2, 1.0), (-1, 2.0)):
+        lines[place] = lines[place].replace("4.0", str(load))
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    found = table_of([folder])
+    assert found["busiest expert / mean"] == ["4.00"]
+    assert found["final busiest expert / mean"] == ["1.50"]
+
+
 def test_different_code_is_named(three: list[Path]) -> None:
     path = three[1] / "environment.json"
     path.write_text(path.read_text().replace("abc123", "def456"))
