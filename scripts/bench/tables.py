@@ -297,8 +297,8 @@ REPEATED = {
 
 def _has_repeats(shown: Sequence[Row]) -> bool:
     """Whether runs of one configuration are among these rows of a comparison."""
-    arms = [row["arm"] for row in shown if "arm" in row]
-    return len(set(arms)) < len(arms)
+    names = [row["arm"] for row in shown if "arm" in row]
+    return len(set(names)) < len(names)
 
 
 def _repeats(shown: Sequence[Row]) -> Iterable[int]:
@@ -308,12 +308,12 @@ def _repeats(shown: Sequence[Row]) -> Iterable[int]:
 
 def _repeated(shown: Sequence[Row]) -> list[str]:
     """A row per configuration, named by the keys that tell them apart."""
-    arms: dict[str, list[Row]] = {}
+    sides: dict[str, list[Row]] = {}
     for row in shown:
-        arms.setdefault(row["arm"], []).append(row)
+        sides.setdefault(row["arm"], []).append(row)
     keys = list(shown[0]["differs"])
     body = []
-    for runs in arms.values():
+    for runs in sides.values():
         figures = [
             _mean([run[label] for run in runs if run.get(label, ABSENT) != ABSENT], form)
             for label, form in REPEATED.items()
@@ -441,7 +441,7 @@ def _range(counts: Iterable[int]) -> str:
 
 
 def machine_name(result: Origin, gpus: int | None = None) -> str:
-    """The machine and how many of its devices, where a row says that it used so many."""
+    """The machine and how many of its devices, where a row says how many it used."""
     machine = result["machine"]
     if not isinstance(machine, dict):
         return str(machine)
