@@ -22,7 +22,7 @@ from scripts.compare.arms import Arm, arm_differences, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import save_png
 from scripts.compare.printed import print_table
-from scripts.compare.reading import reading, speed_verdicts, warnings
+from scripts.compare.reading import on_cpu, reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
 
@@ -35,8 +35,8 @@ def make_json(
 ) -> dict[str, Any]:
     """The comparison as data: what the table and the pictures show, and where it comes from.
 
-    A row's `arm` is the same for runs that are repeats of each other, `differs` has the config's
-    keys in which arms differ, and a series is at the logged steps.
+    In `rows`, runs that are repeats of each other share their `arm`; `differs` has the keys in which
+    the sides differ, with the run's values; a list has a value for each logged step.
     """
     first = runs[0]
     differences = arm_differences(runs)
@@ -52,7 +52,7 @@ def make_json(
                 "runs": [run.name for run in verdict.arm.runs],
                 "ratio": verdict.ratio.value,
                 "interval": [verdict.ratio.low, verdict.ratio.high],
-                "verdict": verdict.short,
+                "verdict": "says nothing about GPUs" if on_cpu(runs) else verdict.short,
             }
             for verdict in speed_verdicts(arms, baseline)
         ],

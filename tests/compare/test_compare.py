@@ -167,25 +167,38 @@ def test_different_machines_are_named(tmp_path: Path) -> None:
     assert "2 x NVIDIA H200 (b)" in warning
 
 
-def test_cpu_speed_is_said_to_mean_nothing(tmp_path: Path) -> None:
+def test_losses_and_relayouts_come_first_on_a_cpu(tmp_path: Path) -> None:
+    losses = [5 - step / 100 for step in STEPS]
     folders = [
         write_run(
             tmp_path / name,
             path,
-            metrics={"throughput/tokens_per_sec": 10.0},
+            [loss * times for loss in losses],
+            {"throughput/tokens_per_sec": speed, "moe/scale_relayouts": 2.0},
             device="cpu",
             device_name="some processor",
         )
-        for name, path in (("a", "bf16"), ("b", "fp8_compact"))
+        for name, path, times, speed in (("a", "bf16", 1, 10.0), ("b", "fp8_compact", 1.01, 5.0))
     ]
+    loss, relayouts, speed = reading_of(folders)
+    assert loss.startswith("The final training losses differ")
+    assert relayouts.startswith("Scale relayouts per layer")
+    assert speed.startswith("Speed on a CPU, where FP8 is emulated, says nothing about speed on a ")
+    assert warnings_of(folders) == []
+
     status, output = run_main(*folders)
     page = (tmp_path / "compare" / "compare.html").read_text()
     assert status == 0
-    assert "on a CPU means nothing" in " ".join(output.split())
-    assert "on a CPU means nothing" in " ".join(page.split())
-    assert "faster" not in page
-    assert "slower" not in page
-    assert "says nothing about GPUs" in page
+    for text in (output, page):
+        words = " ".join(text.split())
+        assert words.count("Speed on a CPU") == 1
+        assert words.index("final training losses") < words.index("Speed on a CPU")
+        assert "faster" not in words
+        assert "slower" not in words
+    assert 'class="card"' not in page
+    data = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert data["speed"][0]["verdict"] == "says nothing about GPUs"
+    assert data["speed"][0]["ratio"] == pytest.approx(0.5)
 
 
 def test_speed_is_told(three: list[Path]) -> None:
