@@ -289,6 +289,7 @@ REPEATED = {
     "final train loss": "{:.3f}",
     "final valid loss": "{:.3f}",
     "busiest expert / mean": "{:.2f}",
+    "worst busiest expert / mean": "{:.2f}",
     "final busiest expert / mean": "{:.2f}",
     "final load entropy": "{:.3f}",
 }

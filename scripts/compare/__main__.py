@@ -35,8 +35,8 @@ def make_json(
 ) -> dict[str, Any]:
     """The comparison as data: what the table and the pictures show, and where it comes from.
 
-    In `rows`, runs that are repeats of each other share their `arm`; `differs` has the keys in which
-    the sides differ, with the run's values; a list has a value for each logged step.
+    In `rows`, runs that are repeats of each other share their `arm`; `differs` has the keys in
+    which the sides differ, with the run's values; a list has a value for each logged step.
     """
     first = runs[0]
     differences = arm_differences(runs)

@@ -92,6 +92,7 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         _largest(runs, "peak GPU memory GiB", "memory/peak_allocated_gib"),
         _largest(runs, "peak memory GiB", "memory/peak_rss_gib"),
         _median(runs, "busiest expert / mean", "moe/max_expert_load", "{:.2f}"),
+        _largest(runs, "worst busiest expert / mean", "moe/max_expert_load"),
         _final(runs, "final busiest expert / mean", "moe/max_expert_load", "{:.2f}"),
         _final(runs, "final load entropy", "moe/load_entropy", "{:.3f}"),
         _row(

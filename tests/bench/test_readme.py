@@ -405,12 +405,12 @@ def test_runs_that_are_repeats_share_a_row(tmp_path: Path) -> None:
     out = tmp_path / "results"
     assert compare([*map(str, folders), "--out", str(out)], Console(quiet=True)) == 0
     head, *lines = table(tmp_path, "compare.json")
-    loads = ["busiest expert / mean", "final busiest expert / mean"]
+    loads = ["busiest expert / mean", "worst busiest expert / mean", "final busiest expert / mean"]
     assert head == ["`moe.aux_loss_coeff`", "final train loss", *loads]
     loss_cell = "3.000 [2.500 to 3.500]"
     assert lines == [
-        ["0.0", loss_cell, *["3.85 [3.80 to 3.90]"] * 2],
-        ["0.01", loss_cell, *["2.85 [2.80 to 2.90]"] * 2],
+        ["0.0", loss_cell, *["3.85 [3.80 to 3.90]"] * 3],
+        ["0.01", loss_cell, *["2.85 [2.80 to 2.90]"] * 3],
     ]
     assert (
         "; mean [least to most] of 2 runs; [compare.json]" in (tmp_path / "README.md").read_text()

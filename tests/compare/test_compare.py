@@ -403,15 +403,16 @@ def test_json_tells_which_runs_are_repeats_and_their_load_over_time(tmp_path: Pa
     )
 
 
-def test_the_final_load_is_that_of_the_last_tenth(tmp_path: Path) -> None:
+def test_the_busiest_expert_in_the_middle_at_worst_and_at_the_end(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", "bf16", metrics={"moe/max_expert_load": 4.0})
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    for place, load in ((-2, 1.0), (-1, 2.0)):
+    for place, load in ((-2, 1.0), (-1, 6.0)):
         lines[place] = lines[place].replace("4.0", str(load))
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     found = table_of([folder])
     assert found["busiest expert / mean"] == ["4.00"]
-    assert found["final busiest expert / mean"] == ["1.50"]
+    assert found["worst busiest expert / mean"] == ["6.00"]
+    assert found["final busiest expert / mean"] == ["3.50"]
 
 
 def test_different_code_is_named(three: list[Path]) -> None:
