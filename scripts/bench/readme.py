@@ -14,7 +14,8 @@ How a table looks depends on the script that wrote the file:
     kernels.json     scripts.bench.kernels    a row per kernel and shape
     moe_layer.json   scripts.bench.layer      a row per shape and path of one MoE layer
     pairs.json       scripts.bench.pairs      a row per pair of paths that were trained in turn
-    compare.json     scripts.compare          a column per run; what holds on any machine
+    compare.json     scripts.compare          a column per run; what holds on any machine. Of
+                                              repeats, a row per configuration
     step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
     plan_fit.json    scripts.plan.fit         a row per measured step that a plan was compared with
 

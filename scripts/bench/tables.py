@@ -3,21 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from scripts.bench.comparison_table import comparison_table, has_repeats, repeats
 from scripts.bench.markdown import ABSENT, largest, span, table
 from scripts.bench.results import Origin, Result, Row, rows_to_show
 from scripts.bench.training_table import failure, training_table
-
-COMPARED = (
-    "computed in",
-    "final train loss",
-    "final valid loss",
-    "train loss gap to bf16",
-    "relayouts/layer, forward",
-    "relayouts/layer, backward",
-    "kept for backward, MiB/layer",
-    "dispatched MiB/step",
-)
-"""Rows of a comparison that hold on any machine."""
 
 
 class InputError(Exception):
@@ -145,20 +134,6 @@ def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
 
 
-# Runs compared: scripts/compare/__main__.py
-
-
-def _comparison(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    body = [
-        [label, *(row.get(label, ABSENT) for row in shown)]
-        for label in COMPARED
-        if any(label in row for row in shown)
-    ]
-    paths = [row["path"] for row in shown]
-    names = [row["path"] if paths.count(row["path"]) == 1 else row["run"] for row in shown]
-    return table(["", *(f"`{name}`" for name in names)], body)
-
-
 # Plans against what was measured: scripts/plan/fit.py
 
 
@@ -184,7 +159,7 @@ KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "stack": training_table,
     "kernel": _kernels,
     "shape": _layer,
-    "run": _comparison,
+    "run": comparison_table,
     "traced": _step_kernels,
 }
 """By a key that only rows of that kind have; the first one that matches. (Kernels have shapes
@@ -208,6 +183,8 @@ def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
             parts.append(f"screened: one window of {bench['screen_steps']} steps each")
     elif "pair" in result["rows"][0]:
         parts.append("mean ± 95% interval")
+    elif has_repeats(shown):
+        parts.append(f"mean [least to most] of {_range(repeats(shown))} runs")
     elif not {"run", "traced", "planned"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])

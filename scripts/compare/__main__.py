@@ -18,20 +18,28 @@ from typing import Any
 from rich.console import Console
 
 from scripts import terminal
-from scripts.compare.arms import Arm, arm_of, group_arms
+from scripts.compare.arms import Arm, arm_differences, arm_of, group_arms
 from scripts.compare.page.page import make_html
 from scripts.compare.picture import save_png
 from scripts.compare.printed import print_table
-from scripts.compare.reading import reading, speed_verdicts, warnings
+from scripts.compare.reading import on_cpu, reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
+
+SERIES = ("loss/train", "moe/max_expert_load", "moe/load_entropy")
+"""What a row of compare.json has step by step."""
 
 
 def make_json(
     runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm, table: Sequence[Row]
 ) -> dict[str, Any]:
-    """The comparison as data: what the table and the pictures show, and where it comes from."""
+    """The comparison as data: what the table and the pictures show, and where it comes from.
+
+    In `rows`, runs that are repeats of each other share their `arm`; `differs` has the keys in
+    which the sides differ, with the run's values; a list has a value for each logged step.
+    """
     first = runs[0]
+    differences = arm_differences(runs)
     return {
         "machine": first.machine,
         "versions": first.environment.get("versions"),
@@ -44,7 +52,7 @@ def make_json(
                 "runs": [run.name for run in verdict.arm.runs],
                 "ratio": verdict.ratio.value,
                 "interval": [verdict.ratio.low, verdict.ratio.high],
-                "verdict": verdict.short,
+                "verdict": "says nothing about GPUs" if on_cpu(runs) else verdict.short,
             }
             for verdict in speed_verdicts(arms, baseline)
         ],
@@ -53,9 +61,11 @@ def make_json(
             {
                 "run": run.name,
                 "folder": str(run.folder),
+                "arm": arm_of(arms, run).name,
+                "differs": {key: values[index] for key, values in differences},
                 **{row.label: row.cells[index].text for row in table},
                 "tokens": list(run.series("progress/tokens").values()),
-                "loss/train": list(run.series("loss/train").values()),
+                **{name: list(values) for name in SERIES if (values := run.series(name).values())},
             }
             for index, run in enumerate(runs)
         ],

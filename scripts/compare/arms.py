@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scripts.compare.noise import Ratio, compare
-from scripts.compare.runs import Run, flatten
+from scripts.compare.runs import Run, config_differences, flatten
 
 REPEAT_MAY_DIFFER = ("run.", "tracking.", "train.seed")
 
@@ -51,3 +51,12 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
 
 def arm_of(arms: Sequence[Arm], run: Run) -> Arm:
     return next(arm for arm in arms if any(one is run for one in arm.runs))
+
+
+def arm_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The keys in which these runs differ and repeats do not, with each run's value."""
+    return [
+        (key, values)
+        for key, values in config_differences(runs)
+        if not key.startswith(REPEAT_MAY_DIFFER)
+    ]

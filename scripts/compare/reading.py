@@ -74,14 +74,8 @@ def on_cpu(runs: Sequence[Run]) -> bool:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What makes this comparison unfair, or its speeds meaningless; a sentence each."""
+    """What makes this comparison unfair; a sentence each."""
     found = []
-    if on_cpu(runs):
-        found.append(
-            "These runs were made on a CPU, where FP8 is emulated: the speed of emulated FP8 on a "
-            "CPU means nothing, and no path's speed on a GPU follows from it. Losses and relayout "
-            "counts hold on any device."
-        )
     if note := _other_functions(runs):
         found.append(note)
     for what, values in environment_differences(runs):
@@ -153,7 +147,8 @@ def partner(run: Run, baseline: Arm) -> Run:
 
 
 def reading(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> list[str]:
-    """What the figures say, a sentence each, speed first."""
+    """What the figures say, a sentence each: speed first, and of a CPU's only what it is worth,
+    last."""
     said = []
     if not on_cpu(runs):
         verdicts = speed_verdicts(arms, baseline)
@@ -186,7 +181,12 @@ def reading(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> list[str
     ]
     if counted:
         said.append(f"Scale relayouts per layer, forward and backward: {', '.join(counted)}.")
-    if not on_cpu(runs) and (shares := [share for arm in arms if (share := _relayout_time(arm))]):
+    if on_cpu(runs):
+        said.append(
+            "Speed on a CPU, where FP8 is emulated, says nothing about speed on a GPU; losses and "
+            "relayout counts hold on any device."
+        )
+    elif shares := [share for arm in arms if (share := _relayout_time(arm))]:
         said.append(f"Time that relayouts took of a profiled step: {', '.join(shares)}.")
     return [sentence for sentence in said if sentence]
 

@@ -178,12 +178,6 @@ def tail(values: Sequence[T]) -> Sequence[T]:
     return values[-max(1, math.ceil(len(values) * TAIL)) :]
 
 
-def final_loss(run: Run) -> float | None:
-    """Mean training loss over the last tenth of the logged steps."""
-    losses = list(run.series("loss/train").values())
-    return statistics.fmean(tail(losses)) if losses else None
-
-
 def common_losses(run: Run, baseline: Run) -> list[tuple[int, float, float]]:
     """Step, loss and the baseline's loss, at the steps that both have logged."""
     ours, theirs = run.series("loss/train"), baseline.series("loss/train")
@@ -221,6 +215,16 @@ def largest(metric: str) -> Callable[[Run], float | None]:
 
 def last(metric: str) -> Callable[[Run], float | None]:
     return lambda run: next(reversed(run.series(metric).values()), None)
+
+
+def final(metric: str) -> Callable[[Run], float | None]:
+    """Its mean over the last tenth of the logged steps."""
+
+    def value(run: Run) -> float | None:
+        values = list(run.series(metric).values())
+        return statistics.fmean(tail(values)) if values else None
+
+    return value
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from scripts.compare.arms import Arm
 from scripts.compare.noise import centre, quartiles
 from scripts.compare.reading import on_cpu, partner
-from scripts.compare.runs import TAIL, Run, final_loss, largest, last, loss_gap, median
+from scripts.compare.runs import TAIL, Run, final, largest, last, loss_gap, median
 
 ABSENT = "–"  # noqa: RUF001
+END = f"mean of the last {TAIL:.0%}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
     def gap(run: Run) -> float | None:
         return loss_gap(run, partner(run, baseline))
 
-    end = f"mean of the last {TAIL:.0%}"
     rows = [
         Row("path", [Cell(path) for path in paths], "config.yaml: moe.path"),
         Row(
@@ -66,7 +66,7 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
             [Cell(str(run.rows[-1]["progress/step"])) for run in runs],
             "last progress/step",
         ),
-        _row(runs, "final train loss", final_loss, "{:.4f}", f"loss/train, {end}"),
+        _final(runs, "final train loss", "loss/train", "{:.4f}"),
         _row(runs, "final valid loss", last("loss/valid"), "{:.4f}", "loss/valid, last"),
         _row(runs, "valid bits per byte", last("loss/valid_bpb"), "{:.4f}", "loss/valid_bpb, last"),
         _row(
@@ -74,7 +74,7 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
             f"train loss gap to {base}",
             gap,
             "{:+.3f} %",
-            f"loss/train, {end} of common steps",
+            f"loss/train, {END} of common steps",
         ),
         _median(runs, "relayouts/layer, forward", "moe/scale_relayouts", "{:g}"),
         _median(runs, "relayouts/layer, backward", "moe/scale_relayouts_backward", "{:g}"),
@@ -92,6 +92,9 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
         _largest(runs, "peak GPU memory GiB", "memory/peak_allocated_gib"),
         _largest(runs, "peak memory GiB", "memory/peak_rss_gib"),
         _median(runs, "busiest expert / mean", "moe/max_expert_load", "{:.2f}"),
+        _largest(runs, "worst busiest expert / mean", "moe/max_expert_load"),
+        _final(runs, "final busiest expert / mean", "moe/max_expert_load", "{:.2f}"),
+        _final(runs, "final load entropy", "moe/load_entropy", "{:.3f}"),
         _row(
             runs,
             "dropped rows/step",
@@ -111,6 +114,10 @@ def _computed_in(run: Run) -> Cell:
 
 def _row(runs: Sequence[Run], label: str, figure: Figure, form: str, source: str) -> Row:
     return Row(label, [Cell(_text(figure(run), form)) for run in runs], source)
+
+
+def _final(runs: Sequence[Run], label: str, metric: str, form: str) -> Row:
+    return _row(runs, label, final(metric), form, f"{metric}, {END}")
 
 
 def _largest(runs: Sequence[Run], label: str, metric: str) -> Row:

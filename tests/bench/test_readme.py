@@ -7,10 +7,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from scripts.bench import plots, readme, train_rows
 from scripts.bench.stacks import parse
 from scripts.bench.window import Window
+from scripts.compare.__main__ import main as compare
+from tests.support.made_up_runs import write_run
 from train.config import load
 
 TEXT = "before\n\n<!-- table: {} -->\nold\n<!-- end of table -->\n\nafter\n"
@@ -386,3 +389,35 @@ def test_runs_of_one_path_are_told_apart(tmp_path: Path) -> None:
     rows = [{"run": run, "path": path, "final train loss": "1.0"} for run, path in runs]
     write_results(tmp_path, rows)
     assert table(tmp_path, "train_x.json")[0] == ["", "`a`", "`fp8_direct`", "`c`"]
+
+
+def test_runs_that_are_repeats_share_a_row(tmp_path: Path) -> None:
+    """The very rows of scripts/compare, of runs that differ in a key and in the seed."""
+    folders = []
+    for coefficient in (0.0, 0.01):
+        for seed, loss in ((1, 2.0), (2, 3.0)):
+            name = f"{coefficient}-{seed}"
+            keys: dict[str, dict[str, Any]]
+            keys = {"moe": {"aux_loss_coeff": coefficient}, "train": {"seed": seed}}
+            load = {"moe/max_expert_load": 4.0 - coefficient * 100 - seed / 10}
+            losses = [5.0] * 18 + [loss, loss + 1]
+            folders.append(write_run(tmp_path / name, "bf16", losses, load, "cpu", config=keys))
+    out = tmp_path / "results"
+    assert compare([*map(str, folders), "--out", str(out)], Console(quiet=True)) == 0
+    head, *lines = table(tmp_path, "compare.json")
+    loads = ["busiest expert / mean", "worst busiest expert / mean", "final busiest expert / mean"]
+    assert head == ["`moe.aux_loss_coeff`", "final train loss", *loads]
+    loss_cell = "3.000 [2.500 to 3.500]"
+    assert lines == [
+        ["0.0", loss_cell, *["3.85 [3.80 to 3.90]"] * 3],
+        ["0.01", loss_cell, *["2.85 [2.80 to 2.90]"] * 3],
+    ]
+    assert (
+        "; mean [least to most] of 2 runs; [compare.json]" in (tmp_path / "README.md").read_text()
+    )
+
+    path = out / "compare.json"
+    path.write_text(
+        path.read_text().replace('"final train loss": "2.5000"', '"final train loss": "not finite"')
+    )
+    assert table(tmp_path, "compare.json")[1][1] == "not finite"

@@ -167,25 +167,38 @@ def test_different_machines_are_named(tmp_path: Path) -> None:
     assert "2 x NVIDIA H200 (b)" in warning
 
 
-def test_cpu_speed_is_said_to_mean_nothing(tmp_path: Path) -> None:
+def test_losses_and_relayouts_come_first_on_a_cpu(tmp_path: Path) -> None:
+    losses = [5 - step / 100 for step in STEPS]
     folders = [
         write_run(
             tmp_path / name,
             path,
-            metrics={"throughput/tokens_per_sec": 10.0},
+            [loss * times for loss in losses],
+            {"throughput/tokens_per_sec": speed, "moe/scale_relayouts": 2.0},
             device="cpu",
             device_name="some processor",
         )
-        for name, path in (("a", "bf16"), ("b", "fp8_compact"))
+        for name, path, times, speed in (("a", "bf16", 1, 10.0), ("b", "fp8_compact", 1.01, 5.0))
     ]
+    loss, relayouts, speed = reading_of(folders)
+    assert loss.startswith("The final training losses differ")
+    assert relayouts.startswith("Scale relayouts per layer")
+    assert speed.startswith("Speed on a CPU, where FP8 is emulated, says nothing about speed on a ")
+    assert warnings_of(folders) == []
+
     status, output = run_main(*folders)
     page = (tmp_path / "compare" / "compare.html").read_text()
     assert status == 0
-    assert "on a CPU means nothing" in " ".join(output.split())
-    assert "on a CPU means nothing" in " ".join(page.split())
-    assert "faster" not in page
-    assert "slower" not in page
-    assert "says nothing about GPUs" in page
+    for text in (output, page):
+        words = " ".join(text.split())
+        assert words.count("Speed on a CPU") == 1
+        assert words.index("final training losses") < words.index("Speed on a CPU")
+        assert "faster" not in words
+        assert "slower" not in words
+    assert 'class="card"' not in page
+    data = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert data["speed"][0]["verdict"] == "says nothing about GPUs"
+    assert data["speed"][0]["ratio"] == pytest.approx(0.5)
 
 
 def test_speed_is_told(three: list[Path]) -> None:
@@ -367,6 +380,39 @@ def test_json_has_the_ratios(three: list[Path]) -> None:
         "verdict": "slower",
     }
     assert data["rows"][1]["folder"] == str(three[1])
+
+
+def test_json_tells_which_runs_are_repeats_and_their_load_over_time(tmp_path: Path) -> None:
+    def one(seed: int, bias: bool) -> Path:
+        keys: dict[str, dict[str, Any]]
+        keys = {"moe": {"expert_bias": bias}, "train": {"seed": seed}}
+        load = {"moe/max_expert_load": 1.5 + seed, "moe/load_entropy": 0.5}
+        return write_run(tmp_path / f"{bias}-{seed}", "bf16", metrics=load, config=keys)
+
+    run_main(*(one(seed, bias) for bias in (False, True) for seed in (1, 2)))
+    rows = json.loads((tmp_path / "compare" / "compare.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["False-1"] * 2 + ["True-1"] * 2
+    assert [row["differs"] for row in rows] == [
+        {"moe.expert_bias": bias} for bias in ("False", "False", "True", "True")
+    ]
+    assert rows[1]["moe/max_expert_load"] == [3.5] * len(STEPS)
+    assert rows[1]["moe/load_entropy"] == [0.5] * len(STEPS)
+    assert (rows[1]["final busiest expert / mean"], rows[1]["final load entropy"]) == (
+        "3.50",
+        "0.500",
+    )
+
+
+def test_the_busiest_expert_in_the_middle_at_worst_and_at_the_end(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", "bf16", metrics={"moe/max_expert_load": 4.0})
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for place, load in ((-2, 1.0), (-1, 6.0)):
+        lines[place] = lines[place].replace("4.0", str(load))
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    found = table_of([folder])
+    assert found["busiest expert / mean"] == ["4.00"]
+    assert found["worst busiest expert / mean"] == ["6.00"]
+    assert found["final busiest expert / mean"] == ["3.50"]
 
 
 def test_different_code_is_named(three: list[Path]) -> None:

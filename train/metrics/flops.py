@@ -28,8 +28,8 @@ class FlopCount:
     total_params: int
     """Every parameter, each stored once: a tied embedding and output layer are one matrix."""
     active_params: int
-    """Parameters that a token computes with: `top_k` experts instead of all, and no input
-    embedding. A tied matrix counts, as the output layer."""
+    """All but those of the experts that a token is not routed to. So it has the input embedding, as
+    the sizes in models' names and on their cards have; the FLOPs do not."""
     flops_per_token: int
     """FLOPs of forward and backward for one token of a full sequence."""
 
@@ -37,7 +37,7 @@ class FlopCount:
 def count(model: ModelConfig, moe: MoEConfig) -> FlopCount:
     """Count parameters and training FLOPs.
 
-        forward = 2 · active matrix parameters + layers · 2 · seq_len · heads · head_dim
+        forward = 2 · parameters of a token's matrices + layers · 2 · seq_len · heads · head_dim
         flops_per_token = 3 · forward
 
     The second term is attention: Q·Kᵀ and P·V are 2 · seq_len · heads · head_dim each for a token
@@ -56,17 +56,14 @@ def count(model: ModelConfig, moe: MoEConfig) -> FlopCount:
     vocabulary = model.vocab_size * hidden
 
     every_token = model.num_layers * (attention + router + shared)
-    active_matrices = every_token + model.num_layers * moe.top_k * expert + vocabulary
-    all_matrices = (
-        every_token
-        + model.num_layers * moe.num_experts * expert
-        + (vocabulary if model.tie_embeddings else 2 * vocabulary)
-    )
+    matrices = every_token + model.num_layers * moe.top_k * expert + vocabulary
+    embedding = 0 if model.tie_embeddings else vocabulary  # tied, it is the output layer's matrix
     vectors = model.num_layers * norms + hidden  # and the final norm
+    active = matrices + embedding + vectors
 
     causal_attention = model.num_layers * 2 * model.seq_len * query
     return FlopCount(
-        total_params=all_matrices + vectors,
-        active_params=active_matrices + vectors,
-        flops_per_token=3 * (2 * active_matrices + causal_attention),
+        total_params=active + model.num_layers * (moe.num_experts - moe.top_k) * expert,
+        active_params=active,
+        flops_per_token=3 * (2 * matrices + causal_attention),
     )

@@ -29,11 +29,11 @@ SMALL = "<small>{text}</small>"
 
 
 def verdicts(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> Html:
-    """A card for each side: how fast, against the baseline, and whether that is noise."""
-    found = speed_verdicts(arms, baseline)
+    """A card for each side: how fast, against the baseline, and whether that is noise. None where
+    a CPU's speed would be the first thing that is read."""
+    found = [] if on_cpu(runs) else speed_verdicts(arms, baseline)
     if not found:
         return NOTHING
-    emulated = on_cpu(runs)
     cards = []
     for verdict in found:
         ratio = verdict.ratio
@@ -45,18 +45,16 @@ def verdicts(runs: Sequence[Run], arms: Sequence[Arm], baseline: Arm) -> Html:
             else "one side run once"
         )
         card = fill(
-            '<article class="card{muted}"><h3>{dot}{name}</h3>'
-            '<p class="big">{ratio:.3f}<small>x the speed of {base}{cpu}</small></p>'
+            '<article class="card"><h3>{dot}{name}</h3>'
+            '<p class="big">{ratio:.3f}<small>x the speed of {base}</small></p>'
             '<p><span class="chip {kind}">{short}</span></p>'
             "<p class='small'>{percent} interval {low:.3f} to {high:.3f}; {counted}</p></article>",
-            muted=" muted" if emulated else "",
             dot=dot(verdict.arm.runs[0]),
             name=verdict.arm.name,
             ratio=ratio.value,
             base=baseline.name,
-            cpu=" (CPU)" if emulated else "",
-            kind="none" if emulated else ratio.verdict,
-            short="says nothing about GPUs" if emulated else verdict.short,
+            kind=ratio.verdict,
+            short=verdict.short,
             percent=PERCENT,
             low=ratio.low,
             high=ratio.high,
