@@ -5,7 +5,7 @@ gradient in float32, and casts it: 14 bytes for each of their values in passes t
 Tensor cores multiply bfloat16 exactly into float32. What is left is the gradient of the logits,
 which is float32 and small. It is given as the sum of two bfloat16 matrices, so that both gradients
 are one bfloat16 GEMM each, and nothing but their last bits is lost (2^-17 of a value; the TF32 that
-the stock function multiplies in keeps 2^-11).
+the stock function multiplies in keeps 2^-11). An infinite gradient becomes NaN.
 """
 
 import torch

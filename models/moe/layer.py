@@ -42,7 +42,8 @@ class Router(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         if input.dtype is self.weight.dtype is torch.bfloat16:
-            logits = Gating.apply(input.flatten(0, -2), self.weight).view(*input.shape[:-1], -1)
+            logits = Gating.apply(input.flatten(0, -2), self.weight)
+            logits = logits.view(*input.shape[:-1], self.num_experts)
         else:
             logits = F.linear(input.float(), self.weight.float())
         if self.measures_entropy and self.training:

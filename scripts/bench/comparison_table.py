@@ -61,14 +61,15 @@ def _repeated(shown: Sequence[Row]) -> list[str]:
     sides: dict[str, list[Row]] = {}
     for row in shown:
         sides.setdefault(row["arm"], []).append(row)
-    keys = list(shown[0]["differs"])
+    keys = list(shown[0]["differs"]) or ["run"]  # nothing, where all are repeats of one
     body = []
     for runs in sides.values():
         figures = [
             _mean([run[label] for run in runs if run.get(label, ABSENT) != ABSENT], form)
             for label, form in REPEATED.items()
         ]
-        body.append([*(str(runs[0]["differs"][key]) for key in keys), *figures])
+        named = {"run": f"{len(runs)} runs", **runs[0]["differs"]}
+        body.append([*(str(named[key]) for key in keys), *figures])
     return table([*(f"`{key}`" for key in keys), *REPEATED], body, left=len(keys))
 
 

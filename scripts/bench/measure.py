@@ -176,6 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
             "micro_batch": size,
             "global_batch": config.global_batch(ranks.world_size),
             "expert_parallel": config.parallel.expert_parallel,
+            "warmup_steps": arguments.warmup,
             **about,
         }
         if window:

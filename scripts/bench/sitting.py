@@ -45,7 +45,13 @@ class Sitting:
         }  # fmt: skip
         key |= {
             name: found[name]
-            for name in ("global_batch", "expert_parallel", "dispatch", "description")
+            for name in (
+                "global_batch",
+                "expert_parallel",
+                "warmup_steps",
+                "dispatch",
+                "description",
+            )
             if name in found
         }
         row = train_rows.row_of(rows, key)

@@ -293,8 +293,8 @@ class StockMegatron:
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
         if fused_a2a._buffer is not None:
             gc.collect()
-            dist.barrier()
             torch.cuda.synchronize()
+            dist.barrier()  # by the CPU: nobody's kernels use it any more
             fused_a2a._buffer = None
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:  # float32 copies, which the model holds too

@@ -40,7 +40,7 @@ class Window:
     """Energy of all GPUs, per step; None where it is not measured."""
     outside_gib: float | None = None
     """Memory of the GPU that PyTorch's allocator does not hold, on the rank with the most: CUDA's
-    context, NCCL's and DeepEP's buffers; None on a CPU."""
+    context, NCCL's and DeepEP's buffers, and other processes' memory; None on a CPU."""
 
     def figures(self) -> dict[str, Any]:
         """For JSON, units in the names."""

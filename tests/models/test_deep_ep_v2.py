@@ -218,7 +218,7 @@ def expanding_is_dispatch_and_permute(ranks: Ranks, seed: int) -> None:
                     same(getattr(trips[0].rows, name), getattr(rows, name), name)
                 assert trips[0].rows.num_rows == rows.num_rows
                 assert int(trips[0].dropped_rows()) == int(trips[1].dropped_rows())
-                same(trips[0].probs, trips[1].probs, "routing weights")
+                same(trips[0].probs[:end], trips[1].probs[:end], "routing weights")
                 same(fp8.data[:end], want[0].data[:end], "rows in FP8")
                 same(fp8.row_scales[:end], want[0].row_scales[:end], f"{layout.name} scales")
                 assert fp8.layout is layout
@@ -393,7 +393,7 @@ def few_kernels_are_launched(ranks: Ranks, seed: int) -> None:
     with seen:
         trip.expand(batch.fp8, Layout.GEMM_READY)
     first = ["_allgather_base_", "2 of the plan", "2 of DeepEP's dispatch"]
-    assert seen.names == [*first, "masked_fill_", "add_"]
+    assert seen.names == [*first, "add_"]
     seen.names.clear()
     with seen:
         rows = trip.expand(batch.x)

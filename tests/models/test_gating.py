@@ -61,6 +61,7 @@ def gates(rank: int, config) -> tuple[bool, Tensor, Tensor]:
     x = torch.randn(5, 1, config.model.hidden_size).bfloat16()
     router.weight.data = router.weight.data.bfloat16()
     logits = router.gating(x.requires_grad_())
+    assert logits.grad_fn is not None
     taken = type(logits.grad_fn.next_functions[0][0]).__name__ == "GatingBackward"
     high = torch.nn.functional.linear(x.float(), router.weight.float())
     return taken, logits.detach(), high.detach()

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from models.fp8 import reference
-from models.fp8.reference.plan_expand import ExpandedArrivals
 from tests.models.test_reference_arrivals import SHAPES, definition, route
 from tests.models.test_reference_rows import STEPS, naive_rows
 
@@ -65,15 +64,6 @@ def check(ids: Tensor, local: int, alignment: int, part: float | None, step: int
             sum(start <= to < start + count for to in copied)
             for start, count in zip(offsets[:-1], counts, strict=True)
         ]
-        check_tail(plan, room is None and step == 1, min(offsets[-1], size), size)
-
-
-def check_tail(plan: ExpandedArrivals, is_exact: bool, end: int, size: int) -> None:
-    if is_exact:
-        assert plan.tail is None
-    else:
-        assert plan.tail is not None
-        assert plan.tail.tolist() == [False] * end + [True] * (size - end)
 
 
 @pytest.mark.parametrize(("ranks", "tokens", "top_k", "experts"), SHAPES)
@@ -104,8 +94,6 @@ def test_dtypes(gen):
         assert getattr(plan, name).dtype is torch.int32, name
     for tensor in (plan.ids, plan.rows.rows, plan.rows.counts, plan.rows.offsets, plan.rows.needed):
         assert tensor.dtype is torch.int64
-    assert plan.tail is not None
-    assert plan.tail.dtype is torch.bool
 
 
 def test_other_ids_are_refused():

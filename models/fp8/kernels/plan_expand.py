@@ -53,7 +53,6 @@ def plan_expand(
     size = max_rows
     if size is None:
         size = ceil_div(most_rows(plan.ids.numel(), local_experts, alignment), step) * step
-    tail = None if max_rows is None and step == 1 else empty(size, dtype=torch.bool)
 
     experts = triton.next_power_of_2(local_experts)
     warps = 8 if experts >= MANY_EXPERTS else 4
@@ -61,7 +60,7 @@ def plan_expand(
         *counts, copies, *sizes, CHUNK=CHUNK, WIDTH=width, EXPERTS=experts, num_warps=warps
     )
     _place_expand_kernel[(programs,)](
-        *counts, copies, *vars(plan).values(), rows, written, result, tail, *sizes, alignment, size,
+        *counts, copies, *vars(plan).values(), rows, written, result, *sizes, alignment, size,
         CHUNK=CHUNK, WIDTH=width, EXPERTS=experts, SPAN=SPAN,
         COPIES_SPAN=max(COPIES_TILE // experts, 16), num_warps=warps,
     )  # fmt: skip
@@ -75,9 +74,7 @@ def plan_expand(
         needed=needed,
         num_rows=num_rows,
     )
-    if tail is not None:
-        tail = tail[:num_rows]
-    return ExpandedArrivals(**vars(plan), rows=row_map, written=written, tail=tail)
+    return ExpandedArrivals(**vars(plan), rows=row_map, written=written)
 
 
 @triton.jit
@@ -116,7 +113,7 @@ def _count_expand_kernel(
 @triton.jit
 def _place_expand_kernel(
     ids_ptr, coming_ptr, going_ptr, copies_ptr, out_ids_ptr, sources_ptr, ends_ptr, slots_ptr,
-    sent_ptr, rows_ptr, written_ptr, result_ptr, tail_ptr,
+    sent_ptr, rows_ptr, written_ptr, result_ptr,
     rank, local_experts, ranks, tokens, chunks, top_k, alignment, size,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr,
     COPIES_SPAN: tl.constexpr,
@@ -160,8 +157,3 @@ def _place_expand_kernel(
         tl.store(result_ptr + local_experts + 1 + expert, last.to(tl.int64), mask=here)
         tl.store(result_ptr + 2 * local_experts + 1, tl.sum(padded, 0).to(tl.int64))
         tl.store(written_ptr + expert, tl.minimum(total, last - first), mask=here)
-    if tail_ptr is not None:
-        end = tl.minimum(tl.sum(padded, 0), size)
-        for start in range(program * SPAN, size, programs * SPAN):
-            to = start + tl.arange(0, SPAN)
-            tl.store(tail_ptr + to, to >= end, mask=to < size)

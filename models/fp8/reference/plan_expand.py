@@ -24,9 +24,6 @@ class ExpandedArrivals(Arrivals):
     written: Tensor
     """int32 `[E]`: rows of each expert that a copy is written to: fewer than its `counts` where
     there was no room for all."""
-    tail: Tensor | None
-    """bool `[P]`: rows after the last expert's; None where P is exactly what is needed, whatever
-    the routing, and there are none."""
 
 
 def plan_expand(
@@ -46,7 +43,4 @@ def plan_expand(
     rows = plan_rows(plan.ids, local_experts, alignment, max_rows, step)
     plan.sources[:, 2:] = rows.rows
     written = torch.minimum(rows.counts, rows.offsets.diff()).int()
-    tail = None
-    if max_rows is not None or step > 1:
-        tail = torch.arange(rows.num_rows, device=expert_ids.device) >= rows.offsets[-1]
-    return ExpandedArrivals(**vars(plan), rows=rows, written=written, tail=tail)
+    return ExpandedArrivals(**vars(plan), rows=rows, written=written)

@@ -14,8 +14,7 @@ What its two kernels do, as their source and its head of July 2026 (version 2.1.
   where, and `ops.plan_rows` where their copies go. Then the rows are those of `all_to_all.py` and
   of `permute`, in their order: the same bits in each run. Nothing waits where `max_rows` is given,
   P is `max_rows`, and copies beyond it have no place.
-- Rows after the last expert's are not written. They are never read, but their routing weights must
-  be 0, see `models/fp8/overflow.py`: they are cleared here.
+- Rows after the last expert's are not written, and nobody reads them.
 - combine sums a token's copies on the experts' rank, in the order of its places, and then on its
   own rank: each sum in float32 and rounded to BF16 once (two in BF16 at once, which is the same).
   Those are the sums of `unpermute` and `all_to_all.py`, bit for bit, with two ranks. With more,
@@ -210,8 +209,6 @@ class DeepEPv2(CountsBytes):
             received, _, probs, *_ = self._buffer.dispatch(
                 argument, handle=handle.layout, topk_weights=weights, num_sms=self.num_sms, **how
             )
-            if plan.tail is not None:
-                probs.masked_fill_(plan.tail, 0.0)
         self._count(argument, handle)
         return _wrapped(x, received, layout), probs, rows, handle
 
