@@ -25,6 +25,11 @@ Natural routing (`--routings natural`) trains the real router on the config's te
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,
 on random tokens.
 
+On a CPU, to see it work:
+
+    python -m scripts.bench.train configs/demo_cpu.yaml --gpus 2 --stacks bf16,fp8_direct \\
+        --screen 2 --repeats 1 --steps 2 --warmup 1 --out /tmp/bench
+
 A stack that fails gets a row with `error` and is not repeated; the others continue. Exit codes: 0
 done, or the minutes are over; 2 bad input, reported in one line; 130 after Ctrl-C. No process is
 left behind.
@@ -200,17 +205,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=positive, required=True, help="ranks, on this machine")
     parser.add_argument("--stacks", default=DEFAULT_STACKS, help="default: %(default)s")
     parser.add_argument("--anchors", default="", help="stacks measured in every sitting")
-    parser.add_argument("--routings", type=_routings, default=["balanced"])
-    parser.add_argument("--screen", type=positive_list, default=[1, 2, 4, 8], metavar="N,N")
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them")
+    parser.add_argument("--routings", type=_routings, default=["balanced"],
+                        help="balanced (default), natural, or both with a comma")  # fmt: skip
+    parser.add_argument("--screen", type=positive_list, default=[1, 2, 4, 8], metavar="N,N",
+                        help="micro-batches to try first; 1,2,4,8")  # fmt: skip
+    parser.add_argument("--repeats", type=positive, default=5,
+                        help="processes of each stack at its best micro-batch; 5")  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat; 20")
+    parser.add_argument("--warmup", type=positive, default=5, help="steps before them; 5")
     parser.add_argument("--minutes", type=float, help="begin no process that might end later")
     parser.add_argument("--ahead", action="store_true",
                         help="let the next process load its libraries meanwhile")  # fmt: skip
     parser.add_argument("--process-minutes", type=float, default=6, help="at most, of a process")
     parser.add_argument("--sitting", help="its name; default: the time")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"),
+                        help="folder of the JSON file; docs/results")  # fmt: skip
     arguments = parser.parse_intermixed_args(argv)
     try:
         return or_one_line(lambda: bench(arguments))

@@ -41,6 +41,7 @@ ASSUMPTIONS = (
     "dispatch over NVLink at the speed that was traced, over the network at 75% of it",
     "gathering overlaps with the forward pass and reducing with the backward pass; the rest is "
     "waited for",
+    "dispatch by DeepEP v1, so fp8_fused is planned as fp8_direct: by v2 it is some 2 to 4% faster",
     "tensors may take 92% of a GPU's memory: the rest is for CUDA, NCCL, DeepEP and fragmentation",
     "where the router chooses, the most loaded rank of a group gets 1.2 times its share of rows",
 )
