@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 from megatron.core import tensor_parallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import PATH_NAMES, PathName
 from models.fp8 import operations
@@ -168,6 +168,9 @@ class Stack(Protocol):
 
     dispatch: str
     description: str
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step; this rank's share of the mean loss: ranks add up to it."""

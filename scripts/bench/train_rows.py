@@ -91,6 +91,8 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
     outside = [w["outside_allocator_gib"] for w in windows if w.get("outside_allocator_gib")]
     if outside:
         row["outside_allocator_gib"] = spread(outside)
+    if loads := [w["busiest_rank"] for w in windows if w.get("busiest_rank")]:
+        row["busiest_rank"] = spread(loads)
     row["seconds_per_mtoken"] = spread([s / tokens * 1e6 for s in seconds])
     joules = [w["step_joules"] for w in windows if w["step_joules"] is not None]
     if joules:

@@ -41,7 +41,7 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 MEASURED = (
     "ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "outside GiB",
-    "kJ/Mtoken", "rows dropped", "speed / best stock",
+    "kJ/Mtoken", "rows dropped", "busiest rank", "speed / best stock",
 )  # fmt: skip
 
 
@@ -61,6 +61,8 @@ def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "outside GiB": largest(row.get("outside_allocator_gib")),
         "rows dropped": str(row.get("dropped_rows", ABSENT)),
     }
+    if load := row.get("busiest_rank"):
+        cells["busiest rank"] = f"{load['median']:.2f}"
     if energy:
         cells["kJ/Mtoken"] = f"{energy['median'] / 1e3:,.1f}"
     if stock:

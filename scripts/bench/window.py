@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scripts.bench.load import busiest_rank
 from scripts.bench.stacks import Stack
 from train.data.batches import Batch
 from train.metrics.throughput import GIB
@@ -41,6 +42,9 @@ class Window:
     outside_gib: float | None = None
     """Memory of the GPU that PyTorch's allocator does not hold, on the rank with the most: CUDA's
     context, NCCL's and DeepEP's buffers, and other processes' memory; None on a CPU."""
+    busiest_rank: float | None = None
+    """Rows of the rank with most over the mean, in one more step after the window; None where no
+    router was seen."""
 
     def figures(self) -> dict[str, Any]:
         """For JSON, units in the names."""
@@ -53,6 +57,7 @@ class Window:
             "redone_steps": self.redone_steps,
             "step_joules": self.step_joules,
             "outside_allocator_gib": self.outside_gib,
+            "busiest_rank": self.busiest_rank,
         }
 
 
@@ -91,15 +96,18 @@ def measure(
     dist.all_reduce(summed)
     seconds, peak, outside, *singles = largest.tolist()
     loss_sum, dropped, joules = summed.tolist()
+    redone = stack.redone_steps()  # all ranks redo a step together
+    busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
         seconds,
         singles,
         peak if on_gpu else None,
         loss_sum,
         int(dropped),
-        stack.redone_steps(),  # all ranks redo a step together
+        redone,
         None if math.isnan(joules) else joules,
         outside if on_gpu else None,
+        busiest,
     )
 
 

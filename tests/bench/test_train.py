@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from scripts.bench import (
     measure,
@@ -58,6 +59,7 @@ class Uneven:
     def __init__(self, rank: int) -> None:
         self.seconds = 0.01 + 0.05 * rank
         self.dispatch, self.description = "", ""
+        self.model = nn.Module()
 
     def step(self, batches) -> torch.Tensor:
         time.sleep(self.seconds)
