@@ -1,4 +1,4 @@
-"""How unevenly a router loads the expert-parallel ranks, whoever made the model."""
+"""How unevenly a router loads the expert-parallel ranks, in a model of ours or of megatron-core."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
