@@ -20,7 +20,7 @@ Rows = TypeVar("Rows", Tensor, BlockScaledTensor)
 
 V2_FASTER = (2,)
 """Numbers of expert-parallel ranks on which DeepEP v2 was measured to be faster than v1: `auto` and
-`deep_ep` use it there where both can run. fp8_direct was measured in training, bf16 in one layer and
+`deep_ep` use it there where both can run. fp8_direct was measured in training, bf16 in a layer and
 from sitting to sitting (docs/performance.md, docs/kernels.md); fp8_baseline and fp8_compact, which
 dispatch as fp8_direct does, were not. On 4 ranks fp8_direct took the same by both."""
 V2_FIRST: frozenset[PathName] = frozenset({"fp8_fused"})
