@@ -85,17 +85,16 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
         row["tflops_per_gpu_mean"] = results.interval(tflops)
     if peak := peak_bf16_flops(device_name):
         row["mfu"] = spread([speed * count / peak for speed in speeds])
-    peaks = [w["peak_allocated_gib"] for w in windows if w["peak_allocated_gib"] is not None]
-    if peaks:
-        row["peak_allocated_gib"] = spread(peaks)
-    outside = [w["outside_allocator_gib"] for w in windows if w.get("outside_allocator_gib")]
-    if outside:
-        row["outside_allocator_gib"] = spread(outside)
-    if loads := [w["busiest_rank"] for w in windows if w.get("busiest_rank")]:
-        row["busiest_rank"] = spread(loads)
+
+    def measured(name: str) -> list[float]:
+        """In the windows that have it: a CPU measures less, and so did older versions."""
+        return [w[name] for w in windows if w.get(name) is not None]
+
+    for name in ("peak_allocated_gib", "outside_allocator_gib", "busiest_rank"):
+        if found := measured(name):
+            row[name] = spread(found)
     row["seconds_per_mtoken"] = spread([s / tokens * 1e6 for s in seconds])
-    joules = [w["step_joules"] for w in windows if w["step_joules"] is not None]
-    if joules:
+    if joules := measured("step_joules"):
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
     row["redone_steps"] = sum(w["redone_steps"] for w in windows)
     row["dropped_rows"] = sum(w["dropped_rows"] for w in windows)

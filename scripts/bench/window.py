@@ -99,15 +99,15 @@ def measure(
     redone = stack.redone_steps()  # all ranks redo a step together
     busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
-        seconds,
-        singles,
-        peak if on_gpu else None,
-        loss_sum,
-        int(dropped),
-        redone,
-        None if math.isnan(joules) else joules,
-        outside if on_gpu else None,
-        busiest,
+        step_seconds=seconds,
+        single_seconds=singles,
+        peak_gib=peak if on_gpu else None,
+        final_loss=loss_sum,
+        dropped_rows=int(dropped),
+        redone_steps=redone,
+        step_joules=None if math.isnan(joules) else joules,
+        outside_gib=outside if on_gpu else None,
+        busiest_rank=busiest,
     )
 
 

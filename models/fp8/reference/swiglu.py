@@ -67,8 +67,9 @@ def swiglu_backward_quantize(
 
 
 def _used(x: Tensor, offsets: Tensor | None) -> Tensor:
-    """x with zeros in the rows after the last expert's."""
-    if offsets is None:
+    """x with zeros in the rows after the last expert's; x itself where there are none."""
+    if offsets is None or (end := int(offsets[-1])) >= len(x):
         return x
-    row = torch.arange(len(x), device=x.device)
-    return x.masked_fill((row >= offsets[-1]).view(-1, *[1] * (x.dim() - 1)), 0)
+    x = x.clone()
+    x[end:] = 0
+    return x
