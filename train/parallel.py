@@ -158,8 +158,8 @@ def start(
         rank=rank,
         world_size=world_size,
         # No `device_id`: with it every group is connected at once, those that megatron-core makes
-        # and nothing here uses too. On two H100s that took 6 GiB of each, and 3 s. Barriers are
-        # gloo's without it, and order nothing on a GPU.
+        # and nothing here uses too, which takes gigabytes of each GPU and seconds. Without it
+        # barriers are gloo's, and order nothing on a GPU.
     )
 
     # megatron-core's modules find their groups here; its expert-parallel ranks are neighbours too.

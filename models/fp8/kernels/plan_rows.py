@@ -16,8 +16,8 @@ permute is a gather, and each of its rows, padding too, is written once by the p
 **The size P depends on the routing and buffers are allocated on the host**, so the host waits here
 once per layer. To avoid that, pass the most rows there may be: `plan_rows(..., max_rows=n)` with n
 at least `most_rows(...)`, or a smaller capacity that the routing keeps to. Then P is n. Rows after
-the last segment, from `offsets[E]` on, are undefined: no kernel reads or writes them. The price is
-the memory.
+the last segment, from `offsets[E]` on, are undefined: nothing that is used depends on them, and
+permute, SwiGLU and GEMMs leave them alone. The price is the memory.
 """
 
 from dataclasses import dataclass
