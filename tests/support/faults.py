@@ -83,10 +83,14 @@ def hang_with_the_lock(stuck: set[int]):
 
 def cramp(*steps: int):
     """Almost no room for rows in these steps, counted from 0, and NaN losses where rows are lost:
-    nothing of such an attempt may remain."""
+    nothing of such an attempt may remain.
+
+    In the others there is room for all: how evenly so few tokens are routed follows from the text,
+    and a step's need may be more than room for what the last ones needed.
+    """
 
     def plant(rank: int) -> None:
-        from models.fp8.tensor import BLOCK
+        from models.fp8.tensor import BLOCK, ceil_div
         from models.moe.room import Room
         from train import loop
 
@@ -99,8 +103,11 @@ def cramp(*steps: int):
 
         def cramped(self, layer, even, most, alignment):
             rows = max_rows(self, layer, even, most, alignment)
-            if rows is not None and now[0] in steps:
-                rows = self.rows[layer] = BLOCK  # every path's, where the alignment may be large
+            if rows is None:
+                return None
+            # Every path's alignment is enough where rows are lost; `alignment` may be large.
+            rows = BLOCK if now[0] in steps else ceil_div(most, alignment) * alignment
+            self.rows[layer] = rows
             return rows
 
         def poisoned(model, *args):
