@@ -81,7 +81,7 @@ def _layer(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return table(head, body, left=2)
 
 
-# Kernels: scripts/bench/kernels.py
+# Kernels: scripts/bench/kernels/
 
 
 def _kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:

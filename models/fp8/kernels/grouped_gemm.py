@@ -50,7 +50,7 @@ OUT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is split into tiles; what `scripts/bench/kernels.py --tune` tries."""
+    """How the work is split into tiles; what `scripts.bench.kernels --tune` tries."""
 
     rows: int = 64
     """Rows of a tile: 64 or 128, as segments are multiples of 128. It has 128 columns."""
