@@ -7,8 +7,6 @@ Needs torch.distributed and megatron-core's parallel_state, with the expert-para
 train/parallel.py. The parameters have the same names on every machine.
 """
 
-import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from models.config import ModelConfig, MoEConfig
 from models.cpu_attention import CausalAttention, RotaryPositions
+from models.initial_weights import InitialWeights
 from models.moe.experts import Experts
 from models.moe.layer import ExpertParallelMoE
 from models.moe.runtime import GPTConfig, Runtime, build_runtime
@@ -158,40 +157,21 @@ def build_gpt(
     for number, layer in enumerate(gpt.moe_layers()):
         layer.experts.layer = number
     gpt.to(device)
-    initialize(gpt, model.init_std, model.embedding_init_std, seed)
+    initialize(gpt, InitialWeights(model, seed))
     return gpt
 
 
-@torch.no_grad()
-def initialize(gpt: GPT, std: float, embedding_std: float | None, seed: int) -> None:
-    """Draw each weight from a generator of its own, seeded by its name and the expert's number.
-
-    So a weight does not depend on what was drawn before it, on the rank, or on the number of ranks.
-    Normal with deviation `std`, `std / sqrt(2 * layers)` into the residual stream, `embedding_std`
-    for the embedding unless it is None, norms at 1.
-    """
-    into_residual = std / math.sqrt(2 * gpt.config.num_layers)
+def initialize(gpt: GPT, weights: InitialWeights) -> None:
+    """Draw this rank's weights."""
     ep_rank = parallel_state.get_expert_model_parallel_rank()
     experts = {name for name, module in gpt.named_modules() if isinstance(module, Experts)}
     for name, parameter in gpt.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.ones_(parameter)
-            continue
-        into = name.endswith((".down", "linear_proj.weight", "linear_fc2.weight"))
-        deviation = into_residual if into else std
-        if embedding_std is not None and name.startswith("embedding."):
-            deviation = embedding_std
+        parameter = parameter.detach()
         if name.rpartition(".")[0] not in experts:
-            _draw(parameter, deviation, f"{seed}/{name}")
+            weights.draw(parameter, name)
             continue
         for i, weight in enumerate(parameter):
-            _draw(weight, deviation, f"{seed}/{name}/{ep_rank * len(parameter) + i}")
-
-
-def _draw(weight: Tensor, deviation: float, key: str) -> None:
-    generator = torch.Generator(weight.device)
-    generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
-    weight.normal_(0, deviation, generator=generator)
+            weights.draw(weight, name, ep_rank * len(parameter) + i)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Its own layers from TransformerEngine, its flex dispatcher over DeepEP, its fused permutation,
 router and cross-entropy, its DistributedDataParallel with the distributed optimizer, and its
-schedule. The model's shape, the batches, AdamW's settings and the routing are those of our config.
+schedule. The model's shape, the batches, AdamW's settings and the routing are those of our config,
+and it begins with our weights.
 
 Its further options are chosen by name, and each is a rung of the ladder to its best configuration:
 
@@ -18,7 +19,8 @@ Its further options are chosen by name, and each is a rung of the ladder to its 
     ep_overlap        dispatch of one micro-batch beside the computation of another; needs at least
                       two a step
     router_padding    FP8: pad each expert's rows in the routing map, not in a pass of its own
-    fp8_param         FP8: keep weights in FP8 between steps, and gather them in FP8
+    fp8_param         FP8: keep weights in FP8 between steps, and gather them in FP8; it begins with
+                      weights of its own
     no_overlap        gradients and weights are communicated after the computation, not during it
     no_wgrad_fusion   TransformerEngine's weight gradients are not added to megatron's in the GEMM
 
@@ -57,7 +59,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from models.initial_weights import InitialWeights
 from models.moe.dispatch.deep_ep import half_of_the_multiprocessors
+from scripts.bench import same_weights
 from train.config import Config, ConfigError
 from train.data.batches import Batch
 from train.parallel import Ranks
@@ -209,6 +213,8 @@ class StockMegatron:
             share_embeddings_and_output_weights=config.model.tie_embeddings,
         )
         gpt.cuda(ranks.device)
+        if "fp8_param" not in flags:  # TransformerEngine keeps the values that it quantized first
+            same_weights.draw(gpt, InitialWeights(config.model, config.train.seed))
         if "no_wgrad_fusion" not in flags:
             # Not by the config: megatron's own output layer would then require an extension of
             # APEX.

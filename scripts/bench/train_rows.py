@@ -98,4 +98,6 @@ def add(row: Row, window: dict[str, Any], config: Config, device_name: str) -> N
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
     row["redone_steps"] = sum(w["redone_steps"] for w in windows)
     row["dropped_rows"] = sum(w["dropped_rows"] for w in windows)
+    if (first := windows[-1].get("first_loss")) is not None:
+        row["first_loss"] = first
     row["final_loss"] = windows[-1]["final_loss"]  # null says that it was not a number

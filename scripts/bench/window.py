@@ -31,6 +31,8 @@ class Window:
     """Each single step."""
     peak_gib: float | None
     """Peak memory of tensors, on the rank with the most; None on a CPU."""
+    first_loss: float
+    """Of the first step, with the weights that all stacks begin with."""
     final_loss: float
     dropped_rows: int = 0
     """Rows dropped on all ranks, in all steps of the window."""
@@ -52,7 +54,8 @@ class Window:
             "step_ms": self.step_seconds * 1e3,
             "single_step_ms": [seconds * 1e3 for seconds in self.single_seconds],
             "peak_allocated_gib": self.peak_gib,
-            "final_loss": self.final_loss if math.isfinite(self.final_loss) else None,
+            "first_loss": _or_none(self.first_loss),
+            "final_loss": _or_none(self.final_loss),
             "dropped_rows": self.dropped_rows,
             "redone_steps": self.redone_steps,
             "step_joules": self.step_joules,
@@ -64,10 +67,11 @@ class Window:
 def measure(
     stack: Stack, batches: Sequence[Batch], ranks: Ranks, warmup: int, steps: int
 ) -> Window:
-    """Warm up and time `steps` steps. All ranks call it."""
+    """Warm up, at least one step, and time `steps` steps. All ranks call it."""
     on_gpu = ranks.device.type == "cuda"
     queue = itertools.cycle(batches)
-    for _ in range(warmup):
+    first = float(stack.step(queue).detach())
+    for _ in range(warmup - 1):
         stack.step(queue)
     stack.dropped_rows(), stack.redone_steps()  # of the warm-up
     timer, laps = Timer(ranks.device), []
@@ -91,24 +95,30 @@ def measure(
     largest = torch.tensor([seconds, peak, outside, *singles], dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     energy = math.nan if before is None or after is None else (after - before) / steps
-    sums = [float(loss.detach()), stack.dropped_rows(), energy]
+    sums = [first, float(loss.detach()), stack.dropped_rows(), energy]
     summed = torch.tensor(sums, dtype=torch.float64)
     dist.all_reduce(summed)
     seconds, peak, outside, *singles = largest.tolist()
-    loss_sum, dropped, joules = summed.tolist()
+    first_loss, final_loss, dropped, joules = summed.tolist()
     redone = stack.redone_steps()  # all ranks redo a step together
     busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
         step_seconds=seconds,
         single_seconds=singles,
         peak_gib=peak if on_gpu else None,
-        final_loss=loss_sum,
+        first_loss=first_loss,
+        final_loss=final_loss,
         dropped_rows=int(dropped),
         redone_steps=redone,
         step_joules=None if math.isnan(joules) else joules,
         outside_gib=outside if on_gpu else None,
         busiest_rank=busiest,
     )
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
         made: list[dict[str, Any]] = []
         found = train_rows.row_of(made, parse(stack).columns() | about | {"global_batch": 16})
         for one in seconds:
-            window = Window(one, [one], one * 20, 5.0, dropped_rows=3, step_joules=100.0)
+            window = Window(one, [one], one * 20, 6.0, 5.0, dropped_rows=3, step_joules=100.0)
             train_rows.add(found, window.figures(), config, "no known GPU")
         return found
 

@@ -60,10 +60,12 @@ class Uneven:
         self.seconds = 0.01 + 0.05 * rank
         self.dispatch, self.description = "", ""
         self.model = nn.Module()
+        self.done = 0
 
     def step(self, batches) -> torch.Tensor:
         time.sleep(self.seconds)
-        return torch.tensor(self.seconds)
+        self.done += 1
+        return torch.tensor(self.seconds / self.done)
 
     def dropped_rows(self) -> int:
         return 2
@@ -85,7 +87,8 @@ def test_the_slowest_rank_counts():
     assert windows[0] == windows[1]
     assert windows[0].step_seconds >= 0.06
     assert min(windows[0].single_seconds) >= 0.06
-    assert windows[0].final_loss == pytest.approx(0.07), "the ranks' shares add up"
+    assert windows[0].first_loss == pytest.approx(0.07), "the ranks' shares add up"
+    assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
     assert windows[0].redone_steps == 3
 
@@ -111,6 +114,7 @@ def test_a_stack_is_measured_at_every_micro_batch(tmp_path, capfd):
         assert one["step_joules"] is None
         assert len(one["single_step_ms"]) == 2
         assert 5 < one["final_loss"] < 7, "random tokens: near ln 320 = 5.77"
+        assert 5 < one["first_loss"] != one["final_loss"]
     (other,) = run(tmp_path, "fp8_baseline:triton", "2")
     assert other["final_loss"] == found[0]["final_loss"], "not the same weights, data and routing"
     (bf16,) = run(tmp_path, "bf16", "2")
@@ -146,7 +150,7 @@ class Machine:
             if isinstance(seconds, str):
                 one["error"] = seconds
             else:
-                one |= Window(seconds, [seconds] * task.steps, None, 5.0).figures()
+                one |= Window(seconds, [seconds] * task.steps, None, 6.0, 5.0).figures()
             found.append(one)
         origin = {"machine": {"device_name": "a GPU"}, "versions": {}, "commit": "abc"}
         return {**origin, "results": found}, "exit code 0"
@@ -416,7 +420,7 @@ def test_figures_are_made_of_all_repeats():
     config = load(TINY[0], TINY[1:])
     row: dict[str, Any] = {"windows": [], "gpus": 2, "global_batch": 8}
     for seconds, peak, loss in ((0.5, 3.0, 5.0), (0.1, 1.0, 4.0), (0.2, 2.0, float("nan"))):
-        window = Window(seconds, [seconds] * 2, peak, loss, step_joules=seconds * 1000)
+        window = Window(seconds, [seconds] * 2, peak, 6.0, loss, step_joules=seconds * 1000)
         train_rows.add(row, window.figures(), config, "NVIDIA H100 80GB HBM3")
     assert row["step_ms"] == pytest.approx({"median": 200, "min": 100, "max": 500})
     assert row["peak_allocated_gib"] == {"median": 2.0, "min": 1.0, "max": 3.0}
@@ -424,6 +428,7 @@ def test_figures_are_made_of_all_repeats():
     assert row["mfu"]["max"] == pytest.approx(row["tflops_per_gpu"]["max"] / 989.5, rel=1e-2)
     assert row["joules_per_mtoken"]["median"] == pytest.approx(200 / 256 * 1e6)
     assert row["tflops_per_gpu_mean"]["plus_minus"] > 0
+    assert row["first_loss"] == 6.0
     assert row["final_loss"] is None, "JSON has no NaN"
 
 
