@@ -381,6 +381,7 @@ def sum_losses(
     a tokenizer, the bytes of text; float64 [3] on the device. The loss is infinite where FP8 hid an
     infinity."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
+    hidden = overflow.note_on(device).zero_()  # whatever the process computed before
     with model.runtime.uncounted():  # logged metrics are of training only
         for batch in batches:
             if tokenizer is not None:
@@ -388,7 +389,6 @@ def sum_losses(
             found = losses(model, batch.to(device), config)
             total[0] += found.sum()
             total[1] += found.numel()
-    hidden = overflow.note_on(device)
     total[0] += torch.where(hidden != 0, torch.inf, 0)  # as it would be if FP8 did not hide it
     hidden.zero_()
     return total

@@ -126,23 +126,33 @@ def test_a_step_with_a_hidden_infinity_is_skipped_by_config(tmp_path):
     assert [row.get("optim/skipped_steps", 0) for row in rows] == [0, 0, 1, 0, 0]
 
 
-def test_a_hidden_infinity_in_validation_is_in_its_loss(tmp_path):
+@pytest.mark.parametrize(("when", "logged"), [("in it", None), ("before", 0)])
+def test_a_hidden_infinity_in_validation_is_in_its_loss(tmp_path, when, logged):
     def plant(rank: int) -> None:
         from train import loop
 
-        validate = loop.validate
+        validate, losses = loop.validate, loop.losses
 
-        def planted(training, corpus):
-            overflow.note_on(torch.device("cpu")).fill_(1 if rank == 1 else 0)
+        def note(wanted: bool) -> None:
+            if wanted and rank == 1:
+                overflow.note_on(torch.device("cpu")).fill_(1)
+
+        def validated(training, corpus):
+            note(when == "before")
             return validate(training, corpus)
 
-        loop.validate = planted
+        def computed(model, *args):
+            note(when == "in it" and not model.training)
+            return losses(model, *args)
+
+        loop.validate, loop.losses = validated, computed
 
     keys = ["moe.path=fp8_compact", "train.steps=4", "train.valid_every=2"]
     with Training(2, argv(tmp_path, "a", *keys), tmp_path / "log", plant) as training:
         assert training.exit_codes() == [0, 0]
     rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row).get("loss/valid", 0) for row in rows] == [0, None, 0, None]
+    losses = [json.loads(row).get("loss/valid", 0) for row in rows]
+    assert [loss and 0 for loss in losses] == [0, logged, 0, logged]
 
 
 @pytest.mark.parametrize("path", FP8)
