@@ -67,6 +67,25 @@ def test_a_run_of_one_rank_to_the_last_bit(tmp_path):
     assert result_of(tmp_path, checkpoint)["loss"] == earlier["loss/valid"] != found["loss"]
 
 
+def kept_for_backward(arguments: list[str]) -> tuple[int, list[bool]]:
+    """The exit code, and for each batch whether a graph was built, whose activations stay."""
+    from train import loop
+
+    losses, kept = loop.losses, []
+
+    def noted(*args):
+        found = losses(*args)
+        kept.append(found.requires_grad)
+        return found
+
+    loop.losses = noted
+    return called(arguments)[0], kept
+
+
+def test_nothing_is_kept_for_a_backward_pass(run_dir):
+    assert run_alone(kept_for_backward, [str(run_dir)]) == (0, [False] * 6)
+
+
 def test_whatever_holds_the_model(run_dir, tmp_path):
     logged = read_metrics(run_dir)[-1]
     file, folder = tmp_path / "model.safetensors", tmp_path / "hf"

@@ -350,7 +350,6 @@ def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
     return model(batch.tokens, batch.labels, positions)
 
 
-@torch.no_grad()
 def validate(training: Training, corpus: Corpus) -> dict[str, float]:
     """Over the validation batches, the same sequences every time: `means` of all ranks' sums."""
     model, ranks = training.model, training.ranks
@@ -370,6 +369,7 @@ def validate(training: Training, corpus: Corpus) -> dict[str, float]:
     return means(total)
 
 
+@torch.no_grad()
 def sum_losses(
     model: GPT,
     batches: Iterable[Batch],
