@@ -195,7 +195,6 @@ class Ours:
         if reason:
             raise ConfigError(reason)
         self.config, self.ranks = config, ranks
-        self._redone = 0
         self.model = build_gpt(
             config.model, config.moe, ranks.device, config.train.seed, config.train.deterministic
         )
@@ -211,13 +210,14 @@ class Ours:
             *(self.model, ranks, dtype, config.parallel.reshard_after_forward),
             DTYPES[config.optim.grad_dtype],
         )
-        self.optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
+        optimizer = build_optimizer(self.model, config.optim, device == "cuda", dtype)
+        # One for all steps, since a new one begins to count at zero.
+        self.training = loop.Training(config, ranks, self.model, optimizer)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        training = loop.Training(self.config, self.ranks, self.model, self.optimizer)
-        loop.step(training, batches)
-        self._redone += training.metrics.redone
-        return training.metrics.loss
+        self.training.metrics.loss.zero_()
+        loop.step(self.training, batches)
+        return self.training.metrics.loss.clone()
 
     def dropped_rows(self) -> int:
         counts = self.model.runtime.counts
@@ -225,7 +225,8 @@ class Ours:
         return dropped
 
     def redone_steps(self) -> int:
-        redone, self._redone = self._redone, 0
+        metrics = self.training.metrics
+        redone, metrics.redone = metrics.redone, 0
         return redone
 
     def close(self) -> None:

@@ -1,9 +1,11 @@
 """The training benchmark on a CPU: its file, its order, and stacks that fail. Peers need GPUs."""
 
+import itertools
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arg
 from scripts.bench.window import Window
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
+from train import parallel
 from train.config import ConfigError, load
 from train.metrics import flops
 
@@ -91,6 +94,33 @@ def test_the_slowest_rank_counts():
     assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
     assert windows[0].redone_steps == 3
+
+
+def dropping(rank: int, steps: list[int]) -> list[int]:
+    """The rows dropped, as a stack says that is asked after each number of steps."""
+    keys = [*TINY[1:], "train.global_batch=16"]
+    config = config_of(parse("fp8_direct"), TINY[0], keys, "balanced", 8)
+    ranks = parallel.start("cpu", 2, config.train.seed, timeout_s=60)
+    stacks.seed_everything(config, ranks)
+    stack = stacks.Ours(config, ranks)
+    # Not by the config: a CPU ignores a number.
+    stacks.use_runtime(stack.model, replace(stack.model.runtime, capacity=0.25))
+    queue = itertools.cycle(stacks.batches(config, ranks, "balanced", 1))
+    found = []
+    for count in steps:
+        for _ in range(count):
+            stack.step(queue)
+        found.append(stack.dropped_rows())
+    parallel.stop()
+    return found
+
+
+def test_rows_dropped_in_any_step_count():
+    for one_by_one, together in zip(
+        _run(2, dropping, ([1, 1, 1],), 120), _run(2, dropping, ([3, 0],), 120), strict=True
+    ):
+        assert all(one_by_one)
+        assert together == [sum(one_by_one), 0]
 
 
 def run(tmp_path: Path, stack: str, sizes: str, target=measuring) -> list[dict]:
