@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
+from megatron.core import parallel_state
 
 from tests.models.test_gpt import build, configure
 from tests.support.ranks import run_ranks
@@ -58,3 +60,23 @@ def rewound(rank: int, config: Config) -> None:
 
 def test_a_step_is_rewound() -> None:
     run_ranks(2, rewound, configure("parallel.expert_parallel=2", "moe.path=fp8_compact"))
+
+
+def auxiliary_loss(rank: int, layers: list[int]) -> float:
+    """`loss/aux` of the last of several models, one after the other; of those before nothing was
+    collected."""
+    for count in layers:
+        config = configure("parallel.expert_parallel=1", f"model.num_layers={count}")
+        model = build(config)
+        metrics = StepMetrics(model, accumulation=1)
+        tokens = torch.arange(config.model.seq_len).expand(2, -1)
+        model(tokens, tokens).sum().backward()
+        parallel_state.destroy_model_parallel()
+    metrics.steps = 1
+    return metrics.collect(0.0)["loss/aux"]
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_an_earlier_model_leaves_no_auxiliary_loss(before: int) -> None:
+    """megatron-core adds them up in one place of the process, a number for each layer."""
+    assert run_ranks(1, auxiliary_loss, [before, 2]) == run_ranks(1, auxiliary_loss, [2])

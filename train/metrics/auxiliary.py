@@ -16,6 +16,10 @@ except ImportError:  # megatron-core 0.16.1, on Python 3.11
         """Keep adding to `values`."""
         get_moe_layer_wise_logging_tracker()[name] = {"values": values}
 
+    def clear() -> None:
+        """Start again at zero, with as many layers as the next model has."""
+        get_moe_layer_wise_logging_tracker().clear()
+
 else:
 
     def sums() -> dict[str, Tensor]:
@@ -26,6 +30,10 @@ else:
         """Keep adding to `values`."""
         get_moe_metrics_tracker().metrics[name] = MetricEntry(values)
 
+    def clear() -> None:
+        """Start again at zero, with as many layers as the next model has."""
+        get_moe_metrics_tracker().metrics.clear()
+
 
 def rewind(before: dict[str, Tensor]) -> None:
     """Continue from copies of what `sums` returned; anything newer is reset to zero."""
@@ -34,9 +42,3 @@ def rewind(before: dict[str, Tensor]) -> None:
             values.copy_(before[name])
         else:
             values.zero_()
-
-
-def clear() -> None:
-    """Start again at zero."""
-    for values in sums().values():
-        values.zero_()

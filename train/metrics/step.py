@@ -50,7 +50,9 @@ class StepMetrics:
         self.layers = model.moe_layers()
         self.routing = RoutingHealth(self.layers)
         self.runtime = model.runtime
-        self.runtime.counts.reset()  # what this process did before does not count for this run
+        # What this process did before does not count for this run.
+        self.runtime.counts.reset()
+        auxiliary.clear()
         self.accumulation = accumulation
         self.steps = 0
         self.skipped = 0
