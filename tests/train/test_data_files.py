@@ -9,6 +9,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -531,6 +532,24 @@ def test_linked_folders_are_read_once(tmp_path):
     (corpus / "b.jsonl").symlink_to(tmp_path / "far" / "a.jsonl")
     for path in (corpus, corpus / "linked", f"{corpus}/*/*.jsonl"):
         assert texts_of(path) == TEXTS
+
+
+def test_the_order_in_which_a_folder_is_listed_does_not_matter(tmp_path, monkeypatch):
+    """A file system lists a folder in an order of its own, which a copy need not have."""
+    for name, text in (("b", TEXTS[0]), ("c", TEXTS[1])):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", [text])
+    (tmp_path / "d").symlink_to(tmp_path / "b")
+    walk = os.walk
+
+    def listed(*args, backwards, **keys):
+        for where, inner, names in walk(*args, **keys):
+            inner.sort(reverse=backwards)
+            yield where, inner, names
+
+    for backwards in (False, True):
+        monkeypatch.setattr(files.os, "walk", partial(listed, backwards=backwards))
+        assert find_files(str(tmp_path)).files == (f"{tmp_path}/b/a.jsonl", f"{tmp_path}/c/a.jsonl")
 
 
 def test_a_link_to_nothing_is_one_line(tmp_path):

@@ -320,7 +320,8 @@ def _walk(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen: set[str] = set()
     for where, inner, names in os.walk(folder, onerror=_raise, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        # In order, since of two links to one folder only the first is followed.
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         if os.path.realpath(where) in seen:  # a link back up, or a second one to the same place
             inner.clear()
             continue
