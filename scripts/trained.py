@@ -93,7 +93,7 @@ def build(found: Trained, device: str, moe_path: str | None = None) -> GPT:
     Experts compute by `moe_path`, by default the one the model was trained on. Starts a process
     group of this process alone. Raises ConfigError.
     """
-    config, path = found.config, found.path
+    config = found.config
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no GPU here; leave --device out")
     if moe_path is not None and moe_path not in PATH_NAMES:
@@ -111,19 +111,29 @@ def build(found: Trained, device: str, moe_path: str | None = None) -> GPT:
     if (reason := why_not(shape, moe, device, 1)) is not None:
         raise ConfigError(reason)
     ranks = parallel.start(device, 1, config.train.seed, timeout_s=600)
-    model = build_gpt(shape, moe, ranks.device, config.train.seed)
-    if found.weights is None:
-        hf_reader.load(hf_reader.source(config), model, speaks=True)
-    else:
-        try:
-            model.load_state_dict(found.weights, strict=False)
-        except RuntimeError as error:  # shapes
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{path} does not fit its own config: {reason}") from None
-        missing = {key for key in model.state_dict() if is_of_model(key)} - found.weights.keys()
-        if missing:
-            raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")
+    try:
+        model = build_gpt(shape, moe, ranks.device, config.train.seed)
+        _fill(model, found)
+    except ConfigError:
+        parallel.stop()  # another one may be built
+        raise
     if device == "cuda":
         for parameter in model.parameters():  # buffers stay what they are in training
             parameter.data = parameter.data.to(torch.bfloat16)
     return model.eval()
+
+
+def _fill(model: GPT, found: Trained) -> None:
+    """Give the model the weights that were found. Raises ConfigError where they do not fit."""
+    path = found.path
+    if found.weights is None:
+        hf_reader.load(hf_reader.source(found.config), model, speaks=True)
+        return
+    try:
+        model.load_state_dict(found.weights, strict=False)
+    except RuntimeError as error:  # shapes
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} does not fit its own config: {reason}") from None
+    missing = {key for key in model.state_dict() if is_of_model(key)} - found.weights.keys()
+    if missing:
+        raise ConfigError(f"{path} lacks weights: {', '.join(sorted(missing))}")

@@ -213,6 +213,16 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
         assert err.count("\n") == 1, err
 
 
+def called_twice(first: list[str], then: list[str]) -> list[int]:
+    return [called(arguments)[0] for arguments in (first, then)]
+
+
+def test_one_that_fails_leaves_the_next_its_turn(run_dir):
+    """In one process, as in a notebook."""
+    for wrong in ("model.num_layers=3", "model.hidden_size=256"):
+        assert run_alone(called_twice, [str(run_dir), wrong], [str(run_dir)]) == [2, 0]
+
+
 def test_forced_routing_is_said(tmp_path):
     run = trained(tmp_path, "forced", 1, "parallel.expert_parallel=1", "moe.force_balance=true")
     code, _, err = run_evaluate(run)
