@@ -169,8 +169,9 @@ def start(
         distributed_timeout_minutes=max(1, timeout_s // 60),
     )
     # The stock router draws from this tracker; without a GPU it must be the one that holds nothing.
+    # An earlier start in this process may have been on another device.
     tensor_parallel.model_parallel_cuda_manual_seed(
-        seed, inference_rng_tracker=device_type != "cuda"
+        seed, inference_rng_tracker=device_type != "cuda", force_reset_rng=True
     )
     torch.manual_seed(seed + dist.get_rank())
 

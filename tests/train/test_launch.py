@@ -10,8 +10,9 @@ import time
 from collections import namedtuple
 
 import pytest
+from megatron.core import tensor_parallel
 
-from tests.support.ranks import Training
+from tests.support.ranks import Training, run_alone
 from tests.support.tiny import TINY, argv, checkpoints
 from train import failure, launch, loop, parallel, preflight
 from train.__main__ import main
@@ -195,3 +196,14 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_training(tmp_path):
     assert "/dev/shm" in log
     assert "Traceback" not in log
     assert checkpoints(tmp_path / "a") == []
+
+
+def numbers_kept_after_a_gpu() -> list[str]:
+    """What megatron-core keeps for its generators, in a process that used a GPU before."""
+    tensor_parallel.random.initialize_rng_tracker()  # as `start` does for a GPU
+    parallel.start("cpu", 1, 0, timeout_s=60)
+    return list(tensor_parallel.get_cuda_rng_tracker().get_states())
+
+
+def test_a_start_on_another_device_draws_as_a_first_one():
+    assert run_alone(numbers_kept_after_a_gpu) == []
