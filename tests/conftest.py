@@ -56,6 +56,20 @@ LEAVE_THREADS = (
 """Files after which threads of W&B, V8 or asyncio live on in this process: nothing forks then."""
 
 
+OF_A_COMMAND = ("PYTORCH_ALLOC_CONF", "RAYON_NUM_THREADS")
+"""Variables that a command sets for its process, which here runs other tests too."""
+
+
+@pytest.fixture(autouse=True)
+def variables():
+    before = {name: os.environ.get(name) for name in OF_A_COMMAND}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def pytest_collection_finish() -> None:
     gc.enable()
 
