@@ -99,16 +99,20 @@ def prose(path: Path, text: str) -> str:
     files it is everything but the marks of comments.
     """
     if path.suffix != ".py":
-        return re.sub(r"(?m)^\s*(?:#+|//|\*)(?= )", _blank, text)
+        return re.sub(r"(?m)^\s*(?:#+|//|\*)(?= )", lambda match: _blank(match[0]), text)
     lines = text.split("\n")
     kept = [list(re.sub(r"\S", CODE, line)) for line in lines]
-    wanted = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1))
+    middle, *quotes = (  # Python 3.11 has none
+        getattr(tokenize, f"FSTRING_{part}", None) for part in ("MIDDLE", "START", "END")
+    )
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in wanted:
+        if token.type not in (tokenize.COMMENT, tokenize.STRING, middle, *quotes):
             continue
         string = token.string
-        if token.type == tokenize.COMMENT:
-            string = re.sub(r"^#+", _blank, string)
+        if token.type in quotes:
+            string = _blank(string)
+        elif token.type == tokenize.COMMENT:
+            string = re.sub(r"^#+", lambda match: _blank(match[0]), string)
         elif token.type == tokenize.STRING:
             head = re.match(r"(?i)[rbfu]*(\"{3}|'{3}|\"|')", string)
             assert head is not None
@@ -123,8 +127,8 @@ def prose(path: Path, text: str) -> str:
     return "\n".join("".join(line) for line in kept)
 
 
-def _blank(match: re.Match[str]) -> str:
-    return re.sub(r"[^\n]", " ", match[0])
+def _blank(text: str) -> str:
+    return re.sub(r"[^\n]", " ", text)
 
 
 def find(path: Path, text: str) -> Iterator[Found]:

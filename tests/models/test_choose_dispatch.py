@@ -122,9 +122,9 @@ def test_an_nccl_that_is_too_old(machine):
     assert "is missing" in (unavailable(2, 2) or ""), "which comes first"
 
 
-def test_a_cpu_has_no_nccl_to_ask():
-    if not torch.cuda.is_available():
-        assert loaded_nccl() is None
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this PyTorch loads NCCL")
+def test_a_pytorch_for_cpus_has_no_nccl_to_ask():
+    assert loaded_nccl() is None
 
 
 def test_the_nccl_that_is_loaded_is_asked(monkeypatch):
