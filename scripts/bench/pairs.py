@@ -29,13 +29,15 @@ from models.fp8 import operations
 from models.fp8.operations import VARIANTS
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
-from scripts.bench import results, stacks
+from scripts.bench import results
+from scripts.bench.command import or_one_line, positive, start
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import or_one_line, positive
+from scripts.bench.measure.window import without_collector
 from scripts.bench.results import Row
-from scripts.bench.stacks import Ours, Spec
-from scripts.bench.window import without_collector
-from train import parallel, preflight
+from scripts.bench.stacks import inputs
+from scripts.bench.stacks.ours import Ours, use_runtime
+from scripts.bench.stacks.spec import Spec, config_of, parse_all
+from train import parallel
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
 from train.failure import run_process
@@ -50,7 +52,7 @@ DEFAULT_PAIRS = [f"fp8_baseline{flag},fp8_compact" for flag in ("", ":triton")]
 
 def parse_pair(text: str) -> tuple[Spec, Spec]:
     """Two of our paths with a comma between. Raises ConfigError."""
-    specs = stacks.parse_all(text)
+    specs = parse_all(text)
     if len(specs) != 2 or any(spec.stack != "ours" for spec in specs):
         raise ConfigError(f"--pairs {text}: needs two of our paths, such as {DEFAULT_PAIRS[0]}")
     first, second = specs
@@ -81,8 +83,8 @@ class Pair:
 
     def step(self, which: int) -> None:
         """One step by path 0 or 1, on the same tokens and with the same routing every time."""
-        stacks.use_runtime(self.stack.model, self.runtimes[which])
-        stacks.seed_everything(self.stack.config, self.stack.ranks)  # forced routing is drawn
+        use_runtime(self.stack.model, self.runtimes[which])
+        inputs.seed_everything(self.stack.config, self.stack.ranks)  # forced routing is drawn
         self.stack.step(self.queue)
 
     def times(self, blocks: int) -> torch.Tensor:
@@ -139,9 +141,9 @@ def differences(times: torch.Tensor) -> Row:
 
 def measure(config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, warmup: int) -> Row:
     """Measure one pair, on a model of its own. All ranks together."""
-    stacks.seed_everything(config, ranks)
+    inputs.seed_everything(config, ranks)
     stack = Ours(config, ranks)
-    found = Pair(stack, pair, stacks.batches(config, ranks, "balanced", 1))
+    found = Pair(stack, pair, inputs.batches(config, ranks, "balanced", 1))
     for _ in range(warmup):
         found.step(0)
         found.step(1)
@@ -184,18 +186,12 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = [parse_pair(text) for text in arguments.pairs]
     configs = []
     for pair in pairs:
-        config = stacks.config_of(
+        config = config_of(
             pair[0], arguments.config, arguments.overrides, "balanced", arguments.micro_batch
         )
         check_world(config, world_size_from_env())
         configs.append(config)
-    first = configs[0]
-    ranks = parallel.start(
-        preflight.resolve_device(first),
-        first.parallel.expert_parallel,
-        first.train.seed,
-        first.parallel.timeout_s,
-    )
+    ranks = start(configs[0])
     origin = describe_machine(ranks.device, ranks.world_size)
     for pair, config in zip(pairs, configs, strict=True):
         row = {

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from scripts.bench import plots, readme, train_rows
-from scripts.bench.stacks import parse
-from scripts.bench.window import Window
+from scripts.bench import plots, readme
+from scripts.bench.measure.window import Window
+from scripts.bench.stacks.spec import parse
+from scripts.bench.train import rows as train_rows
 from scripts.compare.__main__ import main as compare
 from tests.support.made_up_runs import write_run
 from train.config import load
@@ -168,7 +169,7 @@ def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
-    """The very rows of scripts/bench/train.py, not only those of this test."""
+    """The very rows of scripts/bench/train/, not only those of this test."""
     config = load("configs/demo_cpu.yaml")
 
     def written(stack: str, *seconds: float) -> dict[str, Any]:

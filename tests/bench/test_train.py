@@ -13,20 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scripts.bench import (
-    measure,
-    pairs,
-    process,
-    results,
-    sitting,
-    stacks,
-    train,
-    train_rows,
-    window,
-)
-from scripts.bench.stacks import Spec, config_of, parse, parse_all
-from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
-from scripts.bench.window import Window
+from scripts.bench import pairs, results, stacks
+from scripts.bench.measure import __main__ as measure
+from scripts.bench.measure import window
+from scripts.bench.measure.window import Window
+from scripts.bench.stacks.spec import Spec, config_of, parse, parse_all
+from scripts.bench.stacks.stock_settings import check, choose_dispatch, transformer_arguments
+from scripts.bench.train import __main__ as train
+from scripts.bench.train import process, sitting
+from scripts.bench.train import rows as train_rows
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
 from train.config import ConfigError, load
@@ -354,7 +349,7 @@ def test_weights_are_prepared_where_a_row_says_so():
         ("fp8_direct:prepare", [], True),
         ("fp8_direct", ["optim.prepare_weights=auto"], "auto"),
     ):
-        config = stacks.config_of(parse(name), TINY[0], more, "balanced", None)
+        config = config_of(parse(name), TINY[0], more, "balanced", None)
         assert config.optim.prepare_weights == want
 
 

@@ -8,10 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import results, train_rows
-from scripts.bench.process import Process, Task
+from scripts.bench import results
 from scripts.bench.results import Row
-from scripts.bench.stacks import Spec
+from scripts.bench.stacks.spec import Spec
+from scripts.bench.train import rows as train_rows
+from scripts.bench.train.process import Process, Task
 from train.config import Config
 
 PROCESS_MINUTES = 1.5

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m scripts.bench.layer ...      # experts spread over 4 GPUs
     python -m scripts.bench.layer --plot docs/results/moe_layer.json    # the picture alone
 
-The layer is `Experts` alone (scripts/bench/layer_setup.py), with even routing and without router,
+The layer is `Experts` alone (scripts/bench/layer/setup.py), with even routing and without router,
 FSDP or optimizer. Weights and activations are BF16. Paths alternate: a round is, for each path, one
 call that is not timed, a few that are, and one more with timers between its parts. Times are CUDA
 events around forward and around backward, so they include the host's work where the GPU waits for
@@ -13,7 +13,7 @@ it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and c
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
-the relayouts counted are those that a profile shows (scripts/bench/layer_profile.py).
+the relayouts counted are those that a profile shows (scripts/bench/layer/profile.py).
 """
 
 import argparse
@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from models.config import PATH_NAMES, PathName
 from models.moe.runtime import Runtime
-from scripts.bench.layer_profile import PASSES, profile_layer
-from scripts.bench.layer_setup import SHAPES, Layer, Shape, fit
+from scripts.bench.layer.profile import PASSES, profile_layer
+from scripts.bench.layer.setup import SHAPES, Layer, Shape, fit
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import Row, spread, write_json
 from train import parallel

@@ -1,4 +1,4 @@
-"""How fast a checkpoint is written to disk, compared with `dd`; see scripts/bench/checkpoint.py.
+"""How fast a checkpoint is written to disk, compared with `dd`; see scripts/bench/checkpoint/.
 
 Every rank has a state of its own, of random numbers, as some disks compress zeros. In each repeat,
 one after the other: the state is copied as for a save during training; DCP's own writer writes it

@@ -9,7 +9,7 @@ step: the start of the copy, and of the thread that writes it. The first save, w
 the copy's memory, is reported separately.
 
 With --disk: seconds to copy, hash and write a state of --gb on every rank to FOLDER, beside those
-of `dd`; scripts/bench/checkpoint_disk.py says how. Writes docs/results/checkpoint_disk_DEVICE.json.
+of `dd`; scripts/bench/checkpoint/disk.py says how. Writes docs/results/checkpoint_disk_DEVICE.json.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="with --disk: where the result goes")
     options = parser.parse_args()
     if options.disk:
-        from scripts.bench import checkpoint_disk
+        from scripts.bench.checkpoint import disk
 
         device = torch.device(options.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         out = options.out or RESULT.with_name(f"checkpoint_disk_{device.type}.json")
-        return checkpoint_disk.run(device, options.gb, options.disk, options.repeats, out)
+        return disk.run(device, options.gb, options.disk, options.repeats, out)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node=2", "-m", "train", "configs/demo_cpu.yaml"]

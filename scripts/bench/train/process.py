@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.stacks import Spec
+from scripts.bench.stacks.spec import Spec
 from train.config import Config
 from train.safety.parent import end_with_parent
 

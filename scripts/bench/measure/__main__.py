@@ -16,7 +16,6 @@ the next is tried, except for an error that leaves the GPU or NCCL unusable.
 import argparse
 import gc
 import itertools
-import os
 import sys
 import time
 import traceback
@@ -31,9 +30,11 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from scripts.bench import results, stacks
+from scripts.bench.command import or_one_line, positive, positive_list, start
 from scripts.bench.machine import describe_machine
-from scripts.bench.stacks import ROUTINGS, Spec, Stack
-from scripts.bench.window import Window, measure, wait
+from scripts.bench.measure.window import Window, measure, wait
+from scripts.bench.stacks import Stack, inputs
+from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
 from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
@@ -105,9 +106,9 @@ def run_stack(
     built: list[Stack] = []
 
     def make() -> None:
-        stacks.seed_everything(config, ranks)
+        inputs.seed_everything(config, ranks)
         built.append(stacks.build(spec, config, ranks))
-        stacks.seed_everything(config, ranks)
+        inputs.seed_everything(config, ranks)
 
     window = None
     about: dict[str, str] = {}
@@ -140,9 +141,9 @@ def _allocated_gib(ranks: Ranks) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every micro-batch. Raises ConfigError before any process group starts."""
-    spec = stacks.parse(arguments.stack)
+    spec = parse(arguments.stack)
     configs = [
-        stacks.config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
+        config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
         for size in arguments.micro_batches or [None]
     ]
     for config in configs:
@@ -153,12 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.wait_for:
         _load_libraries(spec)
         _wait_for(arguments.wait_for)
-    ranks = parallel.start(
-        preflight.resolve_device(first),
-        first.parallel.expert_parallel,
-        first.train.seed,
-        first.parallel.timeout_s,
-    )
+    ranks = start(first)
     report: dict[str, Any] = {
         **describe_machine(ranks.device, ranks.world_size),
         "gpus": ranks.world_size,
@@ -168,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     for config in configs:
         size = config.train.micro_batch
         total = arguments.warmup + arguments.steps
-        batches = stacks.batches(config, ranks, arguments.routing, total)
+        batches = inputs.batches(config, ranks, arguments.routing, total)
         window, about, failure = run_stack(
             spec, config, ranks, batches, arguments.warmup, arguments.steps, arguments.trace
         )
@@ -210,7 +206,7 @@ def _load_libraries(spec: Spec) -> None:
         with suppress(ImportError):
             import transformer_engine.pytorch  # noqa: F401
     if spec.stack != "ours":
-        from scripts.bench import stock_megatron  # noqa: F401
+        from scripts.bench.stacks import stock_megatron  # noqa: F401
 
 
 def say(spec: Spec, found: dict[str, Any]) -> None:
@@ -227,31 +223,6 @@ def say(spec: Spec, found: dict[str, Any]) -> None:
             f"{'not finite' if loss is None else f'{loss:.4f}'}, dispatch {found['dispatch']}",
             flush=True,
         )
-
-
-def positive(text: str) -> int:
-    """An argument that is a count."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def positive_list(text: str) -> list[int]:
-    """Counts with commas between."""
-    return list(dict.fromkeys(positive(part) for part in text.split(",")))
-
-
-def or_one_line(run: Callable[[], int]) -> int:
-    """The exit code of `run`; where the config cannot be run, one line of the first rank, and 2."""
-    try:
-        return run()
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
-        return 2
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scripts.bench.load import busiest_rank
+from scripts.bench.measure.busiest_rank import busiest_rank
 from scripts.bench.stacks import Stack
 from train.data.batches import Batch
 from train.metrics.throughput import GIB

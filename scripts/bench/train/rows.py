@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.bench import results
 from scripts.bench.results import Row, spread
-from scripts.bench.stacks import Spec
+from scripts.bench.stacks.spec import Spec
 from train.config import Config
 from train.metrics import flops
 from train.metrics.throughput import peak_bf16_flops

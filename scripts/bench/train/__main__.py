@@ -5,9 +5,9 @@
         [--routings balanced,natural] [--screen 1,2,4,8] [--repeats 5] [--steps 20] [--warmup 5] \\
         [--minutes 25] [--ahead] [--sitting NAME] [--out docs/results] [key=value ...]
 
-Stacks are named as scripts/bench/stacks.py says. All have the same ranks, shape, batches, AdamW and
-routing. Each runs in processes of its own (scripts/bench/measure.py), so that none is affected by
-another's memory:
+Stacks are named as scripts/bench/stacks/spec.py says. All have the same ranks, shape, batches,
+AdamW and routing. Each runs in processes of its own (scripts/bench/measure/), so that none is
+affected by another's memory:
 
 1. Each is screened once, at the micro-batches of `--screen`, unless that names only one.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
@@ -45,11 +45,11 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import PATH_NAMES
-from scripts.bench import stacks, train_rows
-from scripts.bench.measure import or_one_line, positive, positive_list
-from scripts.bench.process import Task
-from scripts.bench.sitting import Sitting
-from scripts.bench.stacks import ROUTINGS, Spec
+from scripts.bench.command import or_one_line, positive, positive_list
+from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
+from scripts.bench.train import rows as train_rows
+from scripts.bench.train.process import Task
+from scripts.bench.train.sitting import Sitting
 from train.config import Config, ConfigError, check_world
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
@@ -68,21 +68,17 @@ def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure what is missing. Raises ConfigError before anything starts."""
-    specs = stacks.parse_all(arguments.stacks)
-    anchors = stacks.parse_all(arguments.anchors) if arguments.anchors else []
+    specs = parse_all(arguments.stacks)
+    anchors = parse_all(arguments.anchors) if arguments.anchors else []
     specs += [anchor for anchor in anchors if anchor not in specs]
     configs: dict[tuple[Spec, str], Config] = {}
     for routing in arguments.routings:
         for spec in specs:
             for size in arguments.screen:
-                config = stacks.config_of(
-                    spec, arguments.config, arguments.overrides, routing, size
-                )
+                config = config_of(spec, arguments.config, arguments.overrides, routing, size)
                 check_world(config, arguments.gpus)
             configs[spec, routing] = config
-    base = stacks.config_of(
-        Spec("ours", "bf16"), arguments.config, arguments.overrides, "balanced", None
-    )
+    base = config_of(Spec("ours", "bf16"), arguments.config, arguments.overrides, "balanced", None)
     path = arguments.out / f"train_{Path(arguments.config).stem}.json"
     fresh: dict[str, Any] = {
         "machine": None, "versions": None, "commit": None,
