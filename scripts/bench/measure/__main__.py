@@ -9,6 +9,9 @@ window is wall time from a barrier to the end of the last step's work on the slo
 waits for the GPU between steps, since training does not; single steps are timed by events on the
 GPU. Peak memory is the window's, on the rank with the most; energy is NVML's, of all GPUs together.
 
+The variables that a stack's flags ask for, such as stock megatron-core's `cutlass`, are set by
+scripts.bench.train (`Spec.environment`): started by hand, this has the shell's.
+
 Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
 the next is tried, except for an error that leaves the GPU or NCCL unusable.
 """
