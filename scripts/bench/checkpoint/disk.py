@@ -7,6 +7,7 @@ as at the end of a run, hashed and written by several. Where other work keeps th
 seconds of this process on a core (`cpu_s`) say more than those of the clock.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -130,11 +131,9 @@ def works(
         dcp.save(state, storage_writer=writer)
 
     def hash_all() -> None:
-        with Path(os.devnull).open("wb") as file:
-            stream = checksums.HashingStream(file)
-            for t in state.values():
-                stream.write(t.cpu().numpy().data)
-            stream.close()
+        digest = hashlib.sha256()
+        for t in state.values():
+            digest.update(t.cpu().numpy().data)
 
     return {
         "copy_stop_s": lambda: copy.begin(state),
