@@ -103,6 +103,7 @@ def test_gemms_of_all_peers_have_the_operations_of_one(bench, capsys):
     bench_gemms(bench, OPS, peers, EXPERTS, PER_EXPERT, K, N)
     assert "DeepGEMM and ours differ by" in capsys.readouterr().out
     dense = {one.kind for (_, by), one in bench.found.items() if by == "cuBLAS"}
+    assert dense == {"FP8", "bf16", "bf16 wgrad"}, "a GEMM is compared with one of another kind"
     for (kernel, _), one in bench.found.items():
         assert one.operations == 2 * EXPERTS * PER_EXPERT * K * N, kernel
         assert one.kind in dense, kernel

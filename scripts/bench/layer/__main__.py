@@ -158,34 +158,8 @@ def line(row: Row) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench.layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
-    parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
-    )
-    parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
-    dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
-    parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw this JSON file's picture, measure nothing")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
-    args = parser.parse_args(argv)
-    if args.plot:
-        from scripts.bench.plots import plot
-
-        plot(args.plot, args.picture)
-        print(args.picture)
-        return 0
-    if args.repeats < 1 or args.tokens < 1:
-        parser.error("--repeats and --tokens must be at least 1")
-
+def run(args: argparse.Namespace) -> int:
+    """Measure every shape, on the GPUs of all ranks or on a CPU."""
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = parallel.start("cuda" if on_gpu else "cpu", world_size, seed=0, timeout_s=600)
@@ -221,6 +195,36 @@ def main(argv: list[str] | None = None) -> int:
     dist.barrier()
     parallel.stop()
     return 1 if any("error" in row for row in rows) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench.layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
+    parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
+    dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
+    parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw this JSON file's picture, measure nothing")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
+    args = parser.parse_args(argv)
+    if args.plot:
+        from scripts.bench.plots import plot
+
+        plot(args.plot, args.picture)
+        print(args.picture)
+        return 0
+    if args.repeats < 1 or args.tokens < 1:
+        parser.error("--repeats and --tokens must be at least 1")
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -61,38 +61,78 @@ class Failure:
     fatal: bool
 
 
-T = TypeVar("T")
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every micro-batch. Raises ConfigError before any process group starts."""
+    spec = parse(arguments.stack)
+    configs = [
+        config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
+        for size in arguments.micro_batches or [None]
+    ]
+    for config in configs:
+        check_world(config, world_size_from_env())
+    first = configs[0]
+    if first.train.deterministic:
+        preflight.make_deterministic()
+    if arguments.wait_for:
+        _load_libraries(spec)
+        _wait_for(arguments.wait_for)
+    ranks = start(first)
+    report: dict[str, Any] = {
+        **describe_machine(ranks.device, ranks.world_size),
+        "gpus": ranks.world_size,
+        "results": [],
+    }
+    fatal = False
+    for config in configs:
+        found, fatal = measure_config(spec, config, ranks, arguments)
+        report["results"].append(found)
+        if ranks.is_first:
+            say(spec, found)
+            results.write_json(arguments.out, report)
+        if fatal:
+            break
+    if not fatal:
+        dist.barrier()
+        parallel.stop()
+    return 1 if fatal else 0
 
 
-def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
-    """Do `work` on all ranks; returns its result, or the failure of the first rank that has one."""
-    result, failure = None, None
-    try:
-        result = work()
-    except Exception as error:
-        text = " ".join(str(error).split())
-        is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
-        fatal = not is_full and any(sign in text for sign in UNUSABLE)
-        failure = Failure(f"{type(error).__name__}: {text[:300]}", fatal)
-        if not isinstance(error, ConfigError):
-            print(f"rank {dist.get_rank()}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-        # The frames hold the model, and with it the memory that the next stack needs.
-        traceback.clear_frames(error.__traceback__)
-    if failure and failure.fatal:
-        return None, failure  # the others cannot be reached any more
-    failures: list[Failure | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    failure = next((f for f in failures if f), None)
-    return (None if failure else result), failure
+def _wait_for(file: Path) -> None:
+    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
+    while not file.exists():
+        if not file.parent.is_dir():
+            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
+        time.sleep(0.05)
 
 
-def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> None:
-    """Trace one step of every rank, and write the first one's. All ranks call it."""
-    with profile() as recorded:
-        stack.step(itertools.cycle(batches))
-        wait(ranks)
-    if ranks.is_first:
-        recorded.export_chrome_trace(str(path))
+def _load_libraries(spec: Spec) -> None:
+    """What building the stack would import; it takes seconds, and no GPU."""
+    if torch.cuda.is_available():
+        with suppress(ImportError):
+            import transformer_engine.pytorch  # noqa: F401
+    if spec.stack != "ours":
+        from scripts.bench.stacks import stock_megatron  # noqa: F401
+
+
+def measure_config(
+    spec: Spec, config: Config, ranks: Ranks, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], bool]:
+    """The result at one micro-batch, for JSON; and whether the run cannot continue after it."""
+    warmup, steps = arguments.warmup, arguments.steps
+    batches = inputs.batches(config, ranks, arguments.routing, warmup + steps)
+    window, about, failure = run_stack(spec, config, ranks, batches, warmup, steps, arguments.trace)
+    found: dict[str, Any] = {
+        "micro_batch": config.train.micro_batch,
+        "global_batch": config.global_batch(ranks.world_size),
+        "expert_parallel": config.parallel.expert_parallel,
+        "warmup_steps": warmup,
+        **about,
+    }
+    if window:
+        found |= window.figures()
+    if failure:
+        found["error"] = failure.line
+    return found, failure is not None and failure.fatal
 
 
 def run_stack(
@@ -138,78 +178,42 @@ def run_stack(
     return window, about, failure
 
 
+T = TypeVar("T")
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """Do `work` on all ranks; returns its result, or the failure of the first rank that has one."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+        fatal = not is_full and any(sign in text for sign in UNUSABLE)
+        failure = Failure(f"{type(error).__name__}: {text[:300]}", fatal)
+        if not isinstance(error, ConfigError):
+            print(f"rank {dist.get_rank()}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        # The frames hold the model, and with it the memory that the next stack needs.
+        traceback.clear_frames(error.__traceback__)
+    if failure and failure.fatal:
+        return None, failure  # the others cannot be reached any more
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    failure = next((f for f in failures if f), None)
+    return (None if failure else result), failure
+
+
+def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> None:
+    """Trace one step of every rank, and write the first one's. All ranks call it."""
+    with profile() as recorded:
+        stack.step(itertools.cycle(batches))
+        wait(ranks)
+    if ranks.is_first:
+        recorded.export_chrome_trace(str(path))
+
+
 def _allocated_gib(ranks: Ranks) -> float:
     return torch.cuda.memory_allocated(ranks.device) / GIB if ranks.device.type == "cuda" else 0.0
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure every micro-batch. Raises ConfigError before any process group starts."""
-    spec = parse(arguments.stack)
-    configs = [
-        config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
-        for size in arguments.micro_batches or [None]
-    ]
-    for config in configs:
-        check_world(config, world_size_from_env())
-    first = configs[0]
-    if first.train.deterministic:
-        preflight.make_deterministic()
-    if arguments.wait_for:
-        _load_libraries(spec)
-        _wait_for(arguments.wait_for)
-    ranks = start(first)
-    report: dict[str, Any] = {
-        **describe_machine(ranks.device, ranks.world_size),
-        "gpus": ranks.world_size,
-        "results": [],
-    }
-    fatal = False
-    for config in configs:
-        size = config.train.micro_batch
-        total = arguments.warmup + arguments.steps
-        batches = inputs.batches(config, ranks, arguments.routing, total)
-        window, about, failure = run_stack(
-            spec, config, ranks, batches, arguments.warmup, arguments.steps, arguments.trace
-        )
-        found: dict[str, Any] = {
-            "micro_batch": size,
-            "global_batch": config.global_batch(ranks.world_size),
-            "expert_parallel": config.parallel.expert_parallel,
-            "warmup_steps": arguments.warmup,
-            **about,
-        }
-        if window:
-            found |= window.figures()
-        if failure:
-            found["error"] = failure.line
-        report["results"].append(found)
-        if ranks.is_first:
-            say(spec, found)
-            results.write_json(arguments.out, report)
-        fatal = failure is not None and failure.fatal
-        if fatal:
-            break
-    if not fatal:
-        dist.barrier()
-        parallel.stop()
-    return 1 if fatal else 0
-
-
-def _wait_for(file: Path) -> None:
-    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
-    while not file.exists():
-        if not file.parent.is_dir():
-            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
-        time.sleep(0.05)
-
-
-def _load_libraries(spec: Spec) -> None:
-    """What building the stack would import; it takes seconds, and no GPU."""
-    if torch.cuda.is_available():
-        with suppress(ImportError):
-            import transformer_engine.pytorch  # noqa: F401
-    if spec.stack != "ours":
-        from scripts.bench.stacks import stock_megatron  # noqa: F401
 
 
 def say(spec: Spec, found: dict[str, Any]) -> None:
