@@ -1,5 +1,8 @@
 """Names and flags of stacks, and what they and our config set of stock megatron-core."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,16 @@ def test_names_of_stacks():
     assert specs[1].columns() == {
         "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
     }  # fmt: skip
+    assert [Spec.of(spec.columns()) for spec in specs] == specs
+
+
+def test_the_stack_of_every_row_can_be_named_again():
+    for path in sorted(Path("docs/results").glob("train_*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            spec = Spec.of(row)
+            assert parse(str(spec)) == spec, path
+            for name, value in spec.columns().items():
+                assert row.get(name, []) == value, path
 
 
 def test_which_deep_ep_dispatches():

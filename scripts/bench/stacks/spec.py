@@ -67,6 +67,12 @@ class Spec:
             found |= RUNG_ENVIRONMENT.get(flag, {})
         return found
 
+    @classmethod
+    def of(cls, row: Row) -> "Spec":
+        """The stack of a results row: `columns` backward."""
+        operations = [row["operations"]] if "operations" in row else []
+        return cls(row["stack"], row["path"], (*operations, *row.get("flags", ())))
+
     def columns(self) -> Row:
         """Its part of a results row."""
         variants = [flag for flag in self.flags if flag in VARIANTS]

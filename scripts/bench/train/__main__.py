@@ -15,7 +15,8 @@ affected by another's memory:
 
 Writes `train_<config>.json` after every process. What has been measured is not measured again: with
 `--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
-measures the anchors, and rows name their sitting: speeds are compared within a sitting.
+measures the anchors, and rows name their sitting: speeds are compared within a sitting. What each
+field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
 loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
@@ -169,8 +170,7 @@ def table(content: dict[str, Any], sitting: str, path: Path) -> None:
     for row in content["rows"]:
         if row["sitting"] != sitting:
             continue
-        name = ":".join([row["stack"], row["path"], *row["flags"]])
-        cells = [name, row["routing"], str(row["micro_batch"]), str(row["repeats"])]
+        cells = [str(Spec.of(row)), row["routing"], str(row["micro_batch"]), str(row["repeats"])]
         if "step_ms" not in row:
             shown.add_row(*cells, row["error"].partition(":")[0])
             continue
