@@ -105,9 +105,9 @@ def measure_routing(
 ) -> bool:
     """What is missing of one routing, screening first; whether there was time for all of it."""
     content = sitting.content
-    return sitting.run(_screens(sitting, routing, configs), content["screening"]) and sitting.run(
-        _windows(sitting, routing, configs, anchors), content["rows"]
-    )
+    if not sitting.run(_screens(sitting, routing, configs), content["screening"]):
+        return False
+    return sitting.run(_windows(sitting, routing, configs, anchors), content["rows"])
 
 
 def _screens(sitting: Sitting, routing: str, configs: dict[Spec, Config]) -> list[Task]:
@@ -139,8 +139,9 @@ def _windows(
         return train_rows.repeats_of(content["rows"], spec, routing, gpus, name)
 
     todo = [spec for spec in sizes if done(spec) < arguments.repeats]
-    if todo:
-        todo += [spec for spec in anchors if spec in sizes and spec not in todo]
+    if not todo:
+        return []
+    todo += [spec for spec in anchors if spec in sizes and spec not in todo]
     return [
         Task(spec, routing, configs[spec], (sizes[spec],), steps, warmup)
         for repeat in range(arguments.repeats)
@@ -154,7 +155,7 @@ def in_turn(specs: Sequence[Spec], repeat: int) -> list[Spec]:
 
     In twice as many repeats as there are stacks, each runs before any other as often as after it.
     """
-    start = repeat // 2 % max(1, len(specs))
+    start = repeat // 2 % len(specs)
     order = [*specs[start:], *specs[:start]]
     return order[::-1] if repeat % 2 else order
 

@@ -51,7 +51,7 @@ class TrainingRow(TypedDict, total=False):
     """Sequences of a step, on all ranks."""
     expert_parallel: int
     warmup_steps: int
-    """Steps before a window. Rows from before it was written: the file's `bench` has it."""
+    """Steps before a window; older rows do not say."""
     dispatch: str
     """Who dispatched: `deep_ep_v1`, `deep_ep_v2`, `all_to_all`; of megatron-core `deepep`,
     `alltoall`."""
@@ -61,7 +61,8 @@ class TrainingRow(TypedDict, total=False):
     """Why a window is missing, in one line."""
     repeats: int
     windows: list[dict[str, Any]]
-    """What each process measured: the fields of `Window` (scripts/bench/measure/window.py)."""
+    """What each process measured: the fields of `Window` (scripts/bench/measure/window.py).
+    `alone_on_the_machine` was noted by hand, of one sitting."""
 
     step_ms: Spread
     """Milliseconds of a step, the mean of a window; all speeds are made from it."""
