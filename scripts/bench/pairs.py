@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,14 @@ from models.fp8 import operations
 from models.fp8.operations import VARIANTS
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
-from scripts.bench import results, stacks
+from scripts.bench import results
+from scripts.bench.command import or_one_line, positive, start
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import or_one_line, positive
-from scripts.bench.results import Row
-from scripts.bench.stacks import Ours, Spec
-from scripts.bench.window import without_collector
-from train import parallel, preflight
+from scripts.bench.measure.window import without_collector
+from scripts.bench.stacks import inputs
+from scripts.bench.stacks.ours import Ours, use_runtime
+from scripts.bench.stacks.spec import Spec, config_of, parse_all
+from train import parallel
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
 from train.failure import run_process
@@ -48,9 +50,39 @@ ORDER = (0, 1, 1, 0)
 DEFAULT_PAIRS = [f"fp8_baseline{flag},fp8_compact" for flag in ("", ":triton")]
 
 
+class PairRow(TypedDict, total=False):
+    """One pair on one shape. Lists of two have the first path's figure and the second's."""
+
+    pair: list[str]
+    """Names of the two stacks; the second is compared with the first."""
+    config: str
+    """Name of the YAML file; the next five are of the model."""
+    hidden: int
+    layers: int
+    experts: int
+    top_k: int
+    ffn: int
+    tokens_per_gpu: int
+    gpus: int
+    dispatch: str
+    blocks: int
+    """Blocks of four steps, `ORDER`."""
+    step_ms: list[float]
+    """Means over all blocks, on the slowest rank."""
+    saved_ms: results.Interval
+    """First minus second, a block each."""
+    saved_percent: results.Interval
+    """Of the first path's mean step."""
+    saved_ms_median: float
+    relayouts_a_layer: list[float]
+    """Relayouts of scales in a layer's forward and backward pass."""
+    peak_allocated_gib: list[float]
+    """On the rank with the most; absent on a CPU."""
+
+
 def parse_pair(text: str) -> tuple[Spec, Spec]:
     """Two of our paths with a comma between. Raises ConfigError."""
-    specs = stacks.parse_all(text)
+    specs = parse_all(text)
     if len(specs) != 2 or any(spec.stack != "ours" for spec in specs):
         raise ConfigError(f"--pairs {text}: needs two of our paths, such as {DEFAULT_PAIRS[0]}")
     first, second = specs
@@ -81,8 +113,8 @@ class Pair:
 
     def step(self, which: int) -> None:
         """One step by path 0 or 1, on the same tokens and with the same routing every time."""
-        stacks.use_runtime(self.stack.model, self.runtimes[which])
-        stacks.seed_everything(self.stack.config, self.stack.ranks)  # forced routing is drawn
+        use_runtime(self.stack.model, self.runtimes[which])
+        inputs.seed_everything(self.stack.config, self.stack.ranks)  # forced routing is drawn
         self.stack.step(self.queue)
 
     def times(self, blocks: int) -> torch.Tensor:
@@ -123,7 +155,7 @@ class Pair:
         return metrics["moe/scale_relayouts"] + metrics["moe/scale_relayouts_backward"]
 
 
-def differences(times: torch.Tensor) -> Row:
+def differences(times: torch.Tensor) -> PairRow:
     """How much less the second path takes than the first, from milliseconds [blocks, 4] in
     `ORDER`."""
     first = (times[:, 0] + times[:, 3]) / 2
@@ -137,15 +169,17 @@ def differences(times: torch.Tensor) -> Row:
     }
 
 
-def measure(config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, warmup: int) -> Row:
+def measure(
+    config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, warmup: int
+) -> PairRow:
     """Measure one pair, on a model of its own. All ranks together."""
-    stacks.seed_everything(config, ranks)
+    inputs.seed_everything(config, ranks)
     stack = Ours(config, ranks)
-    found = Pair(stack, pair, stacks.batches(config, ranks, "balanced", 1))
+    found = Pair(stack, pair, inputs.batches(config, ranks, "balanced", 1))
     for _ in range(warmup):
         found.step(0)
         found.step(1)
-    row: Row = {
+    row: PairRow = {
         "pair": [str(spec) for spec in pair],
         "hidden": config.model.hidden_size,
         "layers": config.model.num_layers,
@@ -165,7 +199,7 @@ def measure(config: Config, ranks: Ranks, pair: tuple[Spec, Spec], blocks: int, 
     return row
 
 
-def say(row: Row) -> str:
+def say(row: PairRow) -> str:
     """A row for the terminal."""
     saved, percent = row["saved_ms"], row["saved_percent"]
     text = (
@@ -184,21 +218,15 @@ def run(arguments: argparse.Namespace) -> int:
     pairs = [parse_pair(text) for text in arguments.pairs]
     configs = []
     for pair in pairs:
-        config = stacks.config_of(
+        config = config_of(
             pair[0], arguments.config, arguments.overrides, "balanced", arguments.micro_batch
         )
         check_world(config, world_size_from_env())
         configs.append(config)
-    first = configs[0]
-    ranks = parallel.start(
-        preflight.resolve_device(first),
-        first.parallel.expert_parallel,
-        first.train.seed,
-        first.parallel.timeout_s,
-    )
+    ranks = start(configs[0])
     origin = describe_machine(ranks.device, ranks.world_size)
     for pair, config in zip(pairs, configs, strict=True):
-        row = {
+        row: PairRow = {
             "config": Path(arguments.config).stem,
             **measure(config, ranks, pair, arguments.blocks, arguments.warmup),
         }
@@ -212,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add(path: Path, fresh: dict, row: Row) -> None:
+def add(path: Path, fresh: dict, row: PairRow) -> None:
     """Add the row to the file, or replace one of the same pair and shape from the same commit and
     machine; a file of another commit or machine is replaced, since rows are compared with each
     other."""
@@ -222,7 +250,7 @@ def add(path: Path, fresh: dict, row: Row) -> None:
         if all(found.get(name) == fresh[name] for name in ("machine", "versions", "commit")):
             content = found
     key = ("pair", "config", "hidden", "tokens_per_gpu", "gpus")
-    others = [r for r in content["rows"] if any(r[name] != row[name] for name in key)]
+    others = [r for r in content["rows"] if any(r[name] != row.get(name) for name in key)]
     results.write_json(path, {**content, "rows": [*others, row]})
 
 

@@ -20,7 +20,7 @@ import vl_convert
 
 from scripts.bench.results import Result, Row, rows_to_show
 from scripts.bench.tables import Filters, chosen, machine_name, sitting_of
-from scripts.bench.training_table import best_stock, failure, training_name
+from scripts.bench.tables.training import best_stock, failure, training_name
 from scripts.compare.curves import PAPER, Spec, config
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
@@ -73,7 +73,7 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
         picture.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
 
 
-# Training steps: scripts/bench/train.py
+# Training steps: scripts/bench/train/
 
 
 def _training(result: Result) -> list[Spec]:
@@ -187,7 +187,7 @@ def _mark(source: Path, wanted: Filters | None) -> str:
     return f"{source.name} {wanted or 'all rows'} sha256 {content}"
 
 
-# One MoE layer: scripts/bench/layer.py
+# One MoE layer: scripts/bench/layer/
 
 
 def _layer(result: Result) -> list[Spec]:

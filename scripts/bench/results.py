@@ -27,12 +27,15 @@ class Origin(TypedDict):
 
 
 class Result(Origin):
-    """A file's content."""
+    """A file's content. Where it has `sittings`, its own origin is that of the last one."""
 
     config: NotRequired[dict[str, Any]]
-    bench: NotRequired[dict[str, int]]  # of training steps
-    sittings: NotRequired[dict[str, Origin]]  # of training steps: by the name that rows give
-    screening: NotRequired[list[Row]]  # of training steps: one short window each
+    bench: NotRequired[dict[str, int]]
+    """Of training steps: how the sitting that began the file was asked to measure."""
+    sittings: NotRequired[dict[str, Origin]]
+    """Of training steps: where each was, by the name that rows give."""
+    screening: NotRequired[list[Row]]
+    """Of training steps: one short window each, which chose the micro-batches of `rows`."""
     rows: list[Row]
 
 

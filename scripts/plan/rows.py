@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from models.config import PATH_NAMES
 from scripts.bench.results import Row
-from scripts.bench.train_rows import SAME
+from scripts.bench.train.rows import SAME
 from scripts.plan.machines import MACHINES, Machine
 from scripts.plan.rates import WAITED
 from train.config import Config
@@ -111,8 +111,8 @@ def _repeated_or_screened(result: Any) -> Iterator[Row]:
 def _shape(
     tree: dict[str, Any], row: Row, routing: str, flags: tuple[str, ...], **model: int
 ) -> Shape | None:
-    """The shape of the config that `scripts.bench.stacks.config_of` makes; None for keys of another
-    version."""
+    """The shape of the config that `config_of` of scripts/bench/stacks/spec.py makes; None for keys
+    of another version."""
     tree = json.loads(json.dumps(tree))
     tree["moe"]["path"] = row["path"]
     tree["parallel"]["expert_parallel"] = row.get(

@@ -14,9 +14,9 @@ from models.fp8 import reference
 from models.fp8.tensor import Layout, relayout
 from models.moe.paths import PATHS
 from scripts.bench import plots
-from scripts.bench.layer import main
-from scripts.bench.layer_profile import kernels, ranges, trace, transposing_copies
-from scripts.bench.layer_setup import SHAPES, Shape, even_routing, fit
+from scripts.bench.layer.__main__ import main
+from scripts.bench.layer.profile import kernels, ranges, trace, transposing_copies
+from scripts.bench.layer.setup import SHAPES, Shape, even_routing, fit
 from scripts.bench.trace import Event
 from tests.support.paths import EXPECTED
 from tests.support.ranks import run_main

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench.measure import main
-from scripts.bench.process import Process, Task
-from scripts.bench.stacks import config_of, parse
+from scripts.bench.measure.__main__ import main
+from scripts.bench.stacks.spec import config_of, parse
+from scripts.bench.train.process import Process, Task
 from tests.support.tiny import TINY_MODEL as TINY
 
 STARTS_AND_HANGS = """

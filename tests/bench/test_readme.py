@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from scripts.bench import plots, readme, train_rows
-from scripts.bench.stacks import parse
-from scripts.bench.window import Window
+from scripts.bench import plots, readme
+from scripts.bench.measure.window import Window
+from scripts.bench.stacks.spec import parse
+from scripts.bench.train import rows as train_rows
 from scripts.compare.__main__ import main as compare
 from tests.support.made_up_runs import write_run
 from train.config import load
@@ -168,21 +169,21 @@ def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:
-    """The very rows of scripts/bench/train.py, not only those of this test."""
+    """The very rows of scripts/bench/train/, not only those of this test."""
     config = load("configs/demo_cpu.yaml")
 
-    def written(stack: str, *seconds: float) -> dict[str, Any]:
+    def written(stack: str, *steps_ms: float) -> dict[str, Any]:
         about = {"routing": "balanced", "gpus": 2, "sitting": "a", "micro_batch": 8}
         made: list[dict[str, Any]] = []
         found = train_rows.row_of(made, parse(stack).columns() | about | {"global_batch": 16})
-        for one in seconds:
-            window = Window(one, [one], one * 20, 6.0, 5.0, dropped_rows=3, step_joules=100.0)
+        for one in steps_ms:
+            window = Window(one, [one], one / 50, 6.0, 5.0, dropped_rows=3, step_joules=100.0)
             train_rows.add(found, window.figures(), config, "no known GPU")
-        return found
+        return {**found}
 
     failed = written("bf16") | {"error": "ConfigError: no"}
-    ours = written("fp8_baseline:triton", 0.1, 0.2)
-    write_results(tmp_path, [ours, written("stock:fp8", 0.3), failed])
+    ours = written("fp8_baseline:triton", 100.0, 200.0)
+    write_results(tmp_path, [ours, written("stock:fp8", 300.0), failed])
     lines = table(tmp_path, "train_x.json")
     assert lines[1][0] == "ours `fp8_baseline`, operations triton"
     assert lines[1][1:3] == ["150.0 [100.0 to 200.0]", "150.0"]

@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from models.cpu_attention import CausalAttention, RotaryPositions
 from models.initial_weights import InitialWeights
-from scripts.bench.same_weights import draw, our_name
-from scripts.bench.stock_megatron import transformer_arguments
+from scripts.bench.stacks.same_weights import draw, our_name
+from scripts.bench.stacks.stock_settings import transformer_arguments
 from tests.models.test_gpt import build, configure
 from tests.support.ranks import run_ranks
 from train.config import Config

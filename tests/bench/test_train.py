@@ -12,27 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from scripts.bench import (
-    measure,
-    pairs,
-    process,
-    results,
-    sitting,
-    stacks,
-    train,
-    train_rows,
-    window,
-)
-from scripts.bench.stacks import Spec, config_of, parse, parse_all
-from scripts.bench.stock_megatron import check, choose_dispatch, transformer_arguments
-from scripts.bench.window import Window
+from scripts.bench import results, stacks
+from scripts.bench.measure import __main__ as measure
+from scripts.bench.measure import window
+from scripts.bench.measure.window import Window
+from scripts.bench.stacks import inputs, ours
+from scripts.bench.stacks.spec import config_of, parse, parse_all
+from scripts.bench.train import __main__ as train
+from scripts.bench.train import process, sitting
+from scripts.bench.train import rows as train_rows
 from tests.support.ranks import _run, run_ranks
 from tests.support.tiny import TINY_MODEL
 from train import parallel
-from train.config import ConfigError, load
+from train.config import load
 from train.metrics import flops
 
 TINY = [*TINY_MODEL, "model.num_layers=1"]
@@ -88,8 +82,8 @@ def measured(rank: int) -> Window:
 def test_the_slowest_rank_counts():
     windows = run_ranks(2, measured)
     assert windows[0] == windows[1]
-    assert windows[0].step_seconds >= 0.06
-    assert min(windows[0].single_seconds) >= 0.06
+    assert windows[0].step_ms >= 60
+    assert min(windows[0].single_step_ms) >= 60
     assert windows[0].first_loss == pytest.approx(0.07), "the ranks' shares add up"
     assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
@@ -101,11 +95,11 @@ def dropping(rank: int, steps: list[int]) -> list[int]:
     keys = [*TINY[1:], "train.global_batch=16"]
     config = config_of(parse("fp8_direct"), TINY[0], keys, "balanced", 8)
     ranks = parallel.start("cpu", 2, config.train.seed, timeout_s=60)
-    stacks.seed_everything(config, ranks)
-    stack = stacks.Ours(config, ranks)
+    inputs.seed_everything(config, ranks)
+    stack = ours.Ours(config, ranks)
     # Not by the config: a CPU ignores a number.
-    stacks.use_runtime(stack.model, replace(stack.model.runtime, capacity=0.25))
-    queue = itertools.cycle(stacks.batches(config, ranks, "balanced", 1))
+    ours.use_runtime(stack.model, replace(stack.model.runtime, capacity=0.25))
+    queue = itertools.cycle(inputs.batches(config, ranks, "balanced", 1))
     found = []
     for count in steps:
         for _ in range(count):
@@ -180,7 +174,7 @@ class Machine:
             if isinstance(seconds, str):
                 one["error"] = seconds
             else:
-                one |= Window(seconds, [seconds] * task.steps, None, 6.0, 5.0).figures()
+                one |= Window(seconds * 1e3, [seconds * 1e3] * task.steps, None, 6.0, 5.0).figures()
             found.append(one)
         origin = {"machine": {"device_name": "a GPU"}, "versions": {}, "commit": "abc"}
         return {**origin, "results": found}, "exit code 0"
@@ -349,64 +343,14 @@ def test_another_configs_file_is_kept(tmp_path, capsys):
     assert path.read_text() == '{"rows": []}'
 
 
-def test_names_of_stacks():
-    specs = parse_all("bf16,fp8_direct:triton:prepare,stock:fp8:environment:cutlass")
-    assert specs == [
-        Spec("ours", "bf16"),
-        Spec("ours", "fp8_direct", ("triton", "prepare")),
-        Spec("megatron-core", "fp8", ("environment", "cutlass")),
-    ]
-    assert [parse(str(spec)) for spec in specs] == specs
-    assert specs[2].environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-    assert specs[2].environment["NVTE_USE_CUTLASS_GROUPED_GEMM"] == "1"
-    assert specs[1].columns() == {
-        "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
-    }  # fmt: skip
-
-
-def test_which_deep_ep_dispatches():
-    overrides = ["moe.dispatch=all_to_all"]
-    for flag in ("v1", "v2"):
-        spec = parse(f"fp8_direct:{flag}")
-        config = config_of(spec, TINY[0], overrides, "balanced", 1)
-        assert config.moe.dispatch == f"deep_ep_{flag}", "whatever the config says"
-        assert spec.columns()["flags"] == [flag]
-    with pytest.raises(ConfigError, match="either DeepEP v1 or v2 dispatches, not both"):
-        parse("fp8_fused:v1:prepare:v2")
-    with pytest.raises(ConfigError, match="fp8 takes no 'v2'"):
-        parse("stock:fp8:v2")
-
-
-def test_weights_are_prepared_where_a_row_says_so():
-    """Whatever a run does by default."""
-    for name, more, want in (
-        ("fp8_direct", [], False),
-        ("fp8_direct:prepare", [], True),
-        ("fp8_direct", ["optim.prepare_weights=auto"], "auto"),
-    ):
-        config = stacks.config_of(parse(name), TINY[0], more, "balanced", None)
-        assert config.optim.prepare_weights == want
-
-
 def test_the_order_favours_nobody():
     specs = parse_all("bf16,fp8_compact,fp8_direct")
-    orders = [train.balanced(specs, repeat) for repeat in range(6)]
+    orders = [train.in_turn(specs, repeat) for repeat in range(6)]
     for one in specs:
         for other in specs:
             before = sum(order.index(one) < order.index(other) for order in orders)
             assert one == other or before == 3
         assert {order.index(one) for order in orders} == {0, 1, 2}
-
-
-def test_a_pair_cancels_a_drift():
-    """Steps that get slower all the time, and a second path that takes 2 ms less."""
-    drift = torch.arange(40, dtype=torch.float64).view(10, 4) * 0.5
-    noise = torch.randn(10, 4, generator=torch.Generator().manual_seed(1)) * 0.01
-    times = 100 + drift + noise - 2 * torch.tensor([0, 1, 1, 0])
-    found = pairs.differences(times)
-    assert abs(found["saved_ms"]["mean"] - 2) <= found["saved_ms"]["plus_minus"] < 0.02
-    mean = float((times[:, 0] + times[:, 3]).mean() / 2)
-    assert found["saved_percent"]["mean"] == pytest.approx(found["saved_ms"]["mean"] / mean * 100)
 
 
 def test_intervals_are_students():
@@ -415,42 +359,11 @@ def test_intervals_are_students():
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_two_paths_alternate_on_one_model(tmp_path, capfd):
-    out = tmp_path / "pairs.json"
-    argv = [*TINY, "--pairs", "fp8_baseline,fp8_compact", "--blocks", "2", "--out", str(out)]
-    assert _run(2, pairing, (argv,), 180) == [0, 0]
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["pair"] == ["fp8_baseline", "fp8_compact"]
-    assert row["relayouts_a_layer"] == [10, 4]
-    assert row["blocks"] == 2
-    assert "fp8_compact against fp8_baseline, hidden 128" in capfd.readouterr().out
-
-
-def pairing(rank: int, argv: list[str]) -> int:
-    return pairs.main(argv)
-
-
-@pytest.mark.parametrize(
-    ("pair", "line"),
-    [
-        ("bf16,fp8_compact", "their GEMMs differ; measure them with bench.train"),
-        ("fp8_compact", "needs two of our paths"),
-        ("fp8_compact,stock:fp8", "needs two of our paths"),
-        ("fp8_compact,fp8_baseline:prepare", "only triton, te_dequantize can alternate"),
-    ],
-)
-def test_what_is_no_pair(pair, line, capsys):
-    assert pairs.main([*TINY, "--pairs", pair]) == 2
-    assert f"error: --pairs {pair}: " in (said := capsys.readouterr().err)
-    assert line in said
-
-
 def test_figures_are_made_of_all_repeats():
     config = load(TINY[0], TINY[1:])
-    row: dict[str, Any] = {"windows": [], "gpus": 2, "global_batch": 8}
-    for seconds, peak, loss in ((0.5, 3.0, 5.0), (0.1, 1.0, 4.0), (0.2, 2.0, float("nan"))):
-        window = Window(seconds, [seconds] * 2, peak, 6.0, loss, step_joules=seconds * 1000)
+    row: train_rows.TrainingRow = {"windows": [], "gpus": 2, "global_batch": 8}
+    for ms, peak, loss in ((500.0, 3.0, 5.0), (100.0, 1.0, 4.0), (200.0, 2.0, float("nan"))):
+        window = Window(ms, [ms] * 2, peak, 6.0, loss, step_joules=ms)
         train_rows.add(row, window.figures(), config, "NVIDIA H100 80GB HBM3")
     assert row["step_ms"] == pytest.approx({"median": 200, "min": 100, "max": 500})
     assert row["peak_allocated_gib"] == {"median": 2.0, "min": 1.0, "max": 3.0}
@@ -462,53 +375,21 @@ def test_figures_are_made_of_all_repeats():
     assert row["final_loss"] is None, "JSON has no NaN"
 
 
+def test_every_field_of_a_row_is_explained():
+    files = sorted(Path("docs/results").glob("train_*.json"))
+    assert files
+    for path in files:
+        content = json.loads(path.read_text())
+        for row in content["rows"] + content.get("screening", []):
+            assert set(row) <= set(train_rows.TrainingRow.__annotations__), path
+
+
 def test_a_results_file_is_replaced_whole(tmp_path):
     path = tmp_path / "new" / "a.json"
     results.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         results.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_the_peer_gets_our_shape():
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = load("configs/qwen3_30b_a3b_8l.yaml")
-    needs_te = {"apply_rope_fusion": False, "moe_permute_fusion": False}
-    arguments = transformer_arguments(config, "bf16", (), "deepep")
-    stock = TransformerConfig(**(arguments | needs_te))
-    assert stock.moe_token_dispatcher_type == "flex"
-    assert stock.moe_flex_dispatcher_backend == "deepep"
-    assert (stock.num_layers, stock.hidden_size, stock.kv_channels) == (8, 2048, 128)
-    assert (stock.num_moe_experts, stock.moe_router_topk) == (128, 8)
-    assert stock.moe_ffn_hidden_size == 768
-    assert stock.moe_router_force_load_balancing
-    assert stock.activation_func is F.silu
-    assert stock.expert_model_parallel_size == 4
-    assert stock.params_dtype == torch.bfloat16
-    assert choose_dispatch(expert_parallel=1) == "alltoall"
-
-
-def test_the_peers_fp8_is_blockwise_e4m3():
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = load("configs/qwen3_30b_a3b_8l.yaml")
-    arguments = transformer_arguments(config, "fp8", ("fp8_param", "router_padding"), "alltoall")
-    assert set(arguments) <= set(TransformerConfig.__dataclass_fields__)
-    assert (arguments["fp8"], arguments["fp8_recipe"]) == ("e4m3", "blockwise")
-    assert arguments["fp8_param"]
-    assert arguments["moe_router_padding_for_quantization"]
-    assert arguments["moe_token_dispatcher_type"] == "alltoall"
-
-
-def test_rungs_that_need_a_newer_megatron_say_so():
-    config = load("configs/qwen3_30b_a3b_8l.yaml")
-    plain = transformer_arguments(config, "bf16", (), "alltoall")
-    check(plain)
-    graphs = transformer_arguments(config, "bf16", ("attention_graphs",), "alltoall")
-    assert graphs["cuda_graph_modules"] == ["attn", "moe_router", "moe_preprocess"]
-    with pytest.raises(ConfigError, match=r"megatron-core .* has no no_such_key"):
-        check({**plain, "no_such_key": 1})
 
 
 @pytest.mark.gpu

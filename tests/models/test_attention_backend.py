@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from models import attention_backend
 from models.attention_backend import SWITCHES, why_not
-from scripts.bench.stock_megatron import transformer_arguments
+from scripts.bench.stacks.stock_settings import transformer_arguments
 from scripts.export import write
 from scripts.generate import main as generate
 from tests.models.test_gpt import build, configure

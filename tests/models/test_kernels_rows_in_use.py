@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from models.config import PathName
 from models.fp8 import kernels
-from scripts.bench.layer_setup import Layer, Shape
+from scripts.bench.layer.setup import Layer, Shape
 from tests.models.test_kernels_numbers import DEVICES, set_up
 from train import parallel
 

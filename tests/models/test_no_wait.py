@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.config import PATH_NAMES
 from models.moe.runtime import Runtime
-from scripts.bench.layer_setup import Layer, Shape
+from scripts.bench.layer.setup import Layer, Shape
 from train import parallel
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ from models.moe import room as rooms
 from models.moe.paths import PATHS
 from models.moe.room import Room, settle
 from models.moe.runtime import Runtime
-from scripts.bench.stacks import use_runtime
+from scripts.bench.stacks.ours import use_runtime
 from tests.models.test_gpt import batch, build, configure
 from tests.support.ranks import run_ranks
 

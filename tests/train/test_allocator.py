@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench.stacks import parse
+from scripts.bench.stacks.spec import parse
 from tests.support.tiny import argv
 from train.allocator import default
 

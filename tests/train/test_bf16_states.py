@@ -8,7 +8,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from scripts.bench import stacks
+from scripts.bench.stacks.spec import config_of, parse
 from tests.support.ranks import Training, read_metrics
 from tests.support.tiny import TINY, Rows, argv, computed
 from tests.train.test_resume import forget
@@ -139,7 +139,7 @@ def test_they_may_be_exchanged_on_resume(tmp_path):
 
 def test_the_benchmark_names_them():
     flags = "fp8_direct:bf16_grads:bf16_moment"
-    config = stacks.config_of(stacks.parse(flags), TINY[0], [], "balanced", None)
+    config = config_of(parse(flags), TINY[0], [], "balanced", None)
     assert config.optim.grad_dtype == config.optim.first_moment_dtype == "bf16"
-    plain = stacks.config_of(stacks.parse("fp8_direct"), TINY[0], [], "balanced", None)
+    plain = config_of(parse("fp8_direct"), TINY[0], [], "balanced", None)
     assert plain.optim.grad_dtype == plain.optim.first_moment_dtype == "fp32"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.config import PathName
 from models.gpt import GPT
 from models.moe.paths import PATHS
-from scripts.bench.layer_setup import SHAPES, Layer
+from scripts.bench.layer.setup import SHAPES, Layer
 from tests.models.test_gpt import build, configure
 from tests.support.paths import EXPECTED
 from tests.support.ranks import run_ranks

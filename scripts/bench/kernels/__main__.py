@@ -4,9 +4,9 @@
 
 Needs a Hopper GPU. The times are the GPU's alone: a long kernel keeps the GPU busy while the host
 queues the calls, so nothing waits for Python between them. Each call works on other buffers than
-those before it, more than fit in L2 together, as in training; the median of 20 calls or more is
-reported. In the same run a copy is measured for each size of memory-bound kernels, and a dense GEMM
-with the same number of operations for each GEMM.
+those before it, more than fit in L2 together, as in training; median, least and most of 20 calls
+are reported (scripts/bench/kernels/timing.py). In the same run a copy is measured for each size of
+memory-bound kernels, and a dense GEMM with the same number of operations for each GEMM.
 
 TransformerEngine's kernels are measured too where it is installed (`models/fp8/te.py`). Its linear
 layer launches several kernels for each expert, more than can be queued ahead: there the host's time
@@ -18,49 +18,21 @@ scales in its layout and with COMPACT ones, which it transposes first.
 import argparse
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from scripts.bench.kernels.gemms import GEMMS, bench_gemms, tune
 from scripts.bench.kernels.memory_bound import bench_memory_bound
+from scripts.bench.kernels.peers import find_peers
 from scripts.bench.kernels.timing import CALLS, ROTATED_BYTES, Bench
 from scripts.bench.kernels.weights import bench_optimizer, bench_weights
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import write_json
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
+"""Rows and columns of what the memory-bound kernels read."""
 UP_PROJECTION = (64, 1536, 2048)
-"""Qwen3-30B-A3B's, of the 64 experts of one GPU of two."""
-
-
-def find_te() -> ModuleType | None:
-    """Our operations by TransformerEngine, where it can be loaded."""
-    try:
-        from models.fp8 import te
-    except Exception as error:
-        print(f"without TransformerEngine: {type(error).__name__}: {error}")
-        return None
-    return te
-
-
-def find_te_grouped(te: ModuleType | None) -> ModuleType | None:
-    """TransformerEngine's GEMMs of all experts in one launch, where the cuBLAS loaded has them."""
-    if te is None:
-        return None
-    from models.fp8 import te_grouped
-
-    return te_grouped if te_grouped.is_supported() else None
-
-
-def find_deep_gemm() -> ModuleType | None:
-    """DeepGEMM itself, where it can be loaded."""
-    try:
-        import deep_gemm
-    except Exception as error:
-        print(f"without DeepGEMM: {type(error).__name__}: {error}")
-        return None
-    return deep_gemm
+"""Experts, N and K: Qwen3-30B-A3B's, of the 64 experts of one GPU of two."""
 
 
 def main() -> int:
@@ -82,14 +54,13 @@ def main() -> int:
     if args.tune:
         tune(ops)
         return 0
-    te, deep_gemm = find_te(), find_deep_gemm()
-    te_grouped = find_te_grouped(te)
+    peers = find_peers()
     bench = Bench(args.only)
     for rows, cols in SIZES:
-        bench_memory_bound(bench, ops, te, rows, cols)
+        bench_memory_bound(bench, ops, peers.te, rows, cols)
     for experts, rows, k, n in GEMMS:
         bench_weights(bench, ops, experts, n, k)
-        bench_gemms(bench, ops, te, te_grouped, deep_gemm, experts, rows, k, n)
+        bench_gemms(bench, ops, peers, experts, rows, k, n)
     bench_optimizer(bench, ops, *UP_PROJECTION)
     if args.out:
         config = {

@@ -7,11 +7,11 @@ than fit in L2 together, as in training.
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from scripts.bench.results import Row, spread
+from scripts.bench.results import Spread, spread
 
 CALLS = 20
 ROTATED_BYTES = 256 * 2**20
@@ -42,14 +42,35 @@ def time_us(make: Make, input_bytes: int) -> list[float]:
     return [start.elapsed_time(stop) * 1000 for start, stop in events]
 
 
+class KernelRow(TypedDict):
+    """One kernel at one size."""
+
+    kernel: str
+    by: str
+    """Whose it is: `ours`, `PyTorch`, `TE`, `DeepGEMM`, `cuBLAS`."""
+    shape: str
+    us: NotRequired[Spread]
+    """Microseconds of a call."""
+    gb_per_s: NotRequired[float]
+    """The bytes that it has to read and write, by the median time."""
+    share_of_copy: NotRequired[float]
+    """Of the GB/s of the `copy` before it."""
+    tflops: NotRequired[float]
+    share_of_dense: NotRequired[float]
+    """Of the TFLOP/s of the dense GEMM by cuBLAS of its kind."""
+    error: NotRequired[str]
+
+
 class Bench:
     """Collects rows and prints each as it comes."""
 
     def __init__(self, only: str) -> None:
         self.only = only
-        self.rows: list[Row] = []
+        self.rows: list[KernelRow] = []
         self.copy_gb_s = 0.0
+        """Of the last `copy`."""
         self.dense: dict[str, float] = {}
+        """TFLOP/s of cuBLAS's dense GEMMs, by kind."""
 
     def run(
         self,
@@ -62,7 +83,13 @@ class Bench:
         operations: float = 0,
         kind: str = "",
     ) -> None:
-        """One kernel at one size. `kind` of a GEMM is the dense one that it is compared with."""
+        """Time one kernel at one size, and keep its row.
+
+        `input_bytes` are what one call from `make` reads: they say how many calls have to take
+        turns. `moved_bytes`, what it has to read and write, give GB/s; `operations`, FLOPs, give
+        TFLOP/s. What is called `copy`, and what is by `cuBLAS`, is what later ones are compared
+        with: a GEMM with the dense one of the same `kind`.
+        """
         if self.only not in f"{kernel} {by} {shape}" and by != "cuBLAS" and kernel != "copy":
             return
         try:
@@ -74,7 +101,7 @@ class Bench:
             self.rows.append({"kernel": kernel, "by": by, "shape": shape, "error": text})
             return
         us = statistics.median(times)
-        row: Row = {"kernel": kernel, "by": by, "shape": shape, "us": spread(times)}
+        row: KernelRow = {"kernel": kernel, "by": by, "shape": shape, "us": spread(times)}
         line = f"{kernel:26} {by:12} {shape:26} {us:9.1f} us"
         if moved_bytes:
             row["gb_per_s"] = moved_bytes / us / 1e3

@@ -12,6 +12,7 @@ from scripts.bench.kernels.timing import Bench, Call, Make
 
 
 def bench_weights(bench: Bench, ops: ModuleType, experts: int, n: int, k: int) -> None:
+    """Quantization of the weights of `experts` GEMMs, [N, K] each."""
     values = experts * n * k
     bench.run(
         "quantize_weights", "ours", f"{experts} x {n} x {k}",

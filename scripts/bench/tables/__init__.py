@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from scripts.bench.comparison_table import comparison_table, has_repeats, repeats
-from scripts.bench.markdown import ABSENT, largest, span, table
 from scripts.bench.results import Origin, Result, Row, rows_to_show
-from scripts.bench.training_table import failure, training_table
+from scripts.bench.tables.comparison import comparison_table, has_repeats, repeats
+from scripts.bench.tables.markdown import ABSENT, largest, span, table
+from scripts.bench.tables.training import failure, training_table
 
 
 class InputError(Exception):
@@ -46,7 +46,7 @@ def make_table(path: Path, result: Result, wanted: Filters) -> str:
     raise InputError(f"{path}: its rows have none of {', '.join(KINDS)}; no table is known")
 
 
-# One MoE layer: scripts/bench/layer.py
+# One MoE layer: scripts/bench/layer/
 
 
 def _layer(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:

@@ -5,9 +5,9 @@
         [--routings balanced,natural] [--screen 1,2,4,8] [--repeats 5] [--steps 20] [--warmup 5] \\
         [--minutes 25] [--ahead] [--sitting NAME] [--out docs/results] [key=value ...]
 
-Stacks are named as scripts/bench/stacks.py says. All have the same ranks, shape, batches, AdamW and
-routing. Each runs in processes of its own (scripts/bench/measure.py), so that none is affected by
-another's memory:
+Stacks are named as scripts/bench/stacks/spec.py says. All have the same ranks, shape, batches,
+AdamW and routing. Each runs in processes of its own (scripts/bench/measure/), so that none is
+affected by another's memory:
 
 1. Each is screened once, at the micro-batches of `--screen`, unless that names only one.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
@@ -15,7 +15,8 @@ another's memory:
 
 Writes `train_<config>.json` after every process. What has been measured is not measured again: with
 `--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
-measures the anchors, and rows name their sitting: speeds are compared within a sitting.
+measures the anchors, and rows name their sitting: speeds are compared within a sitting. What each
+field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
 loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
@@ -45,18 +46,111 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import PATH_NAMES
-from scripts.bench import stacks, train_rows
-from scripts.bench.measure import or_one_line, positive, positive_list
-from scripts.bench.process import Task
-from scripts.bench.sitting import Sitting
-from scripts.bench.stacks import ROUTINGS, Spec
+from scripts.bench.command import or_one_line, positive, positive_list
+from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
+from scripts.bench.train import rows as train_rows
+from scripts.bench.train.process import Task
+from scripts.bench.train.sitting import Sitting
 from train.config import Config, ConfigError, check_world
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
-SCREEN = SCREEN_STEPS, SCREEN_WARMUP = 5, 6
+SCREEN_STEPS, SCREEN_WARMUP = 5, 6
 
 
-def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure what is missing. Raises ConfigError before anything starts."""
+    specs = parse_all(arguments.stacks)
+    anchors = parse_all(arguments.anchors) if arguments.anchors else []
+    specs += [anchor for anchor in anchors if anchor not in specs]
+    configs = {
+        routing: {spec: _config(arguments, spec, routing) for spec in specs}
+        for routing in arguments.routings
+    }
+    path = arguments.out / f"train_{Path(arguments.config).stem}.json"
+    try:
+        content = train_rows.read(path, _empty_file(arguments))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--out: {error}") from None
+    sitting = Sitting(arguments, content, path)
+    for routing in arguments.routings:
+        if not measure_routing(sitting, routing, configs[routing], anchors):
+            print(f"{arguments.minutes} minutes are over; the same command continues")
+            break
+    table(content, sitting.name, path)
+    return 0
+
+
+def _config(arguments: argparse.Namespace, spec: Spec, routing: str) -> Config:
+    """A stack's, at the last of its micro-batches. Raises ConfigError where any cannot be run."""
+    for size in arguments.screen:
+        config = config_of(spec, arguments.config, arguments.overrides, routing, size)
+        check_world(config, arguments.gpus)
+    return config
+
+
+def _empty_file(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results before anything is measured."""
+    base = config_of(Spec("ours", "bf16"), arguments.config, arguments.overrides, "balanced", None)
+    return {
+        "machine": None, "versions": None, "commit": None,
+        "config": base.model_dump(mode="json"),
+        "bench": {"warmup_steps": arguments.warmup, "steps": arguments.steps,
+                  "repeats": arguments.repeats, "screen_steps": SCREEN_STEPS},
+        "sittings": {}, "screening": [], "rows": [],
+    }  # fmt: skip
+
+
+def measure_routing(
+    sitting: Sitting, routing: str, configs: dict[Spec, Config], anchors: Sequence[Spec]
+) -> bool:
+    """What is missing of one routing, screening first; whether there was time for all of it."""
+    content = sitting.content
+    if not sitting.run(_screens(sitting, routing, configs), content["screening"]):
+        return False
+    return sitting.run(_windows(sitting, routing, configs, anchors), content["rows"])
+
+
+def _screens(sitting: Sitting, routing: str, configs: dict[Spec, Config]) -> list[Task]:
+    """A short window at each micro-batch, of each stack that has none; none for one micro-batch."""
+    arguments, screening = sitting.arguments, sitting.content["screening"]
+    if len(arguments.screen) == 1:
+        return []
+    return [
+        Task(spec, routing, config, tuple(arguments.screen), SCREEN_STEPS, SCREEN_WARMUP)
+        for spec, config in configs.items()
+        if not any(train_rows.is_of(row, spec, routing, arguments.gpus) for row in screening)
+    ]
+
+
+def _windows(
+    sitting: Sitting, routing: str, configs: dict[Spec, Config], anchors: Sequence[Spec]
+) -> list[Task]:
+    """A window for each repeat that is missing, at each stack's best micro-batch, in turn."""
+    arguments, content = sitting.arguments, sitting.content
+    gpus, steps, warmup = arguments.gpus, arguments.steps, arguments.warmup
+    only = arguments.screen[0] if len(arguments.screen) == 1 else None
+    sizes = {
+        spec: size
+        for spec in configs
+        if (size := only or train_rows.best_micro_batch(content["screening"], spec, routing, gpus))
+    }
+
+    def done(spec: Spec, name: str | None = None) -> int:
+        return train_rows.repeats_of(content["rows"], spec, routing, gpus, name)
+
+    todo = [spec for spec in sizes if done(spec) < arguments.repeats]
+    if not todo:
+        return []
+    todo += [spec for spec in anchors if spec in sizes and spec not in todo]
+    return [
+        Task(spec, routing, configs[spec], (sizes[spec],), steps, warmup)
+        for repeat in range(arguments.repeats)
+        for spec in in_turn(todo, repeat)
+        if done(spec, sitting.name) <= repeat
+    ]
+
+
+def in_turn(specs: Sequence[Spec], repeat: int) -> list[Spec]:
     """The stacks in this repeat's order: rotated by one each time, and every second time backward.
 
     In twice as many repeats as there are stacks, each runs before any other as often as after it.
@@ -64,96 +158,6 @@ def balanced(specs: Sequence[Spec], repeat: int) -> list[Spec]:
     start = repeat // 2 % len(specs)
     order = [*specs[start:], *specs[:start]]
     return order[::-1] if repeat % 2 else order
-
-
-def bench(arguments: argparse.Namespace) -> int:
-    """Measure what is missing. Raises ConfigError before anything starts."""
-    specs = stacks.parse_all(arguments.stacks)
-    anchors = stacks.parse_all(arguments.anchors) if arguments.anchors else []
-    specs += [anchor for anchor in anchors if anchor not in specs]
-    configs: dict[tuple[Spec, str], Config] = {}
-    for routing in arguments.routings:
-        for spec in specs:
-            for size in arguments.screen:
-                config = stacks.config_of(
-                    spec, arguments.config, arguments.overrides, routing, size
-                )
-                check_world(config, arguments.gpus)
-            configs[spec, routing] = config
-    base = stacks.config_of(
-        Spec("ours", "bf16"), arguments.config, arguments.overrides, "balanced", None
-    )
-    path = arguments.out / f"train_{Path(arguments.config).stem}.json"
-    fresh: dict[str, Any] = {
-        "machine": None, "versions": None, "commit": None,
-        "config": base.model_dump(mode="json"),
-        "bench": {"warmup_steps": arguments.warmup, "steps": arguments.steps,
-                  "repeats": arguments.repeats, "screen_steps": SCREEN_STEPS},
-        "sittings": {}, "screening": [], "rows": [],
-    }  # fmt: skip
-    try:
-        content = train_rows.read(path, fresh)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--out: {error}") from None
-    sitting = Sitting(arguments, content, path)
-    for routing in arguments.routings:
-        if not measure_routing(sitting, specs, anchors, routing, configs):
-            print(f"{arguments.minutes} minutes are over; the same command continues")
-            break
-    table(content, sitting.name, path)
-    return 0
-
-
-def measure_routing(
-    sitting: Sitting,
-    specs: list[Spec],
-    anchors: list[Spec],
-    routing: str,
-    configs: dict[tuple[Spec, str], Config],
-) -> bool:
-    """What is missing of one routing; whether there was time for all of it."""
-    arguments, content = sitting.arguments, sitting.content
-    gpus = arguments.gpus
-    only = arguments.screen[0] if len(arguments.screen) == 1 else None
-    screens = [
-        Task(spec, routing, configs[spec, routing], tuple(arguments.screen), *SCREEN)
-        for spec in specs
-        if only is None
-        and not any(train_rows.is_of(row, spec, routing, gpus) for row in content["screening"])
-    ]
-    if not sitting.run(screens, content["screening"]):
-        return False
-    sizes = {
-        spec: size
-        for spec in specs
-        if (size := only or train_rows.best_micro_batch(content["screening"], spec, routing, gpus))
-    }
-    repeats = arguments.repeats
-
-    def done(spec: Spec, sittings: Sequence[str] | None) -> int:
-        return max(
-            (
-                row["repeats"]
-                for row in content["rows"]
-                if train_rows.is_of(row, spec, routing, gpus)
-                and (sittings is None or row["sitting"] in sittings)
-            ),
-            default=0,
-        )
-
-    todo = [spec for spec in sizes if done(spec, None) < repeats]
-    if not todo:
-        return True
-    todo += [spec for spec in anchors if spec in sizes and spec not in todo]
-    windows = [
-        Task(
-            spec, routing, configs[spec, routing], (sizes[spec],), arguments.steps, arguments.warmup
-        )
-        for repeat in range(repeats)
-        for spec in balanced(todo, repeat)
-        if done(spec, [sitting.name]) <= repeat
-    ]
-    return sitting.run(windows, content["rows"])
 
 
 def table(content: dict[str, Any], sitting: str, path: Path) -> None:
@@ -167,8 +171,7 @@ def table(content: dict[str, Any], sitting: str, path: Path) -> None:
     for row in content["rows"]:
         if row["sitting"] != sitting:
             continue
-        name = ":".join([row["stack"], row["path"], *row["flags"]])
-        cells = [name, row["routing"], str(row["micro_batch"]), str(row["repeats"])]
+        cells = [str(Spec.of(row)), row["routing"], str(row["micro_batch"]), str(row["repeats"])]
         if "step_ms" not in row:
             shown.add_row(*cells, row["error"].partition(":")[0])
             continue

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m scripts.bench.layer ...      # experts spread over 4 GPUs
     python -m scripts.bench.layer --plot docs/results/moe_layer.json    # the picture alone
 
-The layer is `Experts` alone (scripts/bench/layer_setup.py), with even routing and without router,
+The layer is `Experts` alone (scripts/bench/layer/setup.py), with even routing and without router,
 FSDP or optimizer. Weights and activations are BF16. Paths alternate: a round is, for each path, one
 call that is not timed, a few that are, and one more with timers between its parts. Times are CUDA
 events around forward and around backward, so they include the host's work where the GPU waits for
@@ -13,7 +13,7 @@ it. With several GPUs they are rank 0's. At expert parallelism 1, dispatch and c
 
 Written for each shape and path: milliseconds, TFLOP/s (2 forward and 4 backward for each token and
 weight that it meets), peak memory, relayouts, kernels launched, the time of each part, and whether
-the relayouts counted are those that a profile shows (scripts/bench/layer_profile.py).
+the relayouts counted are those that a profile shows (scripts/bench/layer/profile.py).
 """
 
 import argparse
@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from models.config import PATH_NAMES, PathName
 from models.moe.runtime import Runtime
-from scripts.bench.layer_profile import PASSES, profile_layer
-from scripts.bench.layer_setup import SHAPES, Layer, Shape, fit
+from scripts.bench.layer.profile import PASSES, profile_layer
+from scripts.bench.layer.setup import SHAPES, Layer, Shape, fit
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import Row, spread, write_json
 from train import parallel
@@ -158,34 +158,8 @@ def line(row: Row) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench.layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
-    parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
-    )
-    parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
-    dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
-    parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw this JSON file's picture, measure nothing")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
-    args = parser.parse_args(argv)
-    if args.plot:
-        from scripts.bench.plots import plot
-
-        plot(args.plot, args.picture)
-        print(args.picture)
-        return 0
-    if args.repeats < 1 or args.tokens < 1:
-        parser.error("--repeats and --tokens must be at least 1")
-
+def run(args: argparse.Namespace) -> int:
+    """Measure every shape, on the GPUs of all ranks or on a CPU."""
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = parallel.start("cuda" if on_gpu else "cpu", world_size, seed=0, timeout_s=600)
@@ -221,6 +195,36 @@ def main(argv: list[str] | None = None) -> int:
     dist.barrier()
     parallel.stop()
     return 1 if any("error" in row for row in rows) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench.layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
+    parser.add_argument("--paths", nargs="+", choices=PATH_NAMES, default=list(PATH_NAMES))
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of each GPU (default 16384)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="rounds of all paths (default 10)")
+    dispatchers = ("all_to_all", "deep_ep", "deep_ep_v1", "deep_ep_v2")
+    parser.add_argument("--dispatch", choices=dispatchers, default="all_to_all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw this JSON file's picture, measure nothing")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
+    args = parser.parse_args(argv)
+    if args.plot:
+        from scripts.bench.plots import plot
+
+        plot(args.plot, args.picture)
+        print(args.picture)
+        return 0
+    if args.repeats < 1 or args.tokens < 1:
+        parser.error("--repeats and --tokens must be at least 1")
+    return run(args)
 
 
 if __name__ == "__main__":

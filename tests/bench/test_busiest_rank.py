@@ -8,9 +8,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from scripts.bench import stacks
-from scripts.bench.load import busiest_rank
-from scripts.bench.stacks import Ours
+from scripts.bench.measure.busiest_rank import busiest_rank
+from scripts.bench.stacks import inputs
+from scripts.bench.stacks.ours import Ours
+from scripts.bench.stacks.spec import config_of, parse
 from tests.support.ranks import _run
 from train import parallel
 
@@ -46,10 +47,10 @@ def test_a_map_is_counted():
 
 
 def ours(rank: int) -> tuple[float | None, float]:
-    config = stacks.config_of(stacks.parse("bf16"), "configs/demo_cpu.yaml", KEYS, "natural", 2)
+    config = config_of(parse("bf16"), "configs/demo_cpu.yaml", KEYS, "natural", 2)
     ranks = parallel.start("cpu", 2, 0, 60)
     stack = Ours(config, ranks)
-    queue = itertools.cycle(stacks.batches(config, ranks, "natural", 1))
+    queue = itertools.cycle(inputs.batches(config, ranks, "natural", 1))
     layers = stack.model.moe_layers()
     for layer in layers:
         layer.expert_load.zero_()

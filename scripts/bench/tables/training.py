@@ -1,9 +1,9 @@
-"""Training steps as a Markdown table: rows of scripts/bench/train.py."""
+"""Training steps as a Markdown table: rows of scripts/bench/train/."""
 
 from collections.abc import Container, Sequence
 
-from scripts.bench.markdown import ABSENT, largest, span, table
 from scripts.bench.results import Row, Spread
+from scripts.bench.tables.markdown import ABSENT, largest, span, table
 
 
 def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:

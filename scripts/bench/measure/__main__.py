@@ -9,6 +9,9 @@ window is wall time from a barrier to the end of the last step's work on the slo
 waits for the GPU between steps, since training does not; single steps are timed by events on the
 GPU. Peak memory is the window's, on the rank with the most; energy is NVML's, of all GPUs together.
 
+The variables that a stack's flags ask for, such as stock megatron-core's `cutlass`, are set by
+scripts.bench.train (`Spec.environment`): started by hand, this has the shell's.
+
 Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
 the next is tried, except for an error that leaves the GPU or NCCL unusable.
 """
@@ -16,7 +19,6 @@ the next is tried, except for an error that leaves the GPU or NCCL unusable.
 import argparse
 import gc
 import itertools
-import os
 import sys
 import time
 import traceback
@@ -31,9 +33,11 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from scripts.bench import results, stacks
+from scripts.bench.command import or_one_line, positive, positive_list, start
 from scripts.bench.machine import describe_machine
-from scripts.bench.stacks import ROUTINGS, Spec, Stack
-from scripts.bench.window import Window, measure, wait
+from scripts.bench.measure.window import Window, measure, wait
+from scripts.bench.stacks import Stack, inputs
+from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
 from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
@@ -55,6 +59,123 @@ class Failure:
 
     line: str
     fatal: bool
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every micro-batch. Raises ConfigError before any process group starts."""
+    spec = parse(arguments.stack)
+    configs = [
+        config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
+        for size in arguments.micro_batches or [None]
+    ]
+    for config in configs:
+        check_world(config, world_size_from_env())
+    first = configs[0]
+    if first.train.deterministic:
+        preflight.make_deterministic()
+    if arguments.wait_for:
+        _load_libraries(spec)
+        _wait_for(arguments.wait_for)
+    ranks = start(first)
+    report: dict[str, Any] = {
+        **describe_machine(ranks.device, ranks.world_size),
+        "gpus": ranks.world_size,
+        "results": [],
+    }
+    fatal = False
+    for config in configs:
+        found, fatal = measure_config(spec, config, ranks, arguments)
+        report["results"].append(found)
+        if ranks.is_first:
+            say(spec, found)
+            results.write_json(arguments.out, report)
+        if fatal:
+            break
+    if not fatal:
+        dist.barrier()
+        parallel.stop()
+    return 1 if fatal else 0
+
+
+def _wait_for(file: Path) -> None:
+    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
+    while not file.exists():
+        if not file.parent.is_dir():
+            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
+        time.sleep(0.05)
+
+
+def _load_libraries(spec: Spec) -> None:
+    """What building the stack would import; it takes seconds, and no GPU."""
+    if torch.cuda.is_available():
+        with suppress(ImportError):
+            import transformer_engine.pytorch  # noqa: F401
+    if spec.stack != "ours":
+        from scripts.bench.stacks import stock_megatron  # noqa: F401
+
+
+def measure_config(
+    spec: Spec, config: Config, ranks: Ranks, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], bool]:
+    """The result at one micro-batch, for JSON; and whether the run cannot continue after it."""
+    warmup, steps = arguments.warmup, arguments.steps
+    batches = inputs.batches(config, ranks, arguments.routing, warmup + steps)
+    window, about, failure = run_stack(spec, config, ranks, batches, warmup, steps, arguments.trace)
+    found: dict[str, Any] = {
+        "micro_batch": config.train.micro_batch,
+        "global_batch": config.global_batch(ranks.world_size),
+        "expert_parallel": config.parallel.expert_parallel,
+        "warmup_steps": warmup,
+        **about,
+    }
+    if window:
+        found |= window.figures()
+    if failure:
+        found["error"] = failure.line
+    return found, failure is not None and failure.fatal
+
+
+def run_stack(
+    spec: Spec,
+    config: Config,
+    ranks: Ranks,
+    batches: Sequence[Batch],
+    warmup: int,
+    steps: int,
+    trace: Path | None = None,
+) -> tuple[Window | None, dict[str, str], Failure | None]:
+    """Build, measure and free one stack: its figures, its description, and its failure."""
+    before = _allocated_gib(ranks)
+    built: list[Stack] = []
+
+    def make() -> None:
+        inputs.seed_everything(config, ranks)
+        built.append(stacks.build(spec, config, ranks))
+        inputs.seed_everything(config, ranks)
+
+    window = None
+    about: dict[str, str] = {}
+    _, failure = attempt(make)
+    if not failure:
+        about = {"dispatch": built[0].dispatch, "description": built[0].description}
+        window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
+        if trace and not failure:
+            _, failure = attempt(lambda: record(built[0], batches, ranks, trace))
+        if not (failure and failure.fatal):
+            # Only here has every rank built one, as closing needs.
+            _, close_failure = attempt(lambda: built[0].close())
+            failure = failure or close_failure
+    if failure and failure.fatal:
+        return window, about, failure
+    built.clear()
+    auxiliary.clear()
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        left = _allocated_gib(ranks) - before
+        if left > LEFT_GIB:
+            print(f"rank {ranks.rank}: {spec} leaves {left:.2f} GiB allocated", flush=True)
+    return window, about, failure
 
 
 T = TypeVar("T")
@@ -91,126 +212,8 @@ def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> 
         recorded.export_chrome_trace(str(path))
 
 
-def run_stack(
-    spec: Spec,
-    config: Config,
-    ranks: Ranks,
-    batches: Sequence[Batch],
-    warmup: int,
-    steps: int,
-    trace: Path | None = None,
-) -> tuple[Window | None, dict[str, str], Failure | None]:
-    """Build, measure and free one stack: its figures, its description, and its failure."""
-    before = _allocated_gib(ranks)
-    built: list[Stack] = []
-
-    def make() -> None:
-        stacks.seed_everything(config, ranks)
-        built.append(stacks.build(spec, config, ranks))
-        stacks.seed_everything(config, ranks)
-
-    window = None
-    about: dict[str, str] = {}
-    _, failure = attempt(make)
-    if not failure:
-        about = {"dispatch": built[0].dispatch, "description": built[0].description}
-        window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
-        if trace and not failure:
-            _, failure = attempt(lambda: record(built[0], batches, ranks, trace))
-        if not (failure and failure.fatal):
-            # Only here has every rank built one, as closing needs.
-            _, close_failure = attempt(lambda: built[0].close())
-            failure = failure or close_failure
-    if failure and failure.fatal:
-        return window, about, failure
-    built.clear()
-    auxiliary.clear()
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-        left = _allocated_gib(ranks) - before
-        if left > LEFT_GIB:
-            print(f"rank {ranks.rank}: {spec} leaves {left:.2f} GiB allocated", flush=True)
-    return window, about, failure
-
-
 def _allocated_gib(ranks: Ranks) -> float:
     return torch.cuda.memory_allocated(ranks.device) / GIB if ranks.device.type == "cuda" else 0.0
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure every micro-batch. Raises ConfigError before any process group starts."""
-    spec = stacks.parse(arguments.stack)
-    configs = [
-        stacks.config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
-        for size in arguments.micro_batches or [None]
-    ]
-    for config in configs:
-        check_world(config, world_size_from_env())
-    first = configs[0]
-    if first.train.deterministic:
-        preflight.make_deterministic()
-    if arguments.wait_for:
-        _load_libraries(spec)
-        _wait_for(arguments.wait_for)
-    ranks = parallel.start(
-        preflight.resolve_device(first),
-        first.parallel.expert_parallel,
-        first.train.seed,
-        first.parallel.timeout_s,
-    )
-    report: dict[str, Any] = {
-        **describe_machine(ranks.device, ranks.world_size),
-        "gpus": ranks.world_size,
-        "results": [],
-    }
-    fatal = False
-    for config in configs:
-        size = config.train.micro_batch
-        total = arguments.warmup + arguments.steps
-        batches = stacks.batches(config, ranks, arguments.routing, total)
-        window, about, failure = run_stack(
-            spec, config, ranks, batches, arguments.warmup, arguments.steps, arguments.trace
-        )
-        found: dict[str, Any] = {
-            "micro_batch": size,
-            "global_batch": config.global_batch(ranks.world_size),
-            "expert_parallel": config.parallel.expert_parallel,
-            "warmup_steps": arguments.warmup,
-            **about,
-        }
-        if window:
-            found |= window.figures()
-        if failure:
-            found["error"] = failure.line
-        report["results"].append(found)
-        if ranks.is_first:
-            say(spec, found)
-            results.write_json(arguments.out, report)
-        fatal = failure is not None and failure.fatal
-        if fatal:
-            break
-    if not fatal:
-        dist.barrier()
-        parallel.stop()
-    return 1 if fatal else 0
-
-
-def _wait_for(file: Path) -> None:
-    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
-    while not file.exists():
-        if not file.parent.is_dir():
-            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
-        time.sleep(0.05)
-
-
-def _load_libraries(spec: Spec) -> None:
-    """What building the stack would import; it takes seconds, and no GPU."""
-    if torch.cuda.is_available():
-        with suppress(ImportError):
-            import transformer_engine.pytorch  # noqa: F401
-    if spec.stack != "ours":
-        from scripts.bench import stock_megatron  # noqa: F401
 
 
 def say(spec: Spec, found: dict[str, Any]) -> None:
@@ -227,31 +230,6 @@ def say(spec: Spec, found: dict[str, Any]) -> None:
             f"{'not finite' if loss is None else f'{loss:.4f}'}, dispatch {found['dispatch']}",
             flush=True,
         )
-
-
-def positive(text: str) -> int:
-    """An argument that is a count."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def positive_list(text: str) -> list[int]:
-    """Counts with commas between."""
-    return list(dict.fromkeys(positive(part) for part in text.split(",")))
-
-
-def or_one_line(run: Callable[[], int]) -> int:
-    """The exit code of `run`; where the config cannot be run, one line of the first rank, and 2."""
-    try:
-        return run()
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
-        return 2
 
 
 def main(argv: list[str] | None = None) -> int:

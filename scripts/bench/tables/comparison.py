@@ -4,8 +4,8 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from scripts.bench.markdown import ABSENT, table
 from scripts.bench.results import Row
+from scripts.bench.tables.markdown import ABSENT, table
 
 COMPARED = (
     "computed in",

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from models.fp8.tensor import BLOCK
 from models.moe.counts import Phase
 from models.moe.runtime import Runtime
-from scripts.bench.layer_setup import Layer
+from scripts.bench.layer.setup import Layer
 from scripts.bench.trace import Event, read
 from train.profiling.moe import PARTS, timed_runtime
 from train.profiling.timer import Timer

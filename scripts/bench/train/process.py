@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.stacks import Spec
+from scripts.bench.stacks.spec import Spec
 from train.config import Config
 from train.safety.parent import end_with_parent
 
@@ -27,16 +27,20 @@ class Task:
     spec: Spec
     routing: str
     config: Config
+    """The stack's, at any micro-batch: a row's FLOPs and tokens are counted from it."""
     sizes: tuple[int, ...]
-    """Micro-batches."""
+    """Micro-batches, one after the other."""
     steps: int
+    """Timed steps at each."""
     warmup: int
+    """Steps before them."""
 
 
 class Process:
     """`scripts.bench.measure` with a process for each GPU, which waits until it is asked."""
 
     def __init__(self, task: Task, arguments: argparse.Namespace) -> None:
+        """`arguments` are those of scripts.bench.train."""
         self.task = task
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._go = self._folder / "measured.json", self._folder / "go"

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import results, train_rows
-from scripts.bench.process import Process, Task
+from scripts.bench import results
 from scripts.bench.results import Row
-from scripts.bench.stacks import Spec
-from train.config import Config
+from scripts.bench.stacks.spec import Spec
+from scripts.bench.train import rows as train_rows
+from scripts.bench.train.process import Process, Task
 
 PROCESS_MINUTES = 1.5
 """Minutes to reserve for a process that has not run yet."""
@@ -22,53 +22,13 @@ class Sitting:
     """A session on one machine: starts processes, and records their results."""
 
     def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
+        """`arguments` are those of scripts.bench.train; `content` is that of the file at `path`."""
         self.arguments, self.content, self.path = arguments, content, path
         self.name = arguments.sitting or datetime.now().strftime("%Y-%m-%d %H:%M")
         self.began = time.monotonic()
         self.longest = PROCESS_MINUTES * 60
         self.failed: set[tuple[Spec, str, int]] = set()
         """Stack, routing and micro-batch of what failed."""
-
-    def is_over(self) -> bool:
-        """Whether the next process may not end within the minutes."""
-        minutes = self.arguments.minutes
-        return minutes and time.monotonic() - self.began + self.longest > minutes * 60
-
-    def note(
-        self, rows: list[Row], found: dict[str, Any], spec: Spec, routing: str, config: Config
-    ) -> None:
-        """What a process found at one micro-batch, into its row."""
-        key: Row = {
-            **spec.columns(), "routing": routing, "gpus": self.arguments.gpus,
-            "micro_batch": found["micro_batch"], "sitting": self.name,
-            "version": self.version(spec),
-        }  # fmt: skip
-        key |= {
-            name: found[name]
-            for name in (
-                "global_batch",
-                "expert_parallel",
-                "warmup_steps",
-                "dispatch",
-                "description",
-            )
-            if name in found
-        }
-        row = train_rows.row_of(rows, key)
-        if "error" in found:
-            row["error"] = found["error"]
-            self.failed.add((spec, routing, found["micro_batch"]))
-        else:
-            device_name = self.content["sittings"][self.name]["machine"]["device_name"]
-            train_rows.add(row, found, config, device_name)
-        self.write()
-
-    def version(self, spec: Spec) -> str | None:
-        """The version of the stack."""
-        origin = self.content["sittings"].get(self.name, {})
-        if spec.stack == "ours":
-            return origin.get("commit")
-        return origin.get("versions", {}).get("megatron-core")
 
     def run(self, tasks: Sequence[Task], rows: list[Row]) -> bool:
         """Each in processes of its own; what they find, into `rows`. Whether there was time."""
@@ -88,12 +48,17 @@ class Sitting:
                     started[0].end()
                 else:
                     for one in self.found(started[0]):
-                        self.note(rows, one, task.spec, task.routing, task.config)
+                        self.note(rows, one, task)
                 started.popleft()
         finally:
             for process in started:
                 process.end()
         return True
+
+    def is_over(self) -> bool:
+        """Whether the next process may not end within the minutes."""
+        minutes = self.arguments.minutes
+        return minutes and time.monotonic() - self.began + self.longest > minutes * 60
 
     def has_failed(self, task: Task) -> bool:
         """Whether it would fail again, as out of memory: at all of its micro-batches."""
@@ -114,5 +79,27 @@ class Sitting:
         self.longest = max(self.longest, time.monotonic() - begin)
         return found
 
-    def write(self) -> None:
+    def note(self, rows: list[Row], found: dict[str, Any], task: Task) -> None:
+        """What a process found at one micro-batch, into its row; the file is written."""
+        key: Row = {
+            **task.spec.columns(), "routing": task.routing, "gpus": self.arguments.gpus,
+            "micro_batch": found["micro_batch"], "sitting": self.name,
+            "version": self.version(task.spec),
+        }  # fmt: skip
+        about = ("global_batch", "expert_parallel", "warmup_steps", "dispatch", "description")
+        key |= {name: found[name] for name in about if name in found}
+        row = train_rows.row_of(rows, key)
+        if "error" in found:
+            row["error"] = found["error"]
+            self.failed.add((task.spec, task.routing, found["micro_batch"]))
+        else:
+            device_name = self.content["sittings"][self.name]["machine"]["device_name"]
+            train_rows.add(row, found, task.config, device_name)
         results.write_json(self.path, self.content)
+
+    def version(self, spec: Spec) -> str | None:
+        """The version of the stack."""
+        origin = self.content["sittings"].get(self.name, {})
+        if spec.stack == "ours":
+            return origin.get("commit")
+        return origin.get("versions", {}).get("megatron-core")

@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from scripts.bench.load import busiest_rank
+from scripts.bench.measure.busiest_rank import busiest_rank
 from scripts.bench.stacks import Stack
 from train.data.batches import Batch
 from train.metrics.throughput import GIB
@@ -23,17 +23,20 @@ from train.profiling.timer import Timer
 
 @dataclass
 class Window:
-    """What was measured; the same on every rank."""
+    """What was measured, under the names that it has in the results; the same on every rank."""
 
-    step_seconds: float
-    """Mean over the window, on the slowest rank."""
-    single_seconds: list[float]
-    """Each single step."""
-    peak_gib: float | None
+    step_ms: float
+    """Mean over the window, on the slowest rank: wall time from a barrier to the end of the last
+    step's work, by the number of steps."""
+    single_step_ms: list[float]
+    """Each single step, on the rank where it took longest: by events on the GPU, on a CPU by the
+    clock."""
+    peak_allocated_gib: float | None
     """Peak memory of tensors, on the rank with the most; None on a CPU."""
     first_loss: float
-    """Of the first step, with the weights that all stacks begin with."""
+    """Mean loss of the very first step, with the weights that all stacks begin with."""
     final_loss: float
+    """Mean loss of the window's last step."""
     dropped_rows: int = 0
     """Rows dropped on all ranks, in all steps of the window."""
     redone_steps: int = 0
@@ -41,7 +44,7 @@ class Window:
     included."""
     step_joules: float | None = None
     """Energy of all GPUs, per step; None where it is not measured."""
-    outside_gib: float | None = None
+    outside_allocator_gib: float | None = None
     """Memory of the GPU that PyTorch's allocator does not hold, on the rank with the most: CUDA's
     context, NCCL's and DeepEP's buffers, and other processes' memory; None on a CPU."""
     busiest_rank: float | None = None
@@ -49,19 +52,10 @@ class Window:
     router was seen."""
 
     def figures(self) -> dict[str, Any]:
-        """For JSON, units in the names."""
-        return {
-            "step_ms": self.step_seconds * 1e3,
-            "single_step_ms": [seconds * 1e3 for seconds in self.single_seconds],
-            "peak_allocated_gib": self.peak_gib,
-            "first_loss": _or_none(self.first_loss),
-            "final_loss": _or_none(self.final_loss),
-            "dropped_rows": self.dropped_rows,
-            "redone_steps": self.redone_steps,
-            "step_joules": self.step_joules,
-            "outside_allocator_gib": self.outside_gib,
-            "busiest_rank": self.busiest_rank,
-        }
+        """For JSON, which has no NaN: a loss that is not finite is null."""
+        losses = (self.first_loss, self.final_loss)
+        first, final = (loss if math.isfinite(loss) else None for loss in losses)
+        return {**asdict(self), "first_loss": first, "final_loss": final}
 
 
 def measure(
@@ -89,36 +83,31 @@ def measure(
         wait(ranks)
         seconds, after = (time.perf_counter() - begin) / steps, _joules(ranks)
 
-    singles = [lap.milliseconds()["total"] / 1e3 for lap in laps]
+    singles = [lap.milliseconds()["total"] for lap in laps]
     peak = torch.cuda.max_memory_allocated(ranks.device) / GIB if on_gpu else 0.0
     outside = _outside_gib(ranks.device) if on_gpu else 0.0
-    largest = torch.tensor([seconds, peak, outside, *singles], dtype=torch.float64)
+    largest = torch.tensor([seconds * 1e3, peak, outside, *singles], dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     energy = math.nan if before is None or after is None else (after - before) / steps
     sums = [first, float(loss.detach()), stack.dropped_rows(), energy]
     summed = torch.tensor(sums, dtype=torch.float64)
     dist.all_reduce(summed)
-    seconds, peak, outside, *singles = largest.tolist()
+    step_ms, peak, outside, *singles = largest.tolist()
     first_loss, final_loss, dropped, joules = summed.tolist()
     redone = stack.redone_steps()  # all ranks redo a step together
     busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
-        step_seconds=seconds,
-        single_seconds=singles,
-        peak_gib=peak if on_gpu else None,
+        step_ms=step_ms,
+        single_step_ms=singles,
+        peak_allocated_gib=peak if on_gpu else None,
         first_loss=first_loss,
         final_loss=final_loss,
         dropped_rows=int(dropped),
         redone_steps=redone,
         step_joules=None if math.isnan(joules) else joules,
-        outside_gib=outside if on_gpu else None,
+        outside_allocator_gib=outside if on_gpu else None,
         busiest_rank=busiest,
     )
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 @contextmanager

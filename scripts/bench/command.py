@@ -1,0 +1,46 @@
+"""What the commands have in common: counts as arguments, bad input in one line, process groups."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from train import parallel, preflight
+from train.config import Config, ConfigError
+from train.parallel import Ranks
+
+
+def positive(text: str) -> int:
+    """An argument that is a count."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def positive_list(text: str) -> list[int]:
+    """Counts with commas between."""
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def or_one_line(run: Callable[[], int]) -> int:
+    """The exit code of `run`; where the config cannot be run, one line of the first rank, and 2."""
+    try:
+        return run()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
+        return 2
+
+
+def start(config: Config) -> Ranks:
+    """The process groups of a config, on the device that it names. All ranks together."""
+    return parallel.start(
+        preflight.resolve_device(config),
+        config.parallel.expert_parallel,
+        config.train.seed,
+        config.parallel.timeout_s,
+    )
