@@ -37,7 +37,7 @@ from scripts.bench.measure.window import without_collector
 from scripts.bench.stacks import inputs
 from scripts.bench.stacks.ours import Ours, use_runtime
 from scripts.bench.stacks.spec import Spec, config_of, parse_all
-from train import parallel
+from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.data.batches import Batch
 from train.failure import run_process
@@ -223,6 +223,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         check_world(config, world_size_from_env())
         configs.append(config)
+    if configs[0].train.deterministic:
+        preflight.make_deterministic()
     ranks = start(configs[0])
     origin = describe_machine(ranks.device, ranks.world_size)
     for pair, config in zip(pairs, configs, strict=True):

@@ -86,6 +86,7 @@ class TrainingRow(TypedDict, total=False):
     redone_steps: int
     """The sum of all windows, as of `dropped_rows`."""
     dropped_rows: int
+    """Of all steps and ranks; up to commit afc4cc3 of each window's last step alone."""
     first_loss: float
     """The last window's, as `final_loss`."""
     final_loss: float | None
