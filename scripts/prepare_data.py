@@ -9,6 +9,7 @@ on the same sequences as one on the text itself, for any model.seq_len.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -144,10 +145,10 @@ def summary(about: About, out: Path) -> str:
         )
     if about.replaced:
         lines.append(f"{about.replaced:,} document(s) have U+FFFD for what is not UTF-8")
-    keys = f"data.path={out}"
+    keys = [f"data.path={out}"]
     if about.tokenizer_digest != "bytes":
-        keys += f" data.tokenizer={out}"
-    lines.append(f"to train on it: {keys}")
+        keys.append(f"data.tokenizer={out}")
+    lines.append(f"to train on it: {shlex.join(keys)}")
     return "\n".join(lines)
 
 

@@ -295,6 +295,7 @@ def test_where_texts_are_cut():
         (["--out", "tokenizer.bin"], "--out=tokenizer.bin must end in .json"),
         (["--out", "{tmp}/folder.json"], "folder.json is a folder"),
         (["--out", "{tmp}/file/t.json"], "t.json cannot be written: "),
+        (["--out", "x" * 300 + ".json"], "cannot be written: File name too long"),
         (["--out", "/proc/t.json"], "--out=/proc/t.json cannot be written: "),
         (["data.path=/nowhere.txt"], "data.path=/nowhere.txt: no such file"),
         (["data.path={tmp}/broken.jsonl"], "broken.jsonl, line 1: "),
@@ -313,6 +314,7 @@ def test_script_refuses_bad_arguments_in_one_line(tmp_path, capsys, arguments, s
     assert says in said
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+    assert len([*tmp_path.iterdir()]) == 3, "something is left"
 
 
 def test_script_that_finds_the_disk_full_keeps_the_file_before(

@@ -1,0 +1,34 @@
+"""Writes a file whole or not at all: after an error or Ctrl-C the one before is there, or none."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path`, to write to: it becomes `path` when the block ends, and is deleted
+    where that fails. Raises OSError."""
+    new = path.with_name(f"{path.name}.unfinished")
+    try:
+        yield new
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the error that is on its way says more
+            new.unlink()
+        raise
+
+
+def check(path: Path) -> None:
+    """Raise OSError where no file of this name can be made, before what it is to hold is computed.
+
+    Leaves nothing; folders that are missing are left to whoever writes the file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        pass
