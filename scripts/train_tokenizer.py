@@ -10,7 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import tokenizers
@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from scripts import terminal
 from train import whole_file
-from train.config import Config, ConfigError, load
+from train.config import ConfigError, load
 from train.data.sources import quiet, training_texts
 from train.data.tokenizer import END_OF_DOCUMENT
 
@@ -27,6 +27,9 @@ SMALLEST = 257
 
 LARGEST = 10_000_000
 """More would only take memory, which the library reserves at the start."""
+
+SAMPLE = 20
+"""Texts of which it is said how far they shrink."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -67,9 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         check(args.vocab_size, args.documents, args.out)
         config = load(args.config, args.overrides)
         quiet()
-        tokenizer = train_bpe(islice(training_texts(config), args.documents), args.vocab_size)
+        texts = islice(training_texts(config), args.documents)
+        sample = [*islice(texts, SAMPLE)]  # reading them again would survey all text again
+        tokenizer = train_bpe(chain(sample, texts), args.vocab_size)
         save(tokenizer, args.out)
-        print(how_to_use(config, tokenizer, args.out))
+        print(how_to_use("".join(sample), tokenizer, args.out))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -106,10 +111,9 @@ def save(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
         raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
 
 
-def how_to_use(config: Config, tokenizer: tokenizers.Tokenizer, out: Path) -> str:
-    """The lines that the script ends with: how far the text shrinks, and the keys to set."""
+def how_to_use(sample: str, tokenizer: tokenizers.Tokenizer, out: Path) -> str:
+    """The lines that the script ends with: how far a sample shrinks, and the keys to set."""
     size = tokenizer.get_vocab_size()
-    sample = "".join(islice(training_texts(config), 20))
     ratio = len(sample.encode()) / max(1, len(tokenizer.encode(sample).ids))
     rounded = -(-size // 64) * 64  # GEMMs like it
     return (
