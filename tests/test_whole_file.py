@@ -30,6 +30,19 @@ def test_what_fails_leaves_the_file_before_and_nothing_else(tmp_path, error):
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_two_processes_do_not_write_into_one_another(tmp_path):
+    file = tmp_path / "a.json"
+    code = "import sys; from pathlib import Path; from scripts.bench.results import write_json\n"
+    code += "write_json(Path(sys.argv[1]), {'rows': [1]})"
+    with whole(file) as new, new.open("w") as mine:
+        print("[1,", file=mine, flush=True)
+        subprocess.run([sys.executable, "-c", code, file], check=True, timeout=60)
+        print("2]", file=mine, flush=True)
+        assert json.loads(file.read_text()) == {"rows": [1]}
+    assert json.loads(file.read_text()) == [1, 2]
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_a_folder_of_that_name_leaves_nothing(tmp_path):
     (tmp_path / "a.json").mkdir()
     with pytest.raises(IsADirectoryError):

@@ -12,7 +12,7 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path`, to write to: it becomes `path` when the block ends, and is deleted
     where that fails. Raises OSError."""
-    new = path.with_name(f"{path.name}.unfinished")
+    new = unfinished(path)
     try:
         yield new
         new.replace(path)
@@ -20,6 +20,11 @@ def whole(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # the error that is on its way says more
             new.unlink()
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file or folder is written until it is whole: no other process writes there."""
+    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")
 
 
 def check(path: Path) -> None:

@@ -57,7 +57,7 @@ def write(
             "that wrote it"
         )
     theirs = hf_config.to_theirs(config.model, config.moe, str(dtype).removeprefix("torch."), eod)
-    new = out.with_name(f"{out.name}.unfinished")
+    new = whole_file.unfinished(out)
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
