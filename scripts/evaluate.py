@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         return run(options)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # the latter of a folder of somebody else
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_hf(options.out, weights, config, options.dtype or "float32", tokenizer)
         else:
             write(options.out, weights, config, step, tokenizer)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # the latter of a folder of somebody else
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = sum(value.numel() for value in weights.values())

@@ -74,7 +74,7 @@ def check_options(config: Config, out: Path, workers: int) -> None:
     if workers < 1:
         raise ConfigError(f"--workers={workers}: nobody is left to work; take 1 or more")
     out = out.expanduser()
-    if os.path.lexists(out) and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise ConfigError(f"--out={out} is there and no folder; name a new folder")
     if config.data.mixture:
         raise ConfigError(
@@ -83,7 +83,7 @@ def check_options(config: Config, out: Path, workers: int) -> None:
         )
     if config.data.path is not None:
         source = Path(config.data.path).expanduser().resolve()
-        if source.is_dir() and source in (out.resolve(), *out.resolve().parents):
+        if os.path.isdir(source) and source in (out.resolve(), *out.resolve().parents):
             raise ConfigError(
                 f"--out={out} lies in data.path={config.data.path}, where it would be taken for "
                 "text; name a folder elsewhere"

@@ -190,6 +190,16 @@ def test_without_lm_eval(run_dir, monkeypatch):
     )
 
 
+def test_with_an_lm_eval_that_is_broken(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "lm_eval.py").write_text("import a_module_that_is_gone")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
+    code, said, err = run_evaluate(run_dir, "--tasks", "hellaswag")
+    assert (code, said) == (2, "")
+    assert "lm_eval, which cannot be imported: ModuleNotFoundError: No module named" in err
+    assert err.count("\n") == 1
+
+
 def test_bad_input_is_one_line(run_dir, tmp_path):
     folder = tmp_path / "hf"
     assert export([str(run_dir), "--out", str(folder), "--format", "hf"]) == 0

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {out}: {error.strerror}") from None
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter of a folder of somebody else
         print(f"compare: {error}", file=sys.stderr)
         return 2
 

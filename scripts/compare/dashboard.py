@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = find_group(options.runs, options.group)
         group = describe_group(options.group, runs, options.project, options.baseline)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter of a folder of somebody else
         print(f"dashboard: {error}", file=sys.stderr)
         return 2
     if not runs:
