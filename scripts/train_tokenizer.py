@@ -57,13 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
     )
-    parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--out", type=Path, default=Path("tokenizer.json"))
+    parser.add_argument("--vocab-size", type=int, default=32768, help="most tokens (32768)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tokenizer.json"), help="the file to write (%(default)s)"
+    )
     parser.add_argument(
         "--documents",
         type=int,
         default=200_000,
-        help="read no more than this many; a text file counts as one for each 128 KiB",
+        help="learn from no more than this many (200000); a text file counts as one for each "
+        "128 KiB",
     )
     args = parser.parse_intermixed_args(argv)
     try:

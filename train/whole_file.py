@@ -30,7 +30,7 @@ def unfinished(path: Path) -> Path:
 def check(path: Path) -> None:
     """Raise OSError where no file of this name can be made, before what it is to hold is computed.
 
-    Leaves nothing; folders that are missing are left to whoever writes the file.
+    Leaves nothing; a folder that is missing is made by the caller, when it writes the file.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.compare",
-        description="Compare runs: one table, compare.png and compare.html.",
+        description="Compare runs: one table, compare.png, compare.json and compare.html.",
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/NAME")
     parser.add_argument("--group", help="all runs of this experiment (run.group), below --runs")
