@@ -3,6 +3,14 @@
 # A GPU is not needed. Takes a few minutes, most of the first time for the installation.
 #   bash scripts/demo.sh [key=value ...]      for example train.steps=300
 set -euo pipefail
+for key in "$@"; do
+  case $key in
+    moe.path=* | run.name=* | run.dir=*)
+      echo "error: $key is set here for each run; leave it out" >&2
+      exit 2
+      ;;
+  esac
+done
 source "$(dirname "$0")/setup.sh" requirements.txt
 
 # Each process gets its share of the cores; more threads than cores slow each other down.

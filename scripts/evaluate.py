@@ -23,7 +23,7 @@ import torch
 from scripts import harness, terminal, trained
 from scripts.bench.results import write_json
 from scripts.trained import Trained
-from train import loop, parallel
+from train import loop, parallel, whole_file
 from train.config import Config, ConfigError
 from train.data import batches as data
 from train.data.batches import Batch, Corpus, make_batch
@@ -114,7 +114,7 @@ def with_data(found: Trained, source: str | None, keys: list[str], batches: int 
 
 
 def report(found: Trained, result: dict[str, Any]) -> str:
-    """Lines for the terminal."""
+    """Lines for the terminal, without the tasks."""
     step = "" if found.step is None else f" after step {found.step}"
     lines = [f"{'model':<15}{found.path}{step}"]
     for name in ("data", "path", "loss", "bits_per_byte", "tokens", "bytes"):
@@ -124,8 +124,17 @@ def report(found: Trained, result: dict[str, Any]) -> str:
             said = f"{value:,}" if isinstance(value, int) else said
             said += f", computed in {result['dtype']}" if name == "path" else ""
             lines.append(f"{name.replace('_', ' '):<15}{said}")
-    lines += [f"{name:<15}{value}" for name, value in harness.lines(result.get("tasks", {}))]
     return "\n".join(lines)
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError, before anything is computed, where the result cannot be written."""
+    if out.suffix != ".json":
+        raise ConfigError(f"--out {out} must end in .json")
+    try:
+        whole_file.check(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -133,8 +142,14 @@ def run(options: argparse.Namespace) -> int:
     tasks = [task for task in (options.tasks or "").split(",") if task]
     if tasks:
         harness.check()
-    if options.out is not None and options.out.suffix != ".json":
-        raise ConfigError(f"--out {options.out} must end in .json")
+    elif options.tasks is not None:
+        raise ConfigError(f"--tasks {options.tasks!r} names no task of lm_eval")
+    elif options.limit is not None:
+        raise ConfigError(
+            f"--limit {options.limit} counts examples of tasks; name some with --tasks"
+        )
+    if options.out is not None:
+        check_out(options.out)
     found = trained.find(options.model)
     if tasks:
         harness.check_fits(found)
@@ -150,9 +165,11 @@ def run(options: argparse.Namespace) -> int:
     whole = options.data is not None
     result |= loss_of(found, device, options.path, whole, options.batches)
     parallel.stop()
+    print(report(found, result), flush=True)  # whatever becomes of the tasks
     if tasks:
         result["tasks"] = harness.evaluate(found, tasks, device, options.limit)
-    print(report(found, result))
+        for name, value in harness.lines(result["tasks"]):
+            print(f"{name:<15}{value}")
     if options.out is not None:
         try:
             write_json(options.out, result)
@@ -195,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         return run(options)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # the latter of a folder of somebody else
         print(f"error: {error}", file=sys.stderr)
         return 2
 

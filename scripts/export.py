@@ -25,6 +25,7 @@ from torch import Tensor
 
 from models.hf import config as hf_config
 from scripts import terminal
+from train import whole_file
 from train.checkpoint import checksums, hf_writer, progress
 from train.checkpoint.files import finished, folder_of, is_of_model, size_of, step_of
 from train.config import Config, ConfigError, load, with_keys
@@ -102,6 +103,20 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
     return weights, config, about["step"]
 
 
+def check_out(path: Path) -> None:
+    """Raise ConfigError where no file of that name can be written."""
+    try:
+        if path.is_dir() or not path.name:
+            raise ConfigError(
+                f"--out {path} is a folder; name the file to write, in it or elsewhere"
+            )
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--out {path} is a device or a pipe; name a file")
+        whole_file.check(path)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
 def write(
     path: Path,
     weights: dict[str, Tensor],
@@ -110,20 +125,16 @@ def write(
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write the file; whole, or not at all. Raises ConfigError."""
-    if path.is_dir() or not path.name:
-        raise ConfigError(f"--out {path} is a folder; name the file to write, in it or elsewhere")
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"--out {path} is a device or a pipe; name a file")
-    new = path.with_name(f"{path.name}.unfinished")
+    check_out(path)
     metadata = {"config": config.model_dump_json(), "step": str(step), "format": "pt"}
     if tokenizer is not None:
         metadata["tokenizer"] = json.dumps(_made_of(tokenizer))
     try:
-        save_file(weights, new, metadata)
-        hf_writer.readable(new)
-        new.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file.whole(path) as new:
+            save_file(weights, new, metadata)
+            hf_writer.readable(new)
     except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
@@ -232,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--dtype {options.dtype}: a native file is in float32; add --format hf, or leave "
                 "--dtype out"
             )
+        else:
+            check_out(options.out)
         folder = find_checkpoint(options.run, options.step)
         if options.format == "hf":
             check_fits_hf(load(folder / checksums.CONFIG))
@@ -245,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_hf(options.out, weights, config, options.dtype or "float32", tokenizer)
         else:
             write(options.out, weights, config, step, tokenizer)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # the latter of a folder of somebody else
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = sum(value.numel() for value in weights.values())

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, tokenizer, config = load_model(options.model, device, options.path)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # the latter of a folder of somebody else
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = complete(

@@ -17,9 +17,16 @@ from train.config import ConfigError
 
 
 def check() -> None:
-    """Raises ConfigError where lm_eval is not installed, with how to get it."""
+    """Raises ConfigError where lm_eval is not installed, with how to get it, or is broken."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('--tasks needs lm_eval, which is missing; pip install "lm_eval[hf]"')
+    try:
+        importlib.import_module("lm_eval")
+    except Exception as error:  # of many kinds: it imports much
+        raise ConfigError(
+            f"--tasks needs lm_eval, which cannot be imported: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def check_fits(found: Trained) -> None:

@@ -8,6 +8,8 @@ as the learning rate, gets a default to be changed.
 
 import argparse
 import math
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from train.checkpoint import hf_reader
 from train.config import Config, ConfigError, load
 from train.data.tokenizer import FILE
 from train.metrics import flops
+from train.whole_file import whole
 
 LONGEST = 4096
 """Tokens of a sequence, where the checkpoint can take more."""
@@ -48,23 +51,24 @@ def write(out: Path, folder: Path) -> Config:
     """Write the file, whole or not at all; what it says. Raises ConfigError."""
     if out.suffix != ".yaml":
         raise ConfigError(f"--out {out} must end in .yaml; name a file such as configs/mine.yaml")
-    if out.exists():
-        raise ConfigError(f"--out {out} is there already; name another, or delete it")
-    architecture, sections = config_of(folder)
-    new = out.with_name(f"{out.name}.unfinished")
     try:
-        new.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
-        try:
-            config = load(new)
-        except ConfigError as error:
-            raise ConfigError(f"{folder} cannot be trained here: {error}") from None
-        head = about(config, f"The {architecture} in {folder}", out)
-        new.write_text(head + new.read_text(encoding="utf-8"), encoding="utf-8")
-        new.replace(out)
+        if os.path.lexists(out):
+            raise ConfigError(f"--out {out} is there already; name another, or delete it")
+        architecture, sections = config_of(folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole(out) as new:
+            new.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+            try:
+                config = load(new)
+            except ConfigError as error:
+                raise ConfigError(f"{folder} cannot be trained here: {error}") from None
+            hf_reader.source(config)  # what is wrong with its weights is better known now
+            head = about(config, f"The {architecture} in {folder}", out)
+            new.write_text(head + new.read_text(encoding="utf-8"), encoding="utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"--out {out}: the name is not UTF-8; name another") from None
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
-    finally:
-        new.unlink(missing_ok=True)
     return config
 
 
@@ -72,9 +76,10 @@ def about(config: Config, what: str, out: Path) -> str:
     """The comment at the head of the file: how large the model is, and how to start."""
     total = flops.count(config.model, config.moe).total_params
     ranks = math.gcd(8, config.moe.num_experts)
-    command = f"torchrun --nproc-per-node {ranks} -m train {out} parallel.expert_parallel={ranks}"
+    file = shlex.quote(str(out))
+    command = f"torchrun --nproc-per-node {ranks} -m train {file} parallel.expert_parallel={ranks}"
     return (
-        f"# {what}: {total / 1e9:,.2f} billion parameters.\n"
+        f"# {' '.join(what.split())}: {total / 1e9:,.2f} billion parameters.\n"
         f"#   {command}\n"
         f"# It needs {total * 16 / 1e9:,.1f} GB of all GPUs together before activations: weights,\n"
         "# gradients and AdamW's two means in float32.\n"
@@ -92,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the .yaml file to write")
     options = parser.parse_args(arguments)
     try:
-        config = write(options.out, options.folder)
-        hf_reader.source(config)  # what is wrong with its weights is better known now, not later
+        write(options.out, options.folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ on the same sequences as one on the text itself, for any model.seq_len.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ def check_options(config: Config, out: Path, workers: int) -> None:
     if workers < 1:
         raise ConfigError(f"--workers={workers}: nobody is left to work; take 1 or more")
     out = out.expanduser()
-    if os.path.lexists(out) and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise ConfigError(f"--out={out} is there and no folder; name a new folder")
     if config.data.mixture:
         raise ConfigError(
@@ -82,7 +83,7 @@ def check_options(config: Config, out: Path, workers: int) -> None:
         )
     if config.data.path is not None:
         source = Path(config.data.path).expanduser().resolve()
-        if source.is_dir() and source in (out.resolve(), *out.resolve().parents):
+        if os.path.isdir(source) and source in (out.resolve(), *out.resolve().parents):
             raise ConfigError(
                 f"--out={out} lies in data.path={config.data.path}, where it would be taken for "
                 "text; name a folder elsewhere"
@@ -144,10 +145,10 @@ def summary(about: About, out: Path) -> str:
         )
     if about.replaced:
         lines.append(f"{about.replaced:,} document(s) have U+FFFD for what is not UTF-8")
-    keys = f"data.path={out}"
+    keys = [f"data.path={out}"]
     if about.tokenizer_digest != "bytes":
-        keys += f" data.tokenizer={out}"
-    lines.append(f"to train on it: {keys}")
+        keys.append(f"data.tokenizer={out}")
+    lines.append(f"to train on it: {shlex.join(keys)}")
     return "\n".join(lines)
 
 

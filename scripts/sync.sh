@@ -8,7 +8,7 @@
 # After a crash a run resumes from its last checkpoint, so the steps since then are in two pieces
 # and in W&B twice; metrics.jsonl has them once. If an upload breaks off in the middle of a piece,
 # the lines that had arrived arrive again, with the same steps and values: `wandb sync` only
-# appends.
+# appends. Ctrl-C breaks off so too.
 set -euo pipefail
 
 SAY_EVERY_S=10
@@ -60,9 +60,12 @@ no_key() {
 }
 
 # offline-run-DATE_TIME-ID: sorted by name, whatever folder they are in.
-pieces=$(find "$@" -type d -name 'offline-run-*' | sed 's|.*/\(offline-run-[^/]*\)$|\1 &|' | sort | cut -d' ' -f2-)
+# A run, or the folder of all, may be a link to another disk: -L.
+pieces=$(find -L "${@%/}" -type d -name 'offline-run-*' | sed 's|.*/\(offline-run-[^/]*\)$|\1 &|' | sort | cut -d' ' -f2-)
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+sending=
+# A background process does not hear Ctrl-C, and would continue to send.
+trap 'if [ -n "$sending" ]; then kill "$sending" 2>/dev/null || true; fi; rm -f "$log"' EXIT
 sent=0 there=0 waiting=0 failed=0 held=" " reached=no
 
 while IFS= read -r piece; do
@@ -77,7 +80,7 @@ while IFS= read -r piece; do
     waiting=$((waiting + 1))
     continue
   fi
-  newest=$(find "$(dirname "$piece")" -maxdepth 1 -name "offline-run-*-$id" | sort | tail -n 1)
+  newest=$(find -L "$(dirname "$piece")" -maxdepth 1 -name "offline-run-*-$id" | sort | tail -n 1)
   if [ "$all" = no ] && [ "$piece" = "$newest" ] && [ ! -e "$piece/finished" ] &&
     [ -n "$(find "$record" -mmin -60 2>/dev/null)" ]; then
     echo "$piece: not finished yet; left for later (--all sends it as it is)"
@@ -96,10 +99,21 @@ while IFS= read -r piece; do
     reach
     reached=yes
   fi
+  exec 9<"$piece"
+  if command -v flock >/dev/null && ! flock --nonblock 9; then
+    echo "$piece: another sync is sending it; left to that one"
+    waiting=$((waiting + 1))
+    held="$held$id "
+    continue
+  fi
+  if [ -e "$record.synced" ]; then # by another sync, since it was looked at above
+    there=$((there + 1))
+    continue
+  fi
   # wandb's exit status and its marker say that all is well when the server has refused the data.
   # A record that a kill cut short is complete as it is.
   status=0
-  wandb sync "$piece" >"$log" 2>&1 </dev/null &
+  wandb sync "$piece" >"$log" 2>&1 </dev/null 9<&- &
   sending=$!
   SECONDS=0
   while kill -0 "$sending" 2>/dev/null; do
@@ -110,6 +124,7 @@ while IFS= read -r piece; do
     fi
   done
   wait "$sending" || status=$?
+  sending=
   if grep -q 'No API key configured' "$log"; then
     no_key
   fi

@@ -7,16 +7,18 @@ It sees only the training documents, so that validation text stays unseen.
 """
 
 import argparse
-import io
+import shlex
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.config import Config, ConfigError, load
+from scripts import terminal
+from train import whole_file
+from train.config import ConfigError, load
 from train.data.sources import quiet, training_texts
 from train.data.tokenizer import END_OF_DOCUMENT
 
@@ -25,6 +27,9 @@ SMALLEST = 257
 
 LARGEST = 10_000_000
 """More would only take memory, which the library reserves at the start."""
+
+SAMPLE = 20
+"""Texts of which it is said how far they shrink."""
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -52,24 +57,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
     )
-    parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--out", type=Path, default=Path("tokenizer.json"))
+    parser.add_argument("--vocab-size", type=int, default=32768, help="most tokens (32768)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tokenizer.json"), help="the file to write (%(default)s)"
+    )
     parser.add_argument(
         "--documents",
         type=int,
         default=200_000,
-        help="read no more than this many; a text file counts as one for each 128 KiB",
+        help="learn from no more than this many (200000); a text file counts as one for each "
+        "128 KiB",
     )
     args = parser.parse_intermixed_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a path may not fit the terminal's encoding
     try:
         check(args.vocab_size, args.documents, args.out)
         config = load(args.config, args.overrides)
         quiet()
-        tokenizer = train_bpe(islice(training_texts(config), args.documents), args.vocab_size)
+        texts = islice(training_texts(config), args.documents)
+        sample = [*islice(texts, SAMPLE)]  # reading them again would survey all text again
+        tokenizer = train_bpe(chain(sample, texts), args.vocab_size)
         save(tokenizer, args.out)
-        print(how_to_use(config, tokenizer, args.out))
+        print(how_to_use("".join(sample), tokenizer, args.out))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,14 +92,14 @@ def check(vocab_size: int, documents: int, out: Path) -> None:
         raise ConfigError(f"--documents={documents} leaves nothing to learn from; take 1 or more")
     if not out.name.endswith(".json"):
         raise ConfigError(f"--out={out} must end in .json, by which data.tokenizer knows a file")
-    if out.exists() and not out.is_file() and not out.is_dir():
-        raise ConfigError(f"--out={out} is a device or a pipe; name a file")
-    if out.is_dir():
-        raise ConfigError(f"--out={out} is a folder; name a file, such as {out / 'tokenizer.json'}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _beside(out).touch()
-        _beside(out).unlink()
+        if out.exists() and not out.is_file() and not out.is_dir():
+            raise ConfigError(f"--out={out} is a device or a pipe; name a file")
+        if out.is_dir():
+            raise ConfigError(
+                f"--out={out} is a folder; name a file, such as {out / 'tokenizer.json'}"
+            )
+        whole_file.check(out)
     except OSError as error:
         raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
 
@@ -99,28 +107,23 @@ def check(vocab_size: int, documents: int, out: Path) -> None:
 def save(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
     """Write the file; whole, or not at all. Raises ConfigError."""
     try:
-        _beside(out).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        _beside(out).replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file.whole(out) as new:
+            new.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except OSError as error:
-        _beside(out).unlink(missing_ok=True)
         raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
 
 
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.unfinished")
-
-
-def how_to_use(config: Config, tokenizer: tokenizers.Tokenizer, out: Path) -> str:
-    """The lines that the script ends with: how far the text shrinks, and the keys to set."""
+def how_to_use(sample: str, tokenizer: tokenizers.Tokenizer, out: Path) -> str:
+    """The lines that the script ends with: how far a sample shrinks, and the keys to set."""
     size = tokenizer.get_vocab_size()
-    sample = "".join(islice(training_texts(config), 20))
     ratio = len(sample.encode()) / max(1, len(tokenizer.encode(sample).ids))
     rounded = -(-size // 64) * 64  # GEMMs like it
     return (
         f"{out}: {size} tokens, {ratio:.2f} bytes of this text per token. To train with it:\n"
-        f"  data.tokenizer={out} model.vocab_size={max(rounded, 64)}"
+        f"  {shlex.quote(f'data.tokenizer={out}')} model.vocab_size={max(rounded, 64)}"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -11,8 +11,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-config=${1:?"usage: bash slurm/compare.sh configs/NAME.yaml [key=value ...]"}
+if [ $# -eq 0 ]; then
+  echo "error: no config; bash slurm/compare.sh configs/NAME.yaml [key=value ...]" >&2
+  exit 2
+fi
+config=$1
 shift
+for key in "$@"; do
+  case $key in
+    moe.path=* | run.name=* | run.dir=*)
+      echo "error: $key is set here for each run; MOE_PATHS chooses paths, RUNS the folder" >&2
+      exit 2
+      ;;
+  esac
+done
 if [ ! -f "$config" ]; then
   echo "error: $config: no such file" >&2
   exit 2
@@ -24,6 +36,10 @@ names=${MOE_PATHS:-$(python -c 'from models.config import PATH_NAMES; print(*PAT
   exit 2
 }
 read -ra paths <<<"$names"
+if [ ${#paths[@]} -eq 0 ]; then
+  echo "error: MOE_PATHS='$names' names no path" >&2
+  exit 2
+fi
 read -ra options <<<"${SBATCH_OPTIONS:-}"
 
 submit() { # sbatch's arguments; prints the job's number

@@ -174,8 +174,9 @@ def test_tasks_are_run_on_the_export(run_dir, tmp_path, monkeypatch):
     assert "hellaswag      acc 0.2500 ± 0.1250, layers 1.0000, limit 7.0000" in said
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["piqa"] == {"acc": 0.25, "acc_stderr": 0.125, "layers": 1, "limit": 7}
-    code, _, err = run_evaluate(run_dir, "--tasks", "typo")
+    code, said, err = run_evaluate(run_dir, "--tasks", "typo")
     assert code == 2
+    assert "\nloss " in said, "what was computed before is lost"
     assert err.startswith("error: --tasks typo: lm_eval: KeyError: ")
     assert err.count("\n") == 1
 
@@ -187,6 +188,16 @@ def test_without_lm_eval(run_dir, monkeypatch):
         2,
         'error: --tasks needs lm_eval, which is missing; pip install "lm_eval[hf]"\n',
     )
+
+
+def test_with_an_lm_eval_that_is_broken(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "lm_eval.py").write_text("import a_module_that_is_gone")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
+    code, said, err = run_evaluate(run_dir, "--tasks", "hellaswag")
+    assert (code, said) == (2, "")
+    assert "lm_eval, which cannot be imported: ModuleNotFoundError: No module named" in err
+    assert err.count("\n") == 1
 
 
 def test_bad_input_is_one_line(run_dir, tmp_path):
@@ -201,6 +212,8 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
         ([run_dir, "--data", "models", "data.path=models"], "are both given; keep one"),
         ([run_dir, "--path", "fp8"], "--path fp8: no such path"),
         ([run_dir, "--out", "x.txt"], "must end in .json"),
+        ([run_dir, "--limit", "3"], "--limit 3 counts examples of tasks"),
+        ([run_dir, "--tasks", ","], "--tasks ',' names no task"),
         ([run_dir, "model.sparkle=1"], "unknown config key model.sparkle"),
         ([run_dir, "model.num_layers=3"], "lacks weights"),
         ([run_dir, "model.hidden_size=256"], "does not fit its own config"),
@@ -211,6 +224,16 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
         assert code == 2, (arguments, err)
         assert says in err, (arguments, err)
         assert err.count("\n") == 1, err
+
+
+def test_a_result_that_cannot_be_written_is_known_before(run_dir, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for out in ("folder.json", "file/x.json"):
+        code, said, err = run_evaluate(run_dir, "--out", tmp_path / out)
+        assert (code, said) == (2, "")
+        assert err.startswith(f"error: --out {tmp_path / out} cannot be written: ")
+        assert err.count("\n") == 1
 
 
 def called_twice(first: list[str], then: list[str]) -> list[int]:

@@ -250,6 +250,23 @@ def test_a_checkpoint_of_another_version_is_one_line(run_dir, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("form", ["native", "hf"])
+def test_ctrl_c_leaves_nothing(run_dir, tmp_path, monkeypatch, form):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.checkpoint.hf_writer.readable", stop)  # once a file is written
+    with pytest.raises(KeyboardInterrupt):
+        export([str(run_dir), "--out", str(tmp_path / "x"), "--format", form])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_is_made(run_dir, tmp_path):
+    """As for the other format."""
+    assert export([str(run_dir), "--out", str(tmp_path / "new" / "x")]) == 0
+    assert read(tmp_path / "new" / "x").step == 40
+
+
 def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.write_text("no model")
@@ -269,6 +286,9 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
             "no whole checkpoint of step 7; it has",
         ),
         ([str(run_dir), "--out", "/proc/nowhere/x"], "/proc/nowhere"),
+        # Before the checkpoint is read: there is none.
+        (["none", "--out", str(broken / "x")], "broken/x cannot be written: Not a directory"),
+        (["none", "--out", "x" * 300], "cannot be written: File name too long"),
     ):
         assert export(arguments) == 2
         err = capsys.readouterr().err

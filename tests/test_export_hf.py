@@ -206,8 +206,12 @@ def test_what_no_class_fits_is_one_line(keys, says):
 
 
 def test_bad_options_are_one_line(run_dir, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
     for arguments, says in (
         (["--out", str(tmp_path), "--format", "hf"], "is there already; name a folder to make"),
+        (["--out", str(link), "--format", "hf"], "is there already; name a folder to make"),
+        (["--out", "x" * 300, "--format", "hf"], "cannot be written: File name too long"),
         (["--out", "/proc/nowhere/x", "--format", "hf"], "/proc/nowhere/x cannot be written"),
         (["--out", str(tmp_path / "x"), "--dtype", "bfloat16"], "a native file is in float32"),
     ):
@@ -215,4 +219,4 @@ def test_bad_options_are_one_line(run_dir, tmp_path, capsys):
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert [*tmp_path.iterdir()] == [link]

@@ -19,7 +19,7 @@ CONFIG, *KEYS = TINY
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", f"slurm/{name}", *arguments],
+        ["/bin/bash", f"slurm/{name}", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -62,6 +62,30 @@ def test_bad_input_is_one_line():
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert "configs/none.yaml" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["moe.path=bf16", "run.name=a", "run.dir=/elsewhere"])
+def test_keys_that_differ_between_the_runs_are_refused(key):
+    """They would be overwritten without a word, or make all runs one."""
+    for done in (
+        script("compare.sh", CONFIG, "train.steps=7", key, DRY_RUN="1"),
+        script("../scripts/demo.sh", "train.steps=7", key, PATH="/nowhere"),
+    ):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {key} is set here for each run; ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_nothing_to_do_is_one_line():
+    for done, says in (
+        (script("compare.sh"), "no config"),
+        (script("train.sbatch"), "no config"),
+        (script("compare.sbatch"), "nothing to compare"),
+        (script("compare.sh", CONFIG, DRY_RUN="1", MOE_PATHS=" "), "names no path"),
+    ):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr
         assert done.stderr.count("\n") == 1
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -222,6 +223,85 @@ def test_a_record_cut_short_is_sent_once(tmp_path: Path, server: tuple[FakeWandb
     assert arrived == list(range(1, len(arrived) + 1))
     assert sync(url, tmp_path).stdout.startswith("0 sent, 1 already there")
     assert steps(fake, tmp_path, "killed") == arrived
+
+
+def test_links_and_folders_however_they_are_written(
+    runs: Path, tmp_path: Path, server: tuple[FakeWandb, str]
+) -> None:
+    _, url = server
+    shutil.move(runs / "other", tmp_path / "disk 2")
+    (runs / "other").symlink_to(tmp_path / "disk 2")  # a run on another disk
+    link = tmp_path / "link"
+    link.symlink_to(runs)  # all runs are on another disk
+    (first, _) = sorted(runs.glob("requeued/wandb/offline-run-*"))
+    done = sync(url, f"{first}/")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("1 sent, 0 already there, 0 waiting, 0 failed\n")
+    done = sync(url, link)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("2 sent, 1 already there, 0 waiting, 0 failed\n")
+
+
+def sending(runs: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """A sync of a piece in a group of its own, with a `wandb` that does not end."""
+    stand_in = tmp_path / "bin" / "wandb"
+    stand_in.parent.mkdir()
+    pid = tmp_path / "pid"
+    stand_in.write_text(f"#!/bin/sh\necho $$ >{pid}.new\nmv {pid}.new {pid}\nexec sleep 60\n")
+    stand_in.chmod(0o755)
+    (first, _) = sorted(runs.glob("requeued/wandb/offline-run-*"))
+    environment = {**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment["HTTPS_PROXY"] = "http://127.0.0.1:9"  # so that it is not asked whether it is there
+    process = subprocess.Popen(
+        ["bash", "scripts/sync.sh", str(first)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not pid.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_ends_the_upload_too(runs: Path, tmp_path: Path) -> None:
+    process = sending(runs, tmp_path)
+    upload = int((tmp_path / "pid").read_text())
+    assert is_running(upload)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 10
+    while is_running(upload):
+        assert time.monotonic() < deadline, "it continues to send"
+        time.sleep(0.05)
+
+
+def test_two_at_once_send_a_piece_once(
+    runs: Path, tmp_path: Path, server: tuple[FakeWandb, str]
+) -> None:
+    fake, url = server
+    process = sending(runs, tmp_path)
+    (first, _) = sorted(runs.glob("requeued/wandb/offline-run-*"))
+    try:
+        done = sync(url, first)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "another sync is sending it" in done.stdout
+    assert done.stdout.endswith("0 sent, 0 already there, 1 waiting, 0 failed\n")
+    assert not fake.runs
+    assert sync(url, first).stdout.endswith("1 sent, 0 already there, 0 waiting, 0 failed\n")
 
 
 def test_missing_folder_is_one_line(tmp_path: Path) -> None:

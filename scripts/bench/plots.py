@@ -18,10 +18,12 @@ from pathlib import Path
 
 import vl_convert
 
+from scripts import terminal
 from scripts.bench.results import Result, Row, rows_to_show
 from scripts.bench.tables import Filters, chosen, machine_name, sitting_of
 from scripts.bench.tables.training import best_stock, failure, training_name
 from scripts.compare.curves import PAPER, Spec, config
+from train.whole_file import whole
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
 LINE = 13
@@ -68,9 +70,11 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
     if picture.suffix == ".svg":
         svg = vl_convert.vegalite_to_svg(spec)
         mark = f"<desc>{html.escape(_mark(source, wanted))}</desc>" if is_training else ""
-        picture.write_text(svg.replace(">", f">{mark}", 1), encoding="utf-8")
+        drawn = svg.replace(">", f">{mark}", 1).encode()
     else:
-        picture.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        drawn = vl_convert.vegalite_to_png(spec, scale=2)
+    with whole(picture) as new:
+        new.write_bytes(drawn)
 
 
 # Training steps: scripts/bench/train/
@@ -250,4 +254,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -40,9 +40,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts import terminal
 from scripts.bench.plots import alt_text, is_picture_of, plot
 from scripts.bench.results import Result
 from scripts.bench.tables import Filters, InputError, chosen, make_table
+from train.whole_file import whole
 
 ROOT = Path(__file__).parents[2]
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -147,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             old = path.read_text(encoding="utf-8")
             new = renderer.update(old)
         except OSError as error:
-            print(f"readme: {path}: {error.strerror}", file=sys.stderr)
+            print(f"readme: {error.filename or path}: {error.strerror}", file=sys.stderr)
+            return 2
+        except UnicodeDecodeError as error:
+            print(f"readme: {path} is not UTF-8: {error}", file=sys.stderr)
             return 2
         except InputError as error:
             print(f"readme: {path.name}: {error}", file=sys.stderr)
@@ -161,10 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 status = 1
         elif new != old:
-            path.write_text(new, encoding="utf-8")
+            try:
+                with whole(path) as unfinished:
+                    unfinished.write_text(new, encoding="utf-8")
+            except OSError as error:
+                print(f"readme: {path} cannot be written: {error.strerror}", file=sys.stderr)
+                return 2
             print(f"{path.name}: written")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from train.whole_file import whole
+
 Row = dict[str, Any]
 """One of a file's `rows`. Its keys are defined by the benchmark that wrote it."""
 
@@ -73,6 +75,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` atomically, so that a crash leaves the old file or the new. NaN is an
     error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    new.replace(path)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with whole(path) as new:
+        new.write_text(text)

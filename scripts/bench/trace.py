@@ -16,10 +16,12 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from scripts import terminal
 from scripts.bench.results import write_json
 
 
@@ -85,10 +87,14 @@ def read(path: Path) -> list[Event]:
     """The events of a trace. Raises OSError or ValueError."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        return json.load(file)["traceEvents"]
+        found = json.load(file)
+    if not isinstance(found, dict) or not isinstance(found.get("traceEvents"), list):
+        raise ValueError("not a trace: it has no list of traceEvents")
+    return found["traceEvents"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.trace",
         description=__doc__,
@@ -104,15 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path, _, name = item.partition("=")
         try:
             sums = summarize(read(Path(name)))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
             print(f"{item}: {error or type(error).__name__}; give PATH=TRACE", file=sys.stderr)
             return 2
         rows.append({"traced": path, "ms": sums})
         print(path, *(f"{kind} {ms:.1f}" for kind, ms in sums.items()), sep="\n  ")
     if args.out:
-        write_json(args.out, {"machine": args.machine, "commit": args.commit, "rows": rows})
+        try:
+            write_json(args.out, {"machine": args.machine, "commit": args.commit, "rows": rows})
+        except OSError as error:
+            print(f"--out {args.out} cannot be written: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -20,11 +20,12 @@ from rich.console import Console
 from scripts import terminal
 from scripts.compare.arms import Arm, arm_differences, arm_of, group_arms
 from scripts.compare.page.page import make_html
-from scripts.compare.picture import save_png
+from scripts.compare.picture import make_png
 from scripts.compare.printed import print_table
 from scripts.compare.reading import on_cpu, reading, speed_verdicts, warnings
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group, read_runs
 from scripts.compare.table import Row, make_table
+from train.whole_file import whole
 
 SERIES = ("loss/train", "moe/max_expert_load", "moe/load_entropy")
 """What a row of compare.json has step by step."""
@@ -76,11 +77,13 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """Returns the exit status: 0, or 2 for bad input, reported in one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.compare",
-        description="Compare runs: one table, compare.png and compare.html.",
+        description="Compare runs: one table, compare.png, compare.json and compare.html.",
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, such as runs/NAME")
     parser.add_argument("--group", help="all runs of this experiment (run.group), below --runs")
-    parser.add_argument("--runs", dest="parent", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument(
+        "--runs", dest="parent", type=Path, metavar="DIR", help="with --group: where (runs)"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: compare, beside them)"
     )
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {out}: {error.strerror}") from None
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter of a folder of somebody else
         print(f"compare: {error}", file=sys.stderr)
         return 2
 
@@ -105,11 +108,19 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     runs = [run for arm in arms for run in arm.runs]  # repeats side by side
     baseline = arm_of(arms, first)
     table = make_table(runs, baseline)
-    save_png(out / "compare.png", runs, baseline)
-    page = make_html(runs, arms, baseline, table, out)
-    (out / "compare.html").write_text(page, encoding="utf-8")
-    data = make_json(runs, arms, baseline, table)
-    (out / "compare.json").write_text(json.dumps(data, indent=1) + "\n")
+    data = json.dumps(make_json(runs, arms, baseline, table), indent=1) + "\n"
+    files = {
+        "compare.png": make_png(runs, baseline),
+        "compare.html": make_html(runs, arms, baseline, table, out).encode(),
+        "compare.json": data.encode(),
+    }
+    for name, content in files.items():
+        try:
+            with whole(out / name) as new:
+                new.write_bytes(content)
+        except OSError as error:
+            print(f"compare: {out / name} cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
 
     print_table(console, runs, table)
     for text in reading(runs, arms, baseline):
@@ -121,17 +132,20 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     return 0
 
 
-def _find_runs(folders: Sequence[Path], group: str | None, parent: Path) -> list[Run]:
+def _find_runs(folders: Sequence[Path], group: str | None, parent: Path | None) -> list[Run]:
     """Read the runs that were asked for. Raises InputError."""
     if folders and group:
         raise InputError(f"give run folders or --group {group}, not both")
     if group:
+        parent = parent or Path("runs")
         runs = find_group(parent, group)
         if not runs:
             raise InputError(f"no run of group {group} below {parent}")
         return runs
     if not folders:
         raise InputError("which runs? give run folders, or --group NAME")
+    if parent is not None:
+        raise InputError(f"--runs {parent} is where a --group is looked for; leave it out")
     return read_runs(folders)
 
 

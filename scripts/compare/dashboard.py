@@ -21,6 +21,8 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces.reports.v2.interface import BlockTypes
 
+from scripts import terminal
+from scripts.bench.results import write_json
 from scripts.compare.dashboard_panels import GAP_CHART, Panel, gap_panel, make_sections
 from scripts.compare.runs import InputError, Run, choose_baseline, find_group
 from train.config import TrackingConfig
@@ -180,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Build the W&B workspace and report of an experiment group.",
     )
     parser.add_argument("group", help="run.group of the runs; by default the config file's name")
-    parser.add_argument("--entity", help="W&B user or team (default: the key's own)")
+    parser.add_argument(
+        "--entity", help="W&B user or team to save to (default: the key's own); a file names none"
+    )
     parser.add_argument("--project", help="W&B project (default: that of the runs)")
     parser.add_argument("--baseline", help="name of the run that gaps refer to (default: bf16's)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are")
@@ -193,15 +197,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = find_group(options.runs, options.group)
         group = describe_group(options.group, runs, options.project, options.baseline)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter of a folder of somebody else
         print(f"dashboard: {error}", file=sys.stderr)
         return 2
     if not runs:
         print(f"no run of {group.name} in {options.runs}: panels for all that a run can log")
     if options.out or resolve_mode("auto") != "online":
         out = options.out or Path("dashboard.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(make_specification(group), indent=1) + "\n")
+        try:
+            write_json(out, make_specification(group))
+        except OSError as error:
+            print(f"dashboard: --out {out} cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
         why = "--out is given" if options.out else "no API key, or W&B is offline"
         print(f"{out}: workspace and report of {group.name}; not sent to W&B ({why})")
         return 0
@@ -220,4 +227,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -1,7 +1,6 @@
 """`compare.png`: the losses and their gap to the baseline, black on white."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import vl_convert
 
@@ -50,5 +49,6 @@ def make_picture(runs: Sequence[Run], baseline: Arm) -> Spec:
     }
 
 
-def save_png(path: Path, runs: Sequence[Run], baseline: Arm) -> None:
-    path.write_bytes(vl_convert.vegalite_to_png(make_picture(runs, baseline), scale=2))
+def make_png(runs: Sequence[Run], baseline: Arm) -> bytes:
+    """The picture, to be written to a file."""
+    return vl_convert.vegalite_to_png(make_picture(runs, baseline), scale=2)

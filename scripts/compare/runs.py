@@ -132,11 +132,17 @@ def _is_row(row: object) -> bool:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read all; runs that share a name are named by the folder as it was given."""
-    runs = [read_run(folder) for folder in folders]
+    for index, folder in enumerate(folders):  # else it would be a repeat of itself
+        for earlier in folders[:index]:
+            if folder.resolve() == earlier.resolve():
+                raise InputError(f"{earlier} and {folder} are one run; give it once")
+    return _named_apart([read_run(folder) for folder in folders])
+
+
+def _named_apart(runs: Sequence[Run]) -> list[Run]:
     names = [run.name for run in runs]
     return [
-        replace(run, name=str(folder)) if names.count(run.name) > 1 else run
-        for folder, run in zip(folders, runs, strict=True)
+        replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
     ]
 
 
@@ -156,8 +162,8 @@ def find_group(parent: Path, group: str) -> list[Run]:
         except InputError:
             continue
         if run.config.run.group == group:
-            found.append(folder)
-    return read_runs(found)
+            found.append(run)
+    return _named_apart(found)
 
 
 def choose_baseline(runs: Sequence[Run], name: str | None) -> Run:

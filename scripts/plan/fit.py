@@ -146,9 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = result(options.results)
-        write_json(options.out, found)
     except (OSError, KeyError, ValueError) as error:
         print(f"error: {options.results}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    try:
+        write_json(options.out, found)
+    except (OSError, ValueError) as error:
+        print(f"error: --out {options.out} cannot be written: {error}", file=sys.stderr)
         return 2
     for row in found["rows"]:
         parts = [

@@ -12,6 +12,7 @@ from scripts.plan.machines import Machine
 from scripts.plan.plan import Plan
 from scripts.plan.time import KINDS
 from train.planning.memory import GIB
+from train.whole_file import whole
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -43,7 +44,11 @@ def _draw(
     _memories(axes[1, 0], mine, machine, chosen)
     _bounds(axes[1, 1], mine, chosen)
     figure.suptitle(f"{title}, planned for {machine.name}", fontsize=11)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    kind = path.suffix.removeprefix(".")
+    with whole(path) as new:
+        figure.savefig(
+            new, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None
+        )
 
 
 def _ticks(axes: Axes, counts: Sequence[int]) -> None:

@@ -380,6 +380,31 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_text_that_cannot_be_read_or_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latin = tmp_path / "latin.md"
+    latin.write_bytes(b"\xe9")
+    assert readme.main([str(latin)]) == 2
+    assert "latin.md is not UTF-8" in capsys.readouterr().err
+    write_results(tmp_path, [row("bf16", 1)])
+
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    text = tmp_path / "README.md"
+    before = TEXT.format("train_x.json").encode()
+    text.write_bytes(before)
+    assert readme.main([str(text), "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert "README.md cannot be written: No space left on device" in error
+    assert error.count("\n") == 1
+    assert text.read_bytes() == before
+    assert {*tmp_path.iterdir()} == {text, latin, tmp_path / "results"}
+
+
 def test_no_such_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main([str(tmp_path / "none.md")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

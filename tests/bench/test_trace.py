@@ -64,6 +64,17 @@ def test_a_file_is_written_and_bad_traces_are_one_line(tmp_path: Path, capsys):
     assert content["rows"] == [{"traced": "bf16", "ms": summarize(EVENTS)}]
     capsys.readouterr()
     (tmp_path / "empty.json").write_text('{"traceEvents": []}')
-    for bad in ("bf16=nowhere.json", f"bf16={tmp_path / 'empty.json'}", "nothing"):
+    packed = trace.read_bytes()
+    (tmp_path / "cut.json.gz").write_bytes(packed[:-12])
+    (tmp_path / "damaged.json.gz").write_bytes(packed[:20] + bytes(8) + packed[28:])
+    (tmp_path / "list.json").write_text(json.dumps(EVENTS))
+    (tmp_path / "null.json").write_text('{"traceEvents": null}')
+    (tmp_path / "odd.json").write_text(json.dumps({"traceEvents": [{**EVENTS[0], "dur": None}]}))
+    there = [f"bf16={path}" for path in tmp_path.glob("*.json*") if path not in (trace, out)]
+    assert len(there) == 6
+    for bad in ("bf16=nowhere.json", "nothing", *there):
         assert main([bad]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "folder").mkdir()
+    assert main([f"bf16={trace}", "--out", str(tmp_path / "folder")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

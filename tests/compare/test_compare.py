@@ -19,7 +19,15 @@ from scripts.compare.__main__ import main
 from scripts.compare.arms import arm_of, group_arms
 from scripts.compare.page.html import Html, fill, join
 from scripts.compare.reading import reading, warnings
-from scripts.compare.runs import choose_baseline, profiled_rows, read_run, read_runs, step_parts
+from scripts.compare.runs import (
+    Run,
+    choose_baseline,
+    find_group,
+    profiled_rows,
+    read_run,
+    read_runs,
+    step_parts,
+)
 from scripts.compare.table import make_table
 from tests.support.made_up_runs import STEPS, write_run
 
@@ -366,6 +374,51 @@ def test_no_runs_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"compare: {says}")
     assert error.count("\n") == 1
+
+
+def test_runs_without_a_group_leave_no_place_for_its_folder(
+    three: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(*three, "--runs", "elsewhere")[0] == 2
+    assert "--runs elsewhere is where a --group is looked for" in capsys.readouterr().err
+
+
+def test_a_run_is_no_repeat_of_itself(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "newest"
+    link.symlink_to(three[0])
+    for again in (three[0], link):
+        assert run_main(*three, again)[0] == 2
+        assert f"{three[0]} and {again} are one run" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_one_line(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o" / "compare.html").mkdir(parents=True)
+    assert run_main(*three, "--out", tmp_path / "o")[0] == 2
+    error = capsys.readouterr().err
+    assert "compare.html cannot be written: Is a directory" in error
+    assert error.count("\n") == 1
+    assert not [*tmp_path.glob("o/*.unfinished")]
+
+
+def test_a_group_is_read_once(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(folder: Path) -> Run:
+        read.append(folder)
+        return read_run(folder)
+
+    monkeypatch.setattr("scripts.compare.runs.read_run", counted)
+    group = read_run(three[0]).config.run.group
+    assert group is not None
+    found = find_group(three[0].parent, group)
+    assert len(found) == 3
+    assert [run.folder for run in found] == read
 
 
 def test_json_has_the_ratios(three: list[Path]) -> None:

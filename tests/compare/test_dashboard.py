@@ -169,6 +169,14 @@ def test_unknown_baseline_is_one_line(
     assert not out.exists()
 
 
+def test_a_file_that_cannot_be_written_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dashboard.main(["demo_cpu", "--runs", str(runs), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"dashboard: --out {tmp_path} cannot be written: Is a directory\n"
+
+
 def test_with_a_key_both_links_are_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

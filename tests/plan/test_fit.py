@@ -141,6 +141,8 @@ def test_a_row_out_of_bounds_ends_the_command(results, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "pairs `fp8_baseline`, hidden 2048, 4 layer(s), 1 GPU: measured 50.0 ms" in err
+    assert fit.main([*command[:2], "--out", str(results)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {results} cannot be written: ")
     (results / "pairs.json").write_text("no JSON")
     assert fit.main(command) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from models.hf import config as hf_config
 from scripts.export import main as export
 from scripts.import_config import main as import_config
+from scripts.import_config import write as write_config
 from tests.support import hf
 from tests.support.ranks import read_metrics, run_alone, run_main, run_train
 from tests.support.tiny import TINY
@@ -359,8 +361,37 @@ def test_import_config(folder, tmp_path, capsys):
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
+    file = tmp_path / "file"
+    file.touch()
+    assert import_config([str(folder), "--out", str(file / "a.yaml")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     odd = shutil.copytree(folder, tmp_path / "odd")
     hf.edit_config(odd, hidden_size=100)
     assert import_config([str(odd), "--out", str(tmp_path / "a.yaml")]) == 2
     assert "hidden_size=100 is not a multiple of 128" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.yaml*"))
+
+
+def test_import_config_of_a_broken_checkpoint_leaves_no_file(folder, tmp_path, capsys):
+    """So that the same command works once it is whole."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    for file in broken.glob("*.safetensors*"):
+        file.unlink()
+    assert import_config([str(broken), "--out", str(tmp_path / "a.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [*tmp_path.iterdir()] == [broken]
+
+
+def test_import_config_of_a_folder_with_an_odd_name(folder, tmp_path):
+    odd = shutil.copytree(folder, tmp_path / "a b'\ntrain: 3")
+    out = tmp_path / "a b'.yaml"
+    assert import_config([str(odd), "--out", str(out)]) == 0
+    assert load(out).model.init_from == str(odd)
+    command = next(line for line in out.read_text().splitlines() if "torchrun" in line)
+    assert str(out) in shlex.split(command.removeprefix("#"))
+    raw = os.fsdecode(b"\xff.yaml")  # no YAML holds this one
+    copy = shutil.copytree(folder, tmp_path / raw)
+    for out, source in ((tmp_path / "b.yaml", copy), (tmp_path / f"b{raw}", folder)):
+        with pytest.raises(ConfigError, match=r"not (valid )?UTF-8"):
+            write_config(out, source)
+    assert not [*tmp_path.glob("b*")]

@@ -19,6 +19,7 @@ from train.data import batches as data
 from train.data import split
 from train.data import tokenizer as tokenizer_module
 from train.data.pieces import cut
+from train.data.readers import read_documents
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "demo_cpu.yaml")
@@ -78,10 +79,33 @@ def test_script_learns_from_training_documents_alone(trained, monkeypatch):
 
 
 def test_script_says_how_to_use_it(trained, capsys, tmp_path):
-    _, overrides, _ = trained
-    out = tmp_path / "t.json"
+    _, overrides, documents = trained
+    out = tmp_path / "a t.json"
     train_tokenizer.main([CONFIG, *overrides, "--vocab-size", "300", "--out", str(out)])
-    assert f"data.tokenizer={out} model.vocab_size=320" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"'data.tokenizer={out}' model.vocab_size=320" in said, "not as a shell takes it"
+    places = [split.place(split.digest([text])) for text in documents]
+    limit = split.limit(0.02, places)
+    training = [text for text, place in zip(documents, places, strict=True) if place >= limit]
+    sample = "".join(training[:20])
+    ratio = len(sample) / len(load_tokenizer(str(out)).encode([sample])[0])
+    assert f"300 tokens, {ratio:.2f} bytes of this text per token" in said
+
+
+def test_script_reads_the_text_once(trained, tmp_path, monkeypatch):
+    """Twice: to see what is held out, and to learn from the rest."""
+    _, overrides, _ = trained
+    read: list[str] = []
+    whole = read_documents
+
+    def counted(kind, path, column):
+        read.append(path)
+        return whole(kind, path, column)
+
+    monkeypatch.setattr("train.data.survey.read_documents", counted)
+    out = tmp_path / "t.json"
+    assert train_tokenizer.main([CONFIG, *overrides, "--out", str(out)]) == 0
+    assert len(read) == 2
 
 
 def test_trained_tokenizer_feeds_batches(trained):
@@ -295,6 +319,7 @@ def test_where_texts_are_cut():
         (["--out", "tokenizer.bin"], "--out=tokenizer.bin must end in .json"),
         (["--out", "{tmp}/folder.json"], "folder.json is a folder"),
         (["--out", "{tmp}/file/t.json"], "t.json cannot be written: "),
+        (["--out", "x" * 300 + ".json"], "cannot be written: File name too long"),
         (["--out", "/proc/t.json"], "--out=/proc/t.json cannot be written: "),
         (["data.path=/nowhere.txt"], "data.path=/nowhere.txt: no such file"),
         (["data.path={tmp}/broken.jsonl"], "broken.jsonl, line 1: "),
@@ -313,6 +338,7 @@ def test_script_refuses_bad_arguments_in_one_line(tmp_path, capsys, arguments, s
     assert says in said
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+    assert len([*tmp_path.iterdir()]) == 3, "something is left"
 
 
 def test_script_that_finds_the_disk_full_keeps_the_file_before(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.hf import config as hf_config
 from models.hf.weights import INDEX, Piece, pieces
+from train import whole_file
 from train.checkpoint import progress
 from train.config import Config, ConfigError
 
@@ -25,8 +26,12 @@ SHARD_BYTES = 5_000_000_000
 
 def check_out(out: Path) -> None:
     """Raise ConfigError where no folder of that name can be made."""
-    if out.exists() or not out.name:
+    if os.path.lexists(out) or not out.name:  # a link to nothing cannot become a folder
         raise ConfigError(f"--out {out} is there already; name a folder to make")
+    try:
+        whole_file.check(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def write(
@@ -52,7 +57,7 @@ def write(
             "that wrote it"
         )
     theirs = hf_config.to_theirs(config.model, config.moe, str(dtype).removeprefix("torch."), eod)
-    new = out.with_name(f"{out.name}.unfinished")
+    new = whole_file.unfinished(out)
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -62,8 +67,9 @@ def write(
         _write_shards(new, weights, held, dtype)
         new.rename(out)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise ConfigError(f"{out} cannot be written: {error}") from None
+    finally:  # of an error or Ctrl-C
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_shards(

@@ -69,11 +69,15 @@ class About(Section):
 
 
 def is_prepared(path: str | Path | None) -> bool:
-    """Whether a path is a folder of tokens, whole or not."""
+    """Whether a path is a folder of tokens, whole or not. Raises ConfigError where that cannot be
+    known, as of a folder of somebody else."""
     if path is None:
         return False
     folder = folder_of(path)
-    return (folder / NAME).is_file() or (folder / UNFINISHED / PLAN).is_file()
+    try:
+        return (folder / NAME).is_file() or (folder / UNFINISHED / PLAN).is_file()
+    except OSError as error:
+        raise ConfigError(f"data.path={path}: {error.strerror}") from None
 
 
 def folder_of(path: str | Path | None) -> Path:

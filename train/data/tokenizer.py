@@ -76,7 +76,10 @@ def load_tokenizer(name: str, eod_token: str | None = None) -> Tokenizer:
                 "own; leave it out"
             )
         return ByteTokenizer()
-    path, settings = _local(name) if is_local(name) else _from_hub(name)
+    try:
+        path, settings = _local(name) if is_local(name) else _from_hub(name)
+    except OSError as error:  # a folder of somebody else
+        raise ConfigError(f"data.tokenizer={name}: {error.strerror}") from None
     try:
         text = path.read_text(encoding="utf-8")
         inner = tokenizers.Tokenizer.from_str(text)
@@ -101,7 +104,7 @@ def is_local(name: str) -> bool:
         or name.endswith(os.sep)
         or name.count("/") > 1
     )
-    return name != "bytes" and (looks_like_path or Path(name).exists())
+    return name != "bytes" and (looks_like_path or os.path.exists(name))
 
 
 class ByteTokenizer:

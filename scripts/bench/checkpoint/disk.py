@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,15 @@ def run(device: torch.device, gb: float, folder: Path, repeats: int, out: Path) 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     state = make_state(device, round(gb * 1e9), rank)
     size = sum(t.numel() * t.element_size() for t in state.values())
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
     begin = time.perf_counter()
     copy = HostCopy(device)
     copy.begin(state).result()
     first_copy = _slowest(time.perf_counter() - begin)
     seconds: dict[str, list[float]] = {}
     cores: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=folder) as own:
+    with _own(folder) as own:
         for repeat in range(repeats):
-            for name, work in works(state, size, copy, folder, Path(own), rank, repeat).items():
+            for name, work in works(state, size, copy, own, rank, repeat).items():
                 dist.barrier()
                 begin, on_core = time.perf_counter(), time.process_time()
                 work()
@@ -63,7 +61,7 @@ def run(device: torch.device, gb: float, folder: Path, repeats: int, out: Path) 
                 copy.begin(state).result()  # after a copy that may still be running
             dist.barrier()
             if rank == 0:
-                for path in folder.glob("step_*"):
+                for path in own.glob("step_*"):
                     shutil.rmtree(path)
     copy.close()
     if rank == 0:
@@ -87,6 +85,23 @@ def run(device: torch.device, gb: float, folder: Path, repeats: int, out: Path) 
     return 0
 
 
+@contextmanager
+def _own(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`, the same on all ranks, and gone afterwards: nothing that was there
+    is touched."""
+    made: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        made = [tempfile.mkdtemp(prefix="bench-", dir=folder)]
+    dist.broadcast_object_list(made)
+    assert made[0] is not None
+    try:
+        yield Path(made[0])
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(made[0], ignore_errors=True)
+
+
 def make_state(device: torch.device, size: int, rank: int) -> dict[str, Tensor]:
     """About `size` bytes of tensors, which no other rank has."""
     generator = torch.Generator(device).manual_seed(rank)
@@ -107,16 +122,15 @@ def works(
     size: int,
     copy: HostCopy,
     folder: Path,
-    own: Path,
     rank: int,
     repeat: int,
 ) -> dict[str, Callable[[], Any]]:
-    """What is measured, by its name in the result."""
+    """What is measured, by its name in the result; writes into `folder`."""
     config = load("configs/demo_cpu.yaml", ["checkpoint.keep=9"])
     own_state: OfOneRank = {"rng": {}, "metrics": None}  # type: ignore[typeddict-item]
 
     def dd() -> None:
-        target = own / "dd"
+        target = folder / f"dd_{rank}"
         source = folder / "step_plain" / f"__{rank}_0.distcp"
         command = ["dd", f"if={source}", f"of={target}", "bs=16M", "conv=fdatasync"]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
