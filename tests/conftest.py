@@ -52,8 +52,11 @@ LEAVE_THREADS = (
     "compare/test_page.py",
     "test_sync.py",
     "train/test_tracking.py",
+    "models/test_kernels_rows_in_use.py",
+    "models/test_no_wait.py",
 )
-"""Files after which threads of W&B, V8 or asyncio live on in this process: nothing forks then."""
+"""Files after which threads of W&B, V8, asyncio or gloo live on in this process: nothing forks
+then."""
 
 
 OF_A_COMMAND = ("PYTORCH_ALLOC_CONF", "RAYON_NUM_THREADS")

@@ -5,7 +5,9 @@ gradient in float32, and casts it: 14 bytes for each of their values in passes t
 Tensor cores multiply bfloat16 exactly into float32. What is left is the gradient of the logits,
 which is float32 and small. It is given as the sum of two bfloat16 matrices, so that both gradients
 are one bfloat16 GEMM each, and nothing but their last bits is lost (2^-17 of a value; the TF32 that
-the stock function multiplies in keeps 2^-11). An infinite gradient becomes NaN.
+the stock function multiplies in keeps 2^-11). An infinite gradient becomes NaN. (Of a few hundred
+tokens cuBLAS may add up the tokens' gradient in parts that are bfloat16, unless PyTorch's
+`allow_bf16_reduced_precision_reduction` is off; of a training batch's it need not.)
 """
 
 import torch

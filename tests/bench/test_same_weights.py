@@ -12,6 +12,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from models.cpu_attention import CausalAttention, RotaryPositions
@@ -42,7 +44,8 @@ def stock(config: Config) -> GPTModel:
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     gpt = GPTModel(
         TransformerConfig(**arguments),
-        spec,
+        # Or the last norm is TransformerEngine's, where that is installed.
+        TransformerBlockSubmodules([spec] * model.num_layers, WrappedTorchNorm),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_len,
         position_embedding_type="rope",

@@ -11,8 +11,9 @@ the same bits. `swiglu_backward_quantize` adds what an FP8 backward pass needs n
 FP8 blocks for dgrad, and the activation once more for wgrad, from the same h that is in registers
 anyway, instead of another pass that reads h.
 
-Given `offsets`, rows after the last expert's are not read, and nothing is written there but zeros
-as their scales: where room for rows is set aside, a fifth of all rows may be such.
+Given `offsets`, rows after the last expert's are not read, and nothing is written there but, in the
+forward pass, zeros as their scales: where room for rows is set aside, a fifth of all rows may be
+such.
 
 All arithmetic is float32. Against the reference the results are off by at most one unit in the last
 place of bfloat16, since the exponential and the division are the GPU's fast ones, and `dprobs` by
