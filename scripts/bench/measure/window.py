@@ -34,7 +34,8 @@ class Window:
     peak_allocated_gib: float | None
     """Peak memory of tensors, on the rank with the most; None on a CPU."""
     first_loss: float
-    """Mean loss of the very first step, with the weights that all stacks begin with."""
+    """Mean loss of the very first step, with the weights that all stacks but stock's `fp8_param`
+    begin with."""
     final_loss: float
     """Mean loss of the window's last step."""
     dropped_rows: int = 0
