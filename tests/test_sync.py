@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import DecodeError
 
+from tests.support import ctrl_c
 from tests.support.fake_wandb import FakeWandb, fake_wandb
 from tests.train.test_tracking import records
 from train.config import load
@@ -256,7 +257,7 @@ def sending(runs: Path, tmp_path: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         ["bash", "scripts/sync.sh", str(first)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=ctrl_c.heard,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not pid.exists():

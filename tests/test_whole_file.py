@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench.results import write_json
+from tests.support import ctrl_c
 from train import whole_file
 from train.whole_file import whole
 
@@ -83,8 +84,9 @@ def test_ctrl_c_ends_a_command_in_one_line():
     code = "import time\nfrom scripts import terminal\n"
     code += "terminal.run(lambda: print('begun', flush=True) or time.sleep(60))"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=ctrl_c.heard,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         os.kill(process.pid, signal.SIGINT)
