@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from train import parallel, preflight
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.parallel import Ranks
 
 
@@ -34,6 +34,15 @@ def or_one_line(run: Callable[[], int]) -> int:
         else:
             time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
         return 2
+
+
+def prepare(configs: Sequence[Config]) -> None:
+    """Before CUDA or TransformerEngine start: raises ConfigError where the ranks do not fit one of
+    them, and makes GPUs deterministic where the first says so."""
+    for config in configs:
+        check_world(config, world_size_from_env())
+    if configs[0].train.deterministic:
+        preflight.make_deterministic()
 
 
 def start(config: Config) -> Ranks:

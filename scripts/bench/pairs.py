@@ -31,14 +31,14 @@ from models.fp8.operations import VARIANTS
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results
-from scripts.bench.command import or_one_line, positive, start
+from scripts.bench.command import or_one_line, positive, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure.window import without_collector
 from scripts.bench.stacks import inputs
 from scripts.bench.stacks.ours import Ours, use_runtime
 from scripts.bench.stacks.spec import Spec, config_of, parse_all
-from train import parallel, preflight
-from train.config import Config, ConfigError, check_world, world_size_from_env
+from train import parallel
+from train.config import Config, ConfigError
 from train.data.batches import Batch
 from train.failure import run_process
 from train.metrics.throughput import GIB
@@ -216,15 +216,11 @@ def say(row: PairRow) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Measure every pair. Raises ConfigError before any process group starts."""
     pairs = [parse_pair(text) for text in arguments.pairs]
-    configs = []
-    for pair in pairs:
-        config = config_of(
-            pair[0], arguments.config, arguments.overrides, "balanced", arguments.micro_batch
-        )
-        check_world(config, world_size_from_env())
-        configs.append(config)
-    if configs[0].train.deterministic:
-        preflight.make_deterministic()
+    configs = [
+        config_of(first, arguments.config, arguments.overrides, "balanced", arguments.micro_batch)
+        for first, _ in pairs
+    ]
+    prepare(configs)
     ranks = start(configs[0])
     origin = describe_machine(ranks.device, ranks.world_size)
     for pair, config in zip(pairs, configs, strict=True):

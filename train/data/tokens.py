@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from train.data.tokenizer import Tokenizer
+from train.whole_file import unfinished
 
 TOGETHER = 1 << 20
 """Tokens that are written at once."""
@@ -37,7 +38,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         # Of this process only: a killed one may not have ended yet.
-        self.unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        self.unfinished = unfinished(path)
         self.waiting: list[np.ndarray] = []
         self.size = 0
         self.schema = pa.schema([("tokens", pa.from_numpy_dtype(np.dtype(dtype)))])

@@ -25,6 +25,7 @@ from train.data.readers import Document
 from train.data.survey import Counting, Files, Survey, Unit, survey
 from train.data.tokenizer import TOGETHER, Tokenizer
 from train.data.tokens import TokenFile, read_tokens, token_type
+from train.whole_file import whole
 
 PART = 1 << 27
 """Characters of a part, about. Those since its start are tokenized again after a kill. A change of
@@ -101,12 +102,10 @@ class Work:
                         f"{path} is damaged ({reason}); remove it, and the same command makes it "
                         "again"
                     ) from None
-        new = self.mark_of(number).with_suffix(f".{os.getpid()}.unfinished")
-        with new.open("w") as file:
+        with whole(self.mark_of(number)) as new, new.open("w") as file:
             json.dump(files, file)
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self.mark_of(number))
 
     def part_of(self, side: str, number: int, part: int) -> Path:
         return self.folder / f"{side}-{number:05}-{part:03}.arrow"
@@ -122,12 +121,10 @@ class Work:
             raise prepared.damaged(self.folder, reason) from None
 
     def write_survey(self, number: int, found: Survey) -> None:
-        new = self.survey_of(number).with_suffix(f".{os.getpid()}.unfinished")
-        with new.open("wb") as file:
+        with whole(self.survey_of(number)) as new, new.open("wb") as file:
             np.savez(file, **vars(found))
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self.survey_of(number))
 
 
 def survey_unit(work: Work, number: int, report: Report) -> None:

@@ -9,30 +9,31 @@ except ImportError:  # megatron-core 0.16.1, on Python 3.11
 
     def sums() -> dict[str, Tensor]:
         """By name, float32 [layers]: no copies, so that routers keep adding to them."""
-        kept = get_moe_layer_wise_logging_tracker()
-        return {name: entry["values"] for name, entry in kept.items()}
+        return {name: entry["values"] for name, entry in _kept().items()}
 
     def keep(name: str, values: Tensor) -> None:
         """Keep adding to `values`."""
-        get_moe_layer_wise_logging_tracker()[name] = {"values": values}
+        _kept()[name] = {"values": values}
 
-    def clear() -> None:
-        """Start again at zero, with as many layers as the next model has."""
-        get_moe_layer_wise_logging_tracker().clear()
+    _kept = get_moe_layer_wise_logging_tracker
 
 else:
 
     def sums() -> dict[str, Tensor]:
         """By name, float32 [layers]: no copies, so that routers keep adding to them."""
-        return {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}
+        return {name: entry.values for name, entry in _kept().items()}
 
     def keep(name: str, values: Tensor) -> None:
         """Keep adding to `values`."""
-        get_moe_metrics_tracker().metrics[name] = MetricEntry(values)
+        _kept()[name] = MetricEntry(values)
 
-    def clear() -> None:
-        """Start again at zero, with as many layers as the next model has."""
-        get_moe_metrics_tracker().metrics.clear()
+    def _kept() -> dict[str, MetricEntry]:
+        return get_moe_metrics_tracker().metrics
+
+
+def clear() -> None:
+    """Start again at zero, with as many layers as the next model has."""
+    _kept().clear()
 
 
 def rewind(before: dict[str, Tensor]) -> None:

@@ -33,13 +33,13 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from scripts.bench import results, stacks
-from scripts.bench.command import or_one_line, positive, positive_list, start
+from scripts.bench.command import or_one_line, positive, positive_list, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure.window import Window, measure, wait
 from scripts.bench.stacks import Stack, inputs
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
-from train import parallel, preflight
-from train.config import Config, ConfigError, check_world, world_size_from_env
+from train import parallel
+from train.config import Config, ConfigError
 from train.data.batches import Batch
 from train.failure import run_process
 from train.metrics import auxiliary
@@ -68,15 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
         config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)
         for size in arguments.micro_batches or [None]
     ]
-    for config in configs:
-        check_world(config, world_size_from_env())
-    first = configs[0]
-    if first.train.deterministic:
-        preflight.make_deterministic()
+    prepare(configs)
     if arguments.wait_for:
         _load_libraries(spec)
         _wait_for(arguments.wait_for)
-    ranks = start(first)
+    ranks = start(configs[0])
     report: dict[str, Any] = {
         **describe_machine(ranks.device, ranks.world_size),
         "gpus": ranks.world_size,
