@@ -16,6 +16,8 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     figures = [_figures(row, rows) for row in shown]
     for name in MEASURED:
         columns[name] = [row.get(name, ABSENT) for row in figures]
+    if set(columns["repeated steps"]) <= {"0", ABSENT}:
+        del columns["repeated steps"]
     columns["sitting"] = [row.get("sitting", ABSENT) for row in shown]
     common = {
         name: cells[0]
@@ -41,7 +43,7 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 MEASURED = (
     "ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "outside GiB",
-    "kJ/Mtoken", "rows dropped", "busiest rank", "speed / best stock",
+    "kJ/Mtoken", "rows dropped", "repeated steps", "busiest rank", "speed / best stock",
 )  # fmt: skip
 
 
@@ -60,6 +62,7 @@ def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "peak GiB": largest(row.get("peak_allocated_gib")),
         "outside GiB": largest(row.get("outside_allocator_gib")),
         "rows dropped": str(row.get("dropped_rows", ABSENT)),
+        "repeated steps": str(row.get("redone_steps", ABSENT)),
     }
     if load := row.get("busiest_rank"):
         cells["busiest rank"] = f"{load['median']:.2f}"
