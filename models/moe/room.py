@@ -18,19 +18,24 @@ from torch import Tensor
 from models.config import MoEConfig
 from models.fp8.tensor import ceil_div
 
-WINDOW = 20
-"""Steps whose need is remembered: after this many the largest is dropped, and room may shrink.
-
-Routing is most uneven in a run's first steps, and while they are remembered, room stays as wide. In
-120 steps of configs/moe_small.yaml on real text (two H100s, expert_parallel=2), the mean of all
-layers' needs fell from 1.13 to 1.03 even shares, while room stayed at 1.45 with 100 steps. By those
-needs (docs/results/room_needs.json), 20 would have repeated no step either, and left 0.26 shares
-spare in the last 100 steps instead of 0.38; 10 would have repeated two."""
+WINDOW = 10
+"""Steps whose need is remembered: after this many the largest is dropped, and room may shrink."""
 PARTS = 16
 """Room grows and shrinks by this part of a rank's even share: few sizes, so that the allocator
 reuses their memory and does not fragment."""
-SPARE = 8
-"""What is added to the largest need: this part of the even share."""
+SPARE, MOST_SPARE = 8, 2
+"""What is added to the largest need: the largest surprise that is remembered, but at least the
+first of these parts of the even share, an eighth, and at most the second, a half."""
+SURPRISES = 100
+"""Steps whose surprise is remembered: by how much the layer with the largest needed more than in
+the window before. If these were drawn alike, one step of a hundred would surprise more than all of
+these.
+
+Routing changes by leaps, early in a run and in one layer or another, so a surprise counts for all.
+In seven records of natural routing (docs/results/room_needs*.json: 2, 4 and 8 ranks, 120 to 160
+steps), an eighth on the largest need of 20 steps repeats 44 of 1,080 steps, 16 of them after the
+twentieth; this repeats 16 and 1, in as much room at 2 ranks, and 0.2 shares more at 4 and 8, where
+needs leap further. On two H100s that eighth repeated 3 of 30 (docs/performance.md)."""
 
 
 class Room:
@@ -48,6 +53,7 @@ class Room:
         mean over the layers."""
         self._shares = [0.0] * layers
         self._needs: deque[list[int]] = deque(maxlen=WINDOW)  # of each layer
+        self._surprises: deque[int] = deque(maxlen=SURPRISES)  # of the layer with most
         self._open = self._waits = False
         self._lately: list[int] = []  # the largest of `_needs`, of each layer
         self._needed: Tensor | None = None  # int64 [layers], of the attempt that is open
@@ -81,7 +87,9 @@ class Room:
         rows = self.rows[layer]
         if rows is None:  # all micro-batches of an attempt get the same
             step = ceil_div(ceil_div(even, PARTS), alignment) * alignment
-            wanted = self._lately[layer] + ceil_div(even, SPARE)
+            surprise = max(self._surprises, default=0)
+            spare = min(max(surprise, ceil_div(even, SPARE)), ceil_div(even, MOST_SPARE))
+            wanted = self._lately[layer] + spare
             rows = self.rows[layer] = min(ceil_div(wanted, step) * step, most)
             self._shares[layer] = rows / even
             self.share = sum(self._shares) / len(self._shares)
@@ -127,6 +135,9 @@ class Room:
             rows is not None and need > rows for need, rows in zip(needed, self.rows, strict=True)
         ):
             return True
+        if self._lately:
+            leaps = (need - lately for need, lately in zip(needed, self._lately, strict=True))
+            self._surprises.append(max(leaps))
         self._needs.append(needed)
         return False
 
