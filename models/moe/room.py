@@ -18,14 +18,14 @@ from torch import Tensor
 from models.config import MoEConfig
 from models.fp8.tensor import ceil_div
 
-WINDOW = 10
+WINDOW = 20
 """Steps whose need is remembered: after this many the largest is dropped, and room may shrink."""
 PARTS = 16
 """Room grows and shrinks by this part of a rank's even share: few sizes, so that the allocator
 reuses their memory and does not fragment."""
-SPARE, MOST_SPARE = 8, 2
+SPARE, MOST_SPARE = 8, 4
 """What is added to the largest need: the largest surprise that is remembered, but at least the
-first of these parts of the even share, an eighth, and at most the second, a half."""
+first of these parts of the even share, an eighth, and at most the second, a quarter."""
 SURPRISES = 100
 """Steps whose surprise is remembered: by how much the layer with the largest needed more than in
 the window before. If these were drawn alike, one step of a hundred would surprise more than all of
@@ -33,9 +33,9 @@ these.
 
 Routing changes by leaps, early in a run and in one layer or another, so a surprise counts for all.
 In seven records of natural routing (docs/results/room_needs*.json: 2, 4 and 8 ranks, 120 to 160
-steps), an eighth on the largest need of 20 steps repeats 44 of 1,080 steps, 16 of them after the
-twentieth; this repeats 16 and 1, in as much room at 2 ranks, and 0.2 shares more at 4 and 8, where
-needs leap further. On two H100s that eighth repeated 3 of 30 (docs/performance.md)."""
+steps), an eighth always would have repeated 44 of 1,080 steps, 16 of them after the twentieth; this
+would have repeated 20 and 2, in 0.02 to 0.06 shares more at 2 ranks and 0.1 to 0.12 at 4 and 8,
+where needs leap further. On two H100s an eighth repeated 3 of 30 (docs/performance.md)."""
 
 
 class Room:

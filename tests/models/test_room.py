@@ -36,7 +36,7 @@ def rows_of(room: Room, *needs: int, misled: int = 0) -> list[int | None]:
                 room.note(layer, torch.tensor(3))  # of another micro-batch
                 room.note(layer, torch.tensor(rows))
             room.send()
-        assert given[0] in (None, STEP * 3, STEP * 9), "a layer that needs little gets little"
+        assert given[0] in (None, STEP * 3, STEP * 5), "a layer that needs little gets little"
         found.append(given[1])
         if room.ran_out():
             with room.open(wait=True):
@@ -69,12 +69,12 @@ def test_room_follows_what_was_needed():
     assert one["first"] == [None]
     # 1100 and 1/8 of 1024, rounded up to a multiple of 64.
     assert one["wobble"] == {1280}
-    # 1083 and 1/8 of 1024. Then the surprise was 917, of which 1/2 of 1024 counts, in all layers.
-    assert one["overflow"] == [1216, 2560]
-    # The others' 7 and 5 and 512 make nine times 64.
-    assert one["share"] == pytest.approx((576 + 2560 + 576) / EVEN / 3)
-    assert one["bound"] == [2560, MOST, MOST]
-    assert one["shrunk"] == (MOST, 1600)
+    # Then the surprise was 900, of which 1/4 of 1024 counts, in all layers.
+    assert one["overflow"] == [1280, 2304]
+    # The others' 7 and 5 and 256 make five times 64.
+    assert one["share"] == pytest.approx((320 + 2304 + 320) / EVEN / 3)
+    assert one["bound"] == [2304, MOST, MOST]
+    assert one["shrunk"] == (MOST, 1344)
     assert one["calm"] == 1216, "1050 and 1/8 of 1024: the surprises are forgotten"
 
 
@@ -92,13 +92,12 @@ def recorded() -> dict[str, tuple[int, list[list[int]]]]:
 
 
 def on_recorded_needs(rank: int, fixed: bool) -> dict[str, tuple[list[int], float]]:
-    """What Room makes of them, or with `fixed` an eighth on the largest need of 20 steps: steps
+    """What Room makes of them, or with `fixed` an eighth to spare, whatever happened: steps
     that are repeated, and the mean room after the twentieth, in even shares."""
     found = {}
     for name, (even, steps) in recorded().items():
         room, repeated, shares = Room(len(steps[0])), [], []
         if fixed:
-            room._needs = deque(maxlen=20)
             room._surprises = deque(maxlen=0)
         for number, needed in enumerate(steps, 1):
             wait = False
@@ -129,11 +128,12 @@ def test_room_on_needs_that_were_recorded():
         steps = [step for repeated, _ in found.values() for step in repeated]
         return len(steps), sum(step > 20 for step in steps)
 
-    assert repeated(now) == (16, 1)
+    assert repeated(now) == (20, 2)
     assert repeated(fixed) == (44, 16)
     more = {name: now[name][1] - fixed[name][1] for name in now}
     for name, shares in more.items():
-        assert -0.03 < shares < (0.04 if name.endswith(("small", "2 ranks")) else 0.24)
+        low, high = (0.02, 0.065) if name.endswith(("small", "2 ranks")) else (0.09, 0.13)
+        assert low < shares < high, (name, shares)
 
 
 @pytest.mark.parametrize("step", [1, 384, 10_000])
