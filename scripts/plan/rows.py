@@ -92,7 +92,8 @@ def _training(path: Path) -> Iterator[Measured]:
             fits_memory=is_first and which in FITTED_MEMORY,
             fits_time=is_first and which in FITTED_TIME,
             peak_gib=None if peak is None else peak["max"],
-            step_ms=row["step_ms"]["median"],
+            # A plan does not know how often a step is repeated.
+            step_ms=None if row.get("redone_steps") else row["step_ms"]["median"],
             is_assumed=routing == "natural" and shape.expert_ranks > 1,
         )
 

@@ -78,6 +78,53 @@ def test_room_follows_what_was_needed():
     assert one["calm"] == 1216, "1050 and 1/8 of 1024: the surprises are forgotten"
 
 
+def kept(room: Room, *needs: int, thrown_away: int = 0) -> list[int | None]:
+    """P of the only layer in steps that need this; an attempt that may lose rows `thrown_away`
+    more."""
+    found = []
+    for need in needs:
+        for wait in (False, True):
+            with room.open(wait):
+                rows = room.max_rows(0, EVEN, MOST, STEP)
+                room.note(0, torch.tensor(need if wait else need + thrown_away))
+                room.send()
+            found += [] if wait else [rows]
+            if not room.ran_out():
+                break
+    return found
+
+
+def surprises(rank: int) -> tuple[list[int | None], list[int | None]]:
+    failed, lasting = Room(1), Room(1)
+    kept(failed, 1000)
+    after = kept(failed, 1150, thrown_away=100) + kept(failed, 1000)
+    kept(lasting, 1000, 1200)
+    return after, kept(lasting, *[1000] * 101)[-2:]
+
+
+def test_a_surprise_counts_for_a_hundred_steps_and_not_if_its_rows_were_thrown_away():
+    ((after, lasting),) = run_ranks(1, surprises)
+    # 1000 and 128. Then 1150 and 150, though the attempt that lost rows needed 250 more.
+    assert after == [1152, 1344]
+    assert lasting == [1216, 1152], "200 are spared, and then 128"
+
+
+def exactly(rank: int) -> bool:
+    room = Room(1)
+    kept(room, 1000)
+    (rows,) = kept(room, 1000)
+    assert rows == 1152
+    with room.open(wait=False):
+        room.max_rows(0, EVEN, MOST, STEP)
+        room.note(0, torch.tensor(rows))
+        room.send()
+    return room.ran_out()
+
+
+def test_p_rows_are_enough_for_p_rows():
+    assert run_ranks(1, exactly) == [False]
+
+
 def recorded() -> dict[str, tuple[int, list[list[int]]]]:
     """An even share and the rows that each layer needed, step by step: on two GPUs, and counted for
     2, 4 and 8 ranks on a CPU."""

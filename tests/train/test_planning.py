@@ -218,6 +218,8 @@ def test_rows_by_what_the_config_sets_aside():
     assert natural == pytest.approx(1.2 * even, rel=0.02)
     room = rows("moe.capacity=auto")
     assert even * 17 / 16 < room <= even * 10 / 8
+    surprised = rows("moe.capacity=auto", "moe.force_balance=false")
+    assert even * 1.45 < surprised <= even * 1.55
 
 
 @pytest.fixture

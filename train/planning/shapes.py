@@ -8,7 +8,7 @@ from models.config import ModelConfig, MoEConfig
 from models.fp8.linear import DirectLinear, HighPrecisionLinear
 from models.fp8.reference.plan_rows import most_rows
 from models.moe.paths import PATHS
-from models.moe.room import PARTS, SPARE
+from models.moe.room import MOST_SPARE, PARTS, SPARE
 from train.config import Config
 
 UNEVEN = 1.2
@@ -138,7 +138,9 @@ class Shape:
         if self.waits:
             return needed
         part = math.ceil(math.ceil(self.even / PARTS) / step) * step
-        wanted = math.ceil((needed + math.ceil(self.even / SPARE)) / part) * part
+        # The router's choices come as surprises, early in a run as the largest that count.
+        spare = SPARE if uneven == 1.0 else MOST_SPARE
+        wanted = math.ceil((needed + math.ceil(self.even / spare)) / part) * part
         slots = self.tokens * self.expert_ranks * min(self.moe.top_k, local)
         return min(wanted, most_rows(slots, local, step) // step * step)
 
