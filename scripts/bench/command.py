@@ -1,12 +1,14 @@
 """What the commands have in common: counts as arguments, bad input in one line, process groups."""
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from train import parallel, preflight
+from train import parallel, preflight, whole_file
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.parallel import Ranks
 
@@ -21,7 +23,18 @@ def positive(text: str) -> int:
 
 def positive_list(text: str) -> list[int]:
     """Counts with commas between."""
-    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+    try:
+        return list(dict.fromkeys(positive(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of counts with commas") from None
+
+
+def positive_minutes(text: str) -> float:
+    """An argument that is a time."""
+    value = float(text)
+    if not 0 < value < math.inf:  # NaN is not either
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
 
 
 def or_one_line(run: Callable[[], int]) -> int:
@@ -34,6 +47,16 @@ def or_one_line(run: Callable[[], int]) -> int:
         else:
             time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
         return 2
+
+
+def check_out(out: Path | None) -> None:
+    """Before anything is measured: raises ConfigError where this file cannot be written."""
+    if out is None:
+        return
+    try:
+        whole_file.check(out)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
 
 
 def prepare(configs: Sequence[Config]) -> None:

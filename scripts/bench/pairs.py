@@ -31,7 +31,7 @@ from models.fp8.operations import VARIANTS
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results
-from scripts.bench.command import or_one_line, positive, prepare, start
+from scripts.bench.command import check_out, or_one_line, positive, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure.window import without_collector
 from scripts.bench.stacks import inputs
@@ -215,6 +215,7 @@ def say(row: PairRow) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every pair. Raises ConfigError before any process group starts."""
+    check_out(arguments.out)
     pairs = [parse_pair(text) for text in arguments.pairs]
     configs = [
         config_of(first, arguments.config, arguments.overrides, "balanced", arguments.micro_batch)

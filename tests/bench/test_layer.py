@@ -147,6 +147,26 @@ def test_a_run_on_a_cpu_and_its_picture(tmp_path, ranks):
     assert picture.read_text() == first, "two commands, one picture"
 
 
+def test_bad_input_is_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("{}")
+    for argv, line in (
+        (["--plot", str(tmp_path / "none.json")], "no picture of one layer's figures"),
+        (["--plot", str(file)], "no picture of one layer's figures"),
+        (["--out", str(file / "x.json")], "cannot be written: Not a directory"),
+    ):
+        assert main(argv) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert said.startswith("error: ")
+        assert line in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    assert main(["--device", "cuda"]) == 2
+    assert "error: --device cuda: PyTorch sees no GPU here" in capsys.readouterr().err
+
+
 def test_every_part_of_a_layer_has_a_colour():
     assert [part for part in plots.PART_COLORS if part != "wrap"] == [*PARTS, "other"]
     assert len(set(plots.PART_COLORS.values())) == len(plots.PART_COLORS)

@@ -292,6 +292,48 @@ def test_a_process_that_dies_leaves_a_row(tmp_path):
     assert not report["rows"]
 
 
+def test_what_failed_first_is_a_row_like_others_once_it_ran(tmp_path, monkeypatch):
+    argv = ("--stacks", "bf16", "--screen", "4", "--repeats", "1", "--sitting", "monday")
+    report = plan(tmp_path, *argv, "--process-minutes", "0.001")
+    assert "error" in report["rows"][0]
+    Machine(monkeypatch, {"bf16": {4: 0.1}})
+    (row,) = plan(tmp_path, *argv)["rows"]
+    assert "error" not in row
+    assert (row["repeats"], row["version"], row["global_batch"]) == (1, "abc", 8)
+
+
+def test_a_sitting_is_of_one_machine_and_one_commit(tmp_path, monkeypatch, capsys):
+    argv = ("--stacks", "bf16", "--screen", "4", "--sitting", "monday", "--repeats")
+    Machine(monkeypatch, {"bf16": {4: 0.1}})
+    plan(tmp_path, *argv, "1")
+    path = tmp_path / "train_demo_cpu.json"
+    before = path.read_text().replace('"abc"', '"of last week"')
+    path.write_text(before)
+    keys = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv, "2"]
+    assert train.main(keys) == 2
+    assert "--sitting monday was measured on another machine" in capsys.readouterr().err
+    assert path.read_text() == before
+    assert train.main([*keys, "--sitting", "tuesday"]) == 0
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("flag", ["--minutes", "--process-minutes"])
+def test_minutes_are_positive(flag, minutes, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--gpus", "2", "--out", str(tmp_path), flag, minutes])
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
+def test_where_it_cannot_write_it_measures_nothing(tmp_path, monkeypatch, capsys):
+    machine = Machine(monkeypatch, {"bf16": {4: 0.1}})
+    file = tmp_path / "file"
+    file.write_text("")
+    argv = [*TINY, "--gpus", "2", "--stacks", "bf16", "--screen", "4", "--out", str(file)]
+    assert train.main(argv) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert not machine.processes
+
+
 def test_one_micro_batch_needs_no_screening(tmp_path, monkeypatch):
     machine = Machine(monkeypatch, {"bf16": {4: 0.1}})
     report = plan(tmp_path, "--stacks", "bf16", "--screen", "4", "--repeats", "2")

@@ -27,11 +27,13 @@ import torch.distributed as dist
 
 from models.config import PATH_NAMES, PathName
 from models.moe.runtime import Runtime
+from scripts.bench.command import check_out, or_one_line
 from scripts.bench.layer.profile import PASSES, profile_layer
 from scripts.bench.layer.setup import SHAPES, Layer, Shape, fit
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import Row, spread, write_json
 from train import parallel
+from train.config import ConfigError
 from train.profiling.moe import timed_runtime
 from train.profiling.timer import Lap, Timer
 
@@ -159,7 +161,10 @@ def line(row: Row) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every shape, on the GPUs of all ranks or on a CPU."""
+    """Measure every shape, on the GPUs of all ranks or on a CPU. Raises ConfigError."""
+    check_out(args.out)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; leave --device out")
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = parallel.start("cuda" if on_gpu else "cpu", world_size, seed=0, timeout_s=600)
@@ -197,6 +202,18 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any("error" in row for row in rows) else 0
 
 
+def draw(source: Path, picture: Path) -> int:
+    """The picture alone. Raises ConfigError."""
+    from scripts.bench.plots import plot
+
+    try:
+        plot(source, picture)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--plot {source}: no picture of one layer's figures: {error}") from None
+    print(picture)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.layer",
@@ -217,14 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/moe_layer.svg"))
     args = parser.parse_args(argv)
     if args.plot:
-        from scripts.bench.plots import plot
-
-        plot(args.plot, args.picture)
-        print(args.picture)
-        return 0
+        return or_one_line(lambda: draw(args.plot, args.picture))
     if args.repeats < 1 or args.tokens < 1:
         parser.error("--repeats and --tokens must be at least 1")
-    return run(args)
+    return or_one_line(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,14 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from scripts.bench import results, stacks
-from scripts.bench.command import or_one_line, positive, positive_list, prepare, start
+from scripts.bench.command import (
+    check_out,
+    or_one_line,
+    positive,
+    positive_list,
+    prepare,
+    start,
+)
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure.window import Window, measure, wait
 from scripts.bench.stacks import Stack, inputs
@@ -63,6 +70,7 @@ class Failure:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every micro-batch. Raises ConfigError before any process group starts."""
+    check_out(arguments.out)
     spec = parse(arguments.stack)
     configs = [
         config_of(spec, arguments.config, arguments.overrides, arguments.routing, size)

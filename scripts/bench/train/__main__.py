@@ -37,6 +37,7 @@ left behind.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,13 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import PATH_NAMES
-from scripts.bench.command import or_one_line, positive, positive_list
+from scripts.bench.command import (
+    check_out,
+    or_one_line,
+    positive,
+    positive_list,
+    positive_minutes,
+)
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
 from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
@@ -67,8 +74,11 @@ def bench(arguments: argparse.Namespace) -> int:
         for routing in arguments.routings
     }
     path = arguments.out / f"train_{Path(arguments.config).stem}.json"
+    check_out(path)
     try:
         content = train_rows.read(path, _empty_file(arguments))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--out: {path} is not a whole JSON file: {error}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out: {error}") from None
     sitting = Sitting(arguments, content, path)
@@ -216,10 +226,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="processes of each stack at its best micro-batch; 5")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat; 20")
     parser.add_argument("--warmup", type=positive, default=5, help="steps before them; 5")
-    parser.add_argument("--minutes", type=float, help="begin no process that might end later")
+    parser.add_argument(
+        "--minutes", type=positive_minutes, help="begin no process that might end later"
+    )
     parser.add_argument("--ahead", action="store_true",
                         help="let the next process load its libraries meanwhile")  # fmt: skip
-    parser.add_argument("--process-minutes", type=float, default=6, help="at most, of a process")
+    parser.add_argument(
+        "--process-minutes", type=positive_minutes, default=6, help="at most, of a process"
+    )
     parser.add_argument("--sitting", help="its name; default: the time")
     parser.add_argument("--out", type=Path, default=Path("docs/results"),
                         help="folder of the JSON file; docs/results")  # fmt: skip

@@ -6,13 +6,15 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scripts.bench import results
 from scripts.bench.results import Row
 from scripts.bench.stacks.spec import Spec
 from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Process, Task
+from scripts.bench.train.rows import TrainingRow
+from train.config import ConfigError
 
 PROCESS_MINUTES = 1.5
 """Minutes to reserve for a process that has not run yet."""
@@ -71,7 +73,12 @@ class Sitting:
         found = report.pop("results")
         if "machine" in report:
             origin = {name: report[name] for name in ("machine", "versions", "commit")}
-            self.content["sittings"].setdefault(self.name, origin)
+            before = self.content["sittings"].setdefault(self.name, origin)
+            if _same(before) != _same(origin):
+                raise ConfigError(
+                    f"--sitting {self.name} was measured on another machine, by other versions or "
+                    "at another commit; give this one another name"
+                )
             self.content |= origin
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
@@ -93,6 +100,8 @@ class Sitting:
             row["error"] = found["error"]
             self.failed.add((task.spec, task.routing, found["micro_batch"]))
         else:
+            row |= cast(TrainingRow, key)  # one that only failed so far lacks what a result says
+            row.pop("error", None)
             device_name = self.content["sittings"][self.name]["machine"]["device_name"]
             train_rows.add(row, found, task.config, device_name)
         results.write_json(self.path, self.content)
@@ -103,3 +112,9 @@ class Sitting:
         if spec.stack == "ours":
             return origin.get("commit")
         return origin.get("versions", {}).get("megatron-core")
+
+
+def _same(origin: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a sitting share: the machine, whatever part of it they take."""
+    machine = {name: value for name, value in origin["machine"].items() if name != "devices"}
+    return {**origin, "machine": machine}
