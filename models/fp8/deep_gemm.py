@@ -5,11 +5,17 @@
 It needs GEMM_READY scales, and the expert of each row. The permute and quantize kernels write such
 scales directly, so nothing is transposed.
 
-It compiles a kernel for each number of multiprocessors that it uses, and uses no more than its
-waves of tiles need. So another P, the rows of all experts, can mean another kernel: on an H100 7 s
-in which the run stands still. Where layers wait for the count of their rows, P differs from layer
-to layer. `rows_step` says which P one kernel serves.
+It compiles a kernel for each number of multiprocessors that it uses, and up to version 2.1 uses no
+more than its waves of tiles need. So another P, the rows of all experts, can mean another kernel:
+on an H100 7 s in which the run stands still. Where layers wait for the count of their rows, P
+differs from layer to layer. `rows_step` says which P one kernel serves.
+
+Versions 2.1 and older are given the expert of each row, and load tiles behind the last expert's
+too, to write zeros there. Newer ones can be given the row at which each expert ends
+(`use_psum_layout`), visit no other tile, and can be told what to choose a kernel by.
 """
+
+from typing import Any
 
 import deep_gemm  # type: ignore[import-not-found]
 import torch
@@ -21,8 +27,10 @@ from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layo
 
 GEMM_LAYOUT = Layout.GEMM_READY
 
+TAKES_ENDS = "use_psum_layout" in (deep_gemm.m_grouped_fp8_gemm_nt_contiguous.__doc__ or "")
+
 # Of the offsets that are alive: each serves two GEMMs forward and two backward.
-_experts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def rows_step() -> int:
@@ -33,9 +41,9 @@ def rows_step() -> int:
     and a width that does not depend on P.
 
     On an H100 these are 16,896 rows. What is rounded up costs memory, so layers with fewer rows
-    than that pay most.
+    than that pay most. Where it takes ends, one kernel serves every P.
     """
-    return BLOCK * deep_gemm.get_num_sms()
+    return 1 if TAKES_ENDS else BLOCK * deep_gemm.get_num_sms()
 
 
 def grouped_gemm(
@@ -44,7 +52,7 @@ def grouped_gemm(
     """fprop: `x [P, K]` GEMM_READY, `w [E, N, K]` to bfloat16 `[P, N]`.
 
     `offsets [E + 1]` int64 on the device, multiples of 128, are trusted. Rows after the last
-    segment are not written. Within the bound of the Triton kernel of the same name; on Hopper the
+    segment are anything. Within the bound of the Triton kernel of the same name; on Hopper the
     two gave the same bits. Raises ValueError for COMPACT scales, TypeError for another dtype.
     """
     if x.layout is not GEMM_LAYOUT:
@@ -53,10 +61,16 @@ def grouped_gemm(
         raise TypeError(f"DeepGEMM writes bfloat16, not {out_dtype}")
     y = torch.empty(x.rows, w.data.shape[1], dtype=out_dtype, device=x.device)
     if y.numel():
-        experts = _experts.get(offsets)
-        if experts is None:
-            experts = _experts[offsets] = row_experts(offsets, x.rows)
+        layout = _layouts.get(offsets)
+        if layout is None:
+            layout = _layouts[offsets] = (
+                offsets[1:].to(torch.int32) if TAKES_ENDS else row_experts(offsets, x.rows)
+            )
+        ends: dict[str, Any] = {}
+        if TAKES_ENDS:  # whole waves for each expert, so that the choice depends on nothing else
+            waves = BLOCK * deep_gemm.get_num_sms()
+            ends = {"use_psum_layout": True, "expected_m_for_psum_layout": waves}
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-            (x.data, x.row_scales), (w.data, w.scale_inv), y, experts
+            (x.data, x.row_scales), (w.data, w.scale_inv), y, layout, **ends
         )
     return y
