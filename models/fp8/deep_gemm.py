@@ -27,6 +27,7 @@ from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layo
 
 GEMM_LAYOUT = Layout.GEMM_READY
 
+VERSION: str = deep_gemm.__version__
 TAKES_ENDS = "use_psum_layout" in (deep_gemm.m_grouped_fp8_gemm_nt_contiguous.__doc__ or "")
 
 # Of the offsets that are alive: each serves two GEMMs forward and two backward.

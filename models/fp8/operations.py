@@ -229,8 +229,13 @@ def _choose_gemms(path: PathName, kernels: Operations, said: str) -> Chosen:
     except Exception as error:
         state = "not installed" if _is_missing(error, "deep_gemm") else f"broken: {error}"
         return Chosen(chosen, f"{said}; DeepGEMM, which is faster for FP8, is {state}")
+    from models.fp8 import deep_gemm
+
     chosen = cublas_bf16_deep_gemm_fp8 if cublas else deep_gemm_fp8
-    return Chosen(chosen, f"{said}, grouped_gemm by DeepGEMM")
+    said += f", grouped_gemm by DeepGEMM {deep_gemm.VERSION}"
+    if not deep_gemm.TAKES_ENDS:
+        said += " (2.6 leaves out rows that nothing came in)"
+    return Chosen(chosen, said)
 
 
 def why_not(path: PathName, device: str) -> str | None:
