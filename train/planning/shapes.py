@@ -120,6 +120,20 @@ class Shape:
         return self.moe.capacity == "default" and self.expert_ranks > 1 and not one_node
 
     @property
+    def uneven(self) -> float:
+        """Share of rows of the group's most loaded rank, as a multiple of the even one."""
+        return 1.0 if self.moe.force_balance or self.expert_ranks == 1 else UNEVEN
+
+    @property
+    def needed(self) -> int:
+        """Rows that a rank's experts compute, padding included: kernels leave the others of P
+        alone, except for DeepGEMM up to version 2.1."""
+        if self.full:
+            return self.even
+        step = PATHS[self.moe.path].ROW_ALIGNMENT
+        return math.ceil(self.even * self.uneven + self.local_experts * step / 2)  # half a step each
+
+    @property
     def rows(self) -> int:
         """Rows of the experts' buffers, P: padding and room included.
 
@@ -133,14 +147,12 @@ class Shape:
         capacity, local = self.moe.capacity, self.local_experts
         if isinstance(capacity, int | float) and not isinstance(capacity, bool):
             return (math.ceil(self.even * capacity / step) + local) * step
-        uneven = 1.0 if self.moe.force_balance or self.expert_ranks == 1 else UNEVEN
-        needed = math.ceil(self.even * uneven + local * step / 2)  # half a step an expert
         if self.waits:
-            return needed
+            return self.needed
         part = math.ceil(math.ceil(self.even / PARTS) / step) * step
         # The router's choices come as surprises, early in a run as the largest that count.
-        spare = SPARE if uneven == 1.0 else MOST_SPARE
-        wanted = math.ceil((needed + math.ceil(self.even / spare)) / part) * part
+        spare = SPARE if self.uneven == 1.0 else MOST_SPARE
+        wanted = math.ceil((self.needed + math.ceil(self.even / spare)) / part) * part
         slots = self.tokens * self.expert_ranks * min(self.moe.top_k, local)
         return min(wanted, most_rows(slots, local, step) // step * step)
 
