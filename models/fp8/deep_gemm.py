@@ -2,23 +2,25 @@
 
     https://github.com/deepseek-ai/DeepGEMM, installed by its own guide; it compiles at first use
 
-It needs GEMM_READY scales, and the expert of each row. The permute and quantize kernels write such
-scales directly, so nothing is transposed.
+It needs GEMM_READY scales. The permute and quantize kernels write such scales directly, so nothing
+is transposed.
 
-It compiles a kernel for each number of multiprocessors that it uses, and up to version 2.1 uses no
-more than its waves of tiles need. So another P, the rows of all experts, can mean another kernel:
-on an H100 7 s in which the run stands still. Where layers wait for the count of their rows, P
-differs from layer to layer. `rows_step` says which P one kernel serves.
+Older versions are given the expert of each row. Of the rows behind the last expert's they compute
+nothing, but load their tiles, and write zeros. And they use no more multiprocessors than their
+waves of tiles need, and compile a kernel for each number of them: another P, the rows of all
+experts, can mean another kernel, on an H100 7 s in which the run stands still. Where layers wait
+for the count of their rows, P differs from layer to layer. `rows_step` says which P one kernel
+serves.
 
-Versions 2.1 and older are given the expert of each row, and load tiles behind the last expert's
-too, to write zeros there. Newer ones can be given the row at which each expert ends
-(`use_psum_layout`), visit no other tile, and can be told what to choose a kernel by.
+Version 2.6 is given the row at which each expert ends (`use_psum_layout`), visits no other tile,
+and is told what to choose a kernel by, so that P does not count.
 """
 
 from typing import Any
 
 import deep_gemm  # type: ignore[import-not-found]
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,8 +29,11 @@ from models.fp8.tensor import BLOCK, BlockScaledTensor, BlockScaledWeights, Layo
 
 GEMM_LAYOUT = Layout.GEMM_READY
 
-VERSION: str = deep_gemm.__version__
-TAKES_ENDS = "use_psum_layout" in (deep_gemm.m_grouped_fp8_gemm_nt_contiguous.__doc__ or "")
+VERSION: str = getattr(deep_gemm, "__version__", "2.1.0")  # the last that does not say
+# 2.3 has the argument too, and refuses it on Hopper.
+TAKES_ENDS = Version(VERSION) >= Version("2.6")
+SAID = f"DeepGEMM {VERSION}" + ("" if TAKES_ENDS else " (2.6 leaves out rows that nothing came in)")
+"""For the user."""
 
 # Of the offsets that are alive: each serves two GEMMs forward and two backward.
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()

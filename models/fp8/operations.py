@@ -232,10 +232,7 @@ def _choose_gemms(path: PathName, kernels: Operations, said: str) -> Chosen:
     from models.fp8 import deep_gemm
 
     chosen = cublas_bf16_deep_gemm_fp8 if cublas else deep_gemm_fp8
-    said += f", grouped_gemm by DeepGEMM {deep_gemm.VERSION}"
-    if not deep_gemm.TAKES_ENDS:
-        said += " (2.6 leaves out rows that nothing came in)"
-    return Chosen(chosen, said)
+    return Chosen(chosen, f"{said}, grouped_gemm by {deep_gemm.SAID}")
 
 
 def why_not(path: PathName, device: str) -> str | None:

@@ -14,7 +14,7 @@ def flops(shape: Shape) -> dict[str, float]:
     hidden = model.hidden_size
     shared = 3 * hidden * (shape.moe.shared_ffn_hidden_size or 0)
     dense = layers * (2 * hidden * (shape.query + shape.key) + shared) + hidden * model.vocab_size
-    one_pass = 2 * shape.needed * 3 * hidden * shape.moe.ffn_hidden_size * layers
+    one_pass = 2 * shape.computed * 3 * hidden * shape.moe.ffn_hidden_size * layers
     return {
         # Causal: half of the scores. Backward computes five products, forward two.
         "attention": 7 * model.seq_len * shape.query * tokens * layers,
@@ -27,7 +27,7 @@ def flops(shape: Shape) -> dict[str, float]:
 
 def moved(shape: Shape) -> float:
     """Bytes that the experts' kernels other than GEMMs read and write, of a micro-batch."""
-    hidden, ffn, rows = shape.model.hidden_size, shape.moe.ffn_hidden_size, shape.needed
+    hidden, ffn, rows = shape.model.hidden_size, shape.moe.ffn_hidden_size, shape.computed
     received, tokens = shape.received * hidden, shape.tokens * hidden
     wide = rows * hidden
     forward: float

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from models.config import PATH_NAMES
+from models.moe.paths import PATHS
 from scripts.plan import work
 from scripts.plan.__main__ import main
 from scripts.plan.machines import MACHINES
@@ -47,6 +48,28 @@ def test_what_is_dispatched_is_what_training_counted():
         wide = 2 if row["path"] == "bf16" else 1
         planned = work.out_bytes(one) * wide * one.micro_batches * one.ranks / 2**20
         assert planned == pytest.approx(float(row["dispatched MiB/step"]), abs=0.06)
+
+
+def test_time_counts_the_rows_that_are_computed():
+    """Not those that room is set aside for, where kernels leave them alone."""
+    natural = ["moe.force_balance=false", "moe.capacity=auto"]
+    of_paths = {path: shape(*natural, f"moe.path={path}") for path in PATH_NAMES}
+    for path, one in of_paths.items():
+        come = one.even * 1.2 + one.local_experts * PATHS[path].ROW_ALIGNMENT / 2
+        if path in ("fp8_baseline", "fp8_compact"):
+            assert one.computed == one.rows, path
+        else:
+            assert one.computed == pytest.approx(come, abs=1), path
+        assert come + one.even / 4 <= one.rows <= come + one.even * (1 / 4 + 1 / 8), path
+    waits = shape("moe.force_balance=false", "moe.capacity=null")
+    assert waits.computed == waits.rows
+    drops = shape("moe.force_balance=false", "moe.capacity=1.02")
+    assert drops.computed == drops.rows < of_paths["fp8_direct"].computed
+    for keys in (natural, ["moe.capacity=null"]):  # every token comes to every expert
+        few = shape(*natural, *keys, "moe.num_experts=4", "moe.top_k=4")
+        assert few.computed == few.rows == few.tokens * 4
+    full = replace(shape(*natural), full=True)
+    assert full.computed == full.rows == full.even
 
 
 def test_flops_are_those_of_mfu():

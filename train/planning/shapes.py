@@ -120,26 +120,12 @@ class Shape:
         return self.moe.capacity == "default" and self.expert_ranks > 1 and not one_node
 
     @property
-    def uneven(self) -> float:
-        """Share of rows of the group's most loaded rank, as a multiple of the even one."""
-        return 1.0 if self.moe.force_balance or self.expert_ranks == 1 else UNEVEN
-
-    @property
-    def needed(self) -> int:
-        """Rows that a rank's experts compute, padding included: kernels leave the others of P
-        alone, except for DeepGEMM up to version 2.1."""
-        if self.full:
-            return self.even
-        step = PATHS[self.moe.path].ROW_ALIGNMENT
-        return math.ceil(self.even * self.uneven + self.local_experts * step / 2)  # half a step each
-
-    @property
     def rows(self) -> int:
         """Rows of the experts' buffers, P: padding and room included.
 
-        But not what DeepGEMM adds: with it P is rounded up to whole waves of tiles (`rows_step` in
-        models/fp8/deep_gemm.py), 16,896 rows on an H100. A plan knows neither whether it will be
-        installed nor the GPU's multiprocessors.
+        But not what DeepGEMM before 2.6 adds: with it P is rounded up to whole waves of tiles
+        (`rows_step` in models/fp8/deep_gemm.py), 16,896 rows on an H100. A plan knows neither
+        whether it will be installed nor the GPU's multiprocessors.
         """
         if self.full:
             return self.even
@@ -148,13 +134,39 @@ class Shape:
         if isinstance(capacity, int | float) and not isinstance(capacity, bool):
             return (math.ceil(self.even * capacity / step) + local) * step
         if self.waits:
-            return self.needed
+            return self._needed
         part = math.ceil(math.ceil(self.even / PARTS) / step) * step
         # The router's choices come as surprises, early in a run as the largest that count.
-        spare = SPARE if self.uneven == 1.0 else MOST_SPARE
-        wanted = math.ceil((self.needed + math.ceil(self.even / spare)) / part) * part
+        spare = SPARE if self._uneven == 1.0 else MOST_SPARE
+        wanted = math.ceil((self._needed + math.ceil(self.even / spare)) / part) * part
+        return min(wanted, self._most)
+
+    @property
+    def computed(self) -> int:
+        """Rows that the experts' kernels compute and move. TransformerEngine's take all of P; the
+        others leave room that nothing came in alone, except for DeepGEMM before 2.6."""
+        return self.rows if self.linear == "stock" else min(self.rows, self._needed)
+
+    @property
+    def _needed(self) -> int:
+        """Rows that come to a rank's experts, padding included: half a step for each of them."""
+        if self.full:
+            return self.even
+        step = PATHS[self.moe.path].ROW_ALIGNMENT
+        come = math.ceil(self.even * self._uneven + self.local_experts * step / 2)
+        return min(come, self._most)
+
+    @property
+    def _uneven(self) -> float:
+        """Rows of the most loaded rank of a group as a multiple of the even share."""
+        return 1.0 if self.moe.force_balance or self.expert_ranks == 1 else UNEVEN
+
+    @property
+    def _most(self) -> int:
+        """Rows that any routing can need."""
+        step, local = PATHS[self.moe.path].ROW_ALIGNMENT, self.local_experts
         slots = self.tokens * self.expert_ranks * min(self.moe.top_k, local)
-        return min(wanted, most_rows(slots, local, step) // step * step)
+        return most_rows(slots, local, step) // step * step
 
     @property
     def sent_share(self) -> float:

@@ -161,7 +161,11 @@ def _te_grouped(run: Run, ops: ModuleType, te_grouped: ModuleType, p: GemmProble
 def deep_gemm_forward(
     deep_gemm: ModuleType, x: tuple[Tensor, Tensor], w: BlockScaledWeights, experts_of_rows: Tensor
 ) -> Tensor:
-    """DeepGEMM's forward GEMM of rows that lie together by expert; `experts_of_rows` int32 [P]."""
+    """DeepGEMM's forward GEMM of rows that lie together by expert; `experts_of_rows` int32 [P].
+
+    The call that all versions take. Paths tell version 2.6 where rows end
+    (models/fp8/deep_gemm.py), which is the same work here, where every row is an expert's.
+    """
     y = torch.empty(len(x[0]), w.data.shape[1], device="cuda", dtype=torch.bfloat16)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(x, (w.data, w.scale_inv), y, experts_of_rows)
     return y
