@@ -363,6 +363,10 @@ def test_the_whole_plan_on_a_cpu(tmp_path):
                                              "'triton'"),
         (["--stacks", "bf16:per_expert"], "stack bf16:per_expert: bf16 takes no 'per_expert'"),
         (["--stacks", "stock:fp8:fast"], "stack stock:fp8:fast: fp8 takes no 'fast'"),
+        (["--stacks", "bf16:prepare:prepare"], "stack bf16:prepare:prepare: 'prepare' is given "
+                                               "twice; once does it"),
+        (["--stacks", "stock:fp8:grouped:grouped"], "stack stock:fp8:grouped:grouped: 'grouped' is "
+                                                    "given twice; once does it"),
         (["--stacks", ""], "no stack is named: nothing to measure"),
         (["--stacks", "bf16,bf16"], "a stack is named twice"),
         (["--stacks", "bf16", "data.document_mask=true"],
