@@ -170,7 +170,8 @@ class Machine:
         found = []
         for size in task.sizes:
             seconds = self.speeds[str(task.spec)][size]
-            one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none"}
+            one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none",
+                                   "warmup_steps": task.warmup}  # fmt: skip
             if isinstance(seconds, str):
                 one["error"] = seconds
             else:
@@ -314,6 +315,43 @@ def test_a_sitting_is_of_one_machine_and_one_commit(tmp_path, monkeypatch, capsy
     assert "--sitting monday was measured on another machine" in capsys.readouterr().err
     assert path.read_text() == before
     assert train.main([*keys, "--sitting", "tuesday"]) == 0
+
+
+@pytest.mark.parametrize("screen", ["4", "2,4"])
+@pytest.mark.parametrize("option", ["--steps", "--warmup"])
+def test_a_row_gets_no_windows_of_another_length(tmp_path, monkeypatch, capsys, option, screen):
+    machine = Machine(monkeypatch, {"bf16": {2: 0.2, 4: 0.1}, "fp8_direct": {2: 1, 4: 1}})
+    argv = ("--screen", screen, "--steps", "4", "--warmup", "3", "--sitting", "monday")
+    plan(tmp_path, "--stacks", "bf16", *argv, "--repeats", "1")
+    path = tmp_path / "train_demo_cpu.json"
+    before, processes = path.read_text(), machine.processes
+    keys = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv, "--repeats", "2"]
+    others = [*keys, "--stacks", "fp8_direct,bf16", option, "7"]
+    capsys.readouterr()
+    assert train.main(others) == 2
+    asked = {"--steps": 4, "--warmup": 3}[option]
+    assert capsys.readouterr().err == (
+        f"error: {option} 7: in sitting monday, {path} has windows of bf16, balanced, micro-batch "
+        f"4, with {option} {asked}; give that, or another --sitting\n"
+    )
+    assert machine.processes == processes, "something was started"
+    assert path.read_text() == before
+    assert train.main([*keys, "--stacks", "bf16", option, "7", "--sitting", "tuesday"]) == 0
+    assert train.main([*keys, "--stacks", "bf16"]) == 0
+    if screen == "4":  # another micro-batch is another row
+        others = [*keys, "--stacks", "bf16", option, "7", "--screen", "2"]
+        assert train.main(others) == 0
+
+
+def test_a_row_that_does_not_say_its_warm_up_is_continued(tmp_path, monkeypatch):
+    Machine(monkeypatch, {"bf16": {4: 0.1}})
+    argv = ("--stacks", "bf16", "--screen", "4", "--sitting", "monday", "--repeats")
+    plan(tmp_path, *argv, "1")
+    path = tmp_path / "train_demo_cpu.json"
+    older = json.loads(path.read_text())
+    del older["rows"][0]["warmup_steps"]
+    path.write_text(json.dumps(older))
+    assert plan(tmp_path, *argv, "2")["rows"][0]["repeats"] == 2
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
