@@ -106,7 +106,7 @@ class Sitting:
             self.content |= origin
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
-        found += [{"micro_batch": size, "error": f"process ended: {ended}"} for size in missing]
+        found += [{"micro_batch": size, "error": ended} for size in missing]
         self.longest = max(self.longest, time.monotonic() - begin)
         return found
 
