@@ -37,7 +37,6 @@ from torch.profiler import profile
 
 from scripts.bench import results, stacks
 from scripts.bench.command import (
-    check_out,
     or_one_line,
     positive,
     positive_list,
@@ -56,6 +55,7 @@ from train.failure import run_process
 from train.metrics import auxiliary
 from train.metrics.throughput import GIB
 from train.parallel import Ranks
+from train.whole_file import check_out
 
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """Texts of errors after which neither this rank nor its peers can continue."""

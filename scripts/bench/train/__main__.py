@@ -49,7 +49,6 @@ from rich.table import Table
 
 from models.config import PATH_NAMES
 from scripts.bench.command import (
-    check_out,
     or_one_line,
     positive,
     positive_list,
@@ -60,6 +59,7 @@ from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
 from scripts.bench.train.sitting import Sitting
 from train.config import Config, ConfigError, check_world
+from train.whole_file import check_out
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN_STEPS, SCREEN_WARMUP = 5, 6
