@@ -23,10 +23,11 @@ import torch
 from scripts import harness, terminal, trained
 from scripts.bench.results import write_json
 from scripts.trained import Trained
-from train import loop, parallel, whole_file
+from train import loop, parallel
 from train.config import Config, ConfigError
 from train.data import batches as data
 from train.data.batches import Batch, Corpus, make_batch
+from train.whole_file import check_out
 
 
 def loss_of(
@@ -127,16 +128,6 @@ def report(found: Trained, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_out(out: Path) -> None:
-    """Raise ConfigError, before anything is computed, where the result cannot be written."""
-    if out.suffix != ".json":
-        raise ConfigError(f"--out {out} must end in .json")
-    try:
-        whole_file.check(out)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
-
-
 def run(options: argparse.Namespace) -> int:
     """Raises ConfigError."""
     tasks = [task for task in (options.tasks or "").split(",") if task]
@@ -148,8 +139,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--limit {options.limit} counts examples of tasks; name some with --tasks"
         )
-    if options.out is not None:
-        check_out(options.out)
+    if options.out is not None and options.out.suffix != ".json":
+        raise ConfigError(f"--out {options.out} must end in .json")
+    check_out(options.out)
     found = trained.find(options.model)
     if tasks:
         harness.check_fits(found)

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from models.hf import config as hf_config
 from scripts import terminal
-from train import whole_file
 from train.checkpoint import checksums, hf_writer, progress
 from train.checkpoint.files import finished, folder_of, is_of_model, size_of, step_of
 from train.config import Config, ConfigError, load, with_keys
 from train.data import hf_tokenizer
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+from train.whole_file import check_out, whole
 
 PREFIX = "training.model."
 """Prefix of the names of the model's weights in a checkpoint."""
@@ -103,20 +103,6 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Config, int]:
     return weights, config, about["step"]
 
 
-def check_out(path: Path) -> None:
-    """Raise ConfigError where no file of that name can be written."""
-    try:
-        if path.is_dir() or not path.name:
-            raise ConfigError(
-                f"--out {path} is a folder; name the file to write, in it or elsewhere"
-            )
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"--out {path} is a device or a pipe; name a file")
-        whole_file.check(path)
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from None
-
-
 def write(
     path: Path,
     weights: dict[str, Tensor],
@@ -131,7 +117,7 @@ def write(
         metadata["tokenizer"] = json.dumps(_made_of(tokenizer))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file.whole(path) as new:
+        with whole(path) as new:
             save_file(weights, new, metadata)
             hf_writer.readable(new)
     except (OSError, SafetensorError) as error:

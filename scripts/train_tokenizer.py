@@ -91,17 +91,8 @@ def check(vocab_size: int, documents: int, out: Path) -> None:
     if documents < 1:
         raise ConfigError(f"--documents={documents} leaves nothing to learn from; take 1 or more")
     if not out.name.endswith(".json"):
-        raise ConfigError(f"--out={out} must end in .json, by which data.tokenizer knows a file")
-    try:
-        if out.exists() and not out.is_file() and not out.is_dir():
-            raise ConfigError(f"--out={out} is a device or a pipe; name a file")
-        if out.is_dir():
-            raise ConfigError(
-                f"--out={out} is a folder; name a file, such as {out / 'tokenizer.json'}"
-            )
-        whole_file.check(out)
-    except OSError as error:
-        raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--out {out} must end in .json, by which data.tokenizer knows a file")
+    whole_file.check_out(out)
 
 
 def save(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
@@ -111,7 +102,7 @@ def save(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
         with whole_file.whole(out) as new:
             new.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out={out} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def how_to_use(sample: str, tokenizer: tokenizers.Tokenizer, out: Path) -> str:

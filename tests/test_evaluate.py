@@ -229,10 +229,13 @@ def test_bad_input_is_one_line(run_dir, tmp_path):
 def test_a_result_that_cannot_be_written_is_known_before(run_dir, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    for out in ("folder.json", "file/x.json"):
+    for out, why in (
+        ("folder.json", "is a folder; name the file to write"),
+        ("file/x.json", "cannot be written: Not a directory"),
+    ):
         code, said, err = run_evaluate(run_dir, "--out", tmp_path / out)
         assert (code, said) == (2, "")
-        assert err.startswith(f"error: --out {tmp_path / out} cannot be written: ")
+        assert err.startswith(f"error: --out {tmp_path / out} {why}")
         assert err.count("\n") == 1
 
 

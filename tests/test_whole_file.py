@@ -11,8 +11,8 @@ import pytest
 
 from scripts.bench.results import write_json
 from tests.support import ctrl_c
-from train import whole_file
-from train.whole_file import whole
+from train.config import ConfigError
+from train.whole_file import check_out, whole
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -61,8 +61,9 @@ def test_json_touches_no_file_but_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("folder", "Is a directory"),
-        ("file/a", "Not a directory"),
+        ("folder", "is a folder; name the file to write"),
+        ("pipe", "is a device or a pipe; name a file"),
+        ("file/a", "cannot be written: Not a directory"),
         ("file/b/a", "Not a directory"),
         ("x" * 300, "File name too long"),
     ],
@@ -70,13 +71,15 @@ def test_json_touches_no_file_but_its_own(tmp_path):
 def test_what_cannot_be_written_is_known_before(tmp_path, path, says):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=says):
-        whole_file.check(tmp_path / path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=f"--out {tmp_path / path} .*{says}"):
+        check_out(tmp_path / path)
 
 
 def test_a_check_leaves_nothing(tmp_path):
-    whole_file.check(tmp_path / "a")
-    whole_file.check(tmp_path / "new" / "a")
+    check_out(tmp_path / "a")
+    check_out(tmp_path / "new" / "a")
+    check_out(None)
     assert not [*tmp_path.iterdir()]
 
 

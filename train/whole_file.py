@@ -1,11 +1,12 @@
 """Writes a file whole or not at all: after an error or Ctrl-C the one before is there, or none."""
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from train.config import ConfigError
 
 
 @contextmanager
@@ -27,13 +28,23 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.unfinished")
 
 
-def check(path: Path) -> None:
-    """Raise OSError where no file of this name can be made, before what it is to hold is computed.
+def check_out(out: Path | None) -> None:
+    """Raise ConfigError where the file that a command's `--out` names cannot be made, before what
+    it is to hold is computed. None names no file.
 
     Leaves nothing; a folder that is missing is made by the caller, when it writes the file.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    if out is None:
+        return
+    try:
+        if out.is_dir():
+            raise ConfigError(
+                f"--out {out} is a folder; name the file to write, in it or elsewhere"
+            )
+        if out.exists() and not out.is_file():  # `whole` would put a file in its place
+            raise ConfigError(f"--out {out} is a device or a pipe; name a file")
+        folder = next(folder for folder in out.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None

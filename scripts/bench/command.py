@@ -6,9 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from train import parallel, preflight, whole_file
+from train import parallel, preflight
 from train.config import Config, ConfigError, check_world, world_size_from_env
 from train.parallel import Ranks
 
@@ -47,16 +46,6 @@ def or_one_line(run: Callable[[], int]) -> int:
         else:
             time.sleep(2)  # torchrun ends all ranks with the first; rank 0 reports for them
         return 2
-
-
-def check_out(out: Path | None) -> None:
-    """Before anything is measured: raises ConfigError where this file cannot be written."""
-    if out is None:
-        return
-    try:
-        whole_file.check(out)
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
 
 
 def prepare(configs: Sequence[Config]) -> None:

@@ -31,7 +31,7 @@ from models.fp8.operations import VARIANTS
 from models.moe.paths import PATHS
 from models.moe.runtime import Runtime
 from scripts.bench import results
-from scripts.bench.command import check_out, or_one_line, positive, prepare, start
+from scripts.bench.command import or_one_line, positive, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure.window import without_collector
 from scripts.bench.stacks import inputs
@@ -44,6 +44,7 @@ from train.failure import run_process
 from train.metrics.throughput import GIB
 from train.parallel import Ranks
 from train.profiling.timer import Timer
+from train.whole_file import check_out
 
 ORDER = (0, 1, 1, 0)
 """The order in a block: on average both paths are equally far from its start."""

@@ -34,9 +34,12 @@ def test_a_disk_is_measured(tmp_path):
     [
         (["--steps", "14"], "--steps 14: the saves of 15 steps are the fewest to measure"),
         (["--disk", "HERE/file"], "--disk HERE/file: File exists"),
+        (["--out", "HERE/file/a"], "--out HERE/file/a cannot be written: Not a directory"),
+        (["--disk", "HERE", "--out", "HERE/file/a"],
+         "--out HERE/file/a cannot be written: Not a directory"),
         (["--disk", "HERE", "--gb", "-1"], "--gb -1 is not positive"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments, said):
     (tmp_path / "file").touch()
     given = [argument.replace("HERE", str(tmp_path)) for argument in arguments]

@@ -1,5 +1,6 @@
 """The benchmark of single kernels, without a GPU: what it calls and with how many bytes."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from models.fp8 import reference
+from scripts.bench.kernels import __main__ as command
 from scripts.bench.kernels.gemms import bench_gemms
 from scripts.bench.kernels.memory_bound import bench_memory_bound
 from scripts.bench.kernels.peers import Peers
@@ -44,6 +46,15 @@ class Recorded(Bench):
             result=result, input_bytes=input_bytes, moved_bytes=moved_bytes,
             operations=operations, kind=kind,
         )  # fmt: skip
+
+
+def test_where_it_cannot_write_it_measures_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["kernels", "--out", str(tmp_path / "file" / "a.json")])
+    assert command.main() == 2
+    assert capsys.readouterr().err == (
+        f"error: --out {tmp_path / 'file' / 'a.json'} cannot be written: Not a directory\n"
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""No process of a benchmark is left behind, whatever ends it and whenever."""
+"""No process of a benchmark is left behind, whatever ends it and whenever; and why it ended."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import pytest
 
 from scripts.bench.measure.__main__ import main
 from scripts.bench.stacks.spec import config_of, parse
+from scripts.bench.train import process
 from scripts.bench.train.process import Process, Task
 from tests.support.tiny import TINY_MODEL as TINY
 
@@ -22,22 +23,22 @@ start(), print("started", flush=True), time.sleep(600)
 """
 
 
-def start() -> Process:
+def start(minutes: float = 6) -> Process:
     """One that waits, of two ranks."""
     spec = parse("bf16")
     config = config_of(spec, TINY[0], TINY[1:], "balanced", 2)
-    arguments = Namespace(process_minutes=6, gpus=2, config=TINY[0], overrides=TINY[1:])
+    arguments = Namespace(process_minutes=minutes, gpus=2, config=TINY[0], overrides=TINY[1:])
     return Process(Task(spec, "balanced", config, (2,), 1, 1), arguments)
 
 
 def those_of(folder: Path) -> list[int]:
     """The processes that were started with temporary files in `folder`."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    for one in Path("/proc").glob("[0-9]*"):
         try:
-            of_it = str(folder).encode() in (process / "cmdline").read_bytes()
-            if of_it and "State:\tZ" not in (process / "status").read_text():
-                found.append(int(process.name))
+            of_it = str(folder).encode() in (one / "cmdline").read_bytes()
+            if of_it and "State:\tZ" not in (one / "status").read_text():
+                found.append(int(one.name))
         except OSError:  # it ended meanwhile
             continue
     return found
@@ -57,13 +58,13 @@ def wait_until(number: int, folder: Path) -> None:
 def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch):
     """Also while they load their libraries: then they do not know yet whose ranks they are."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    process = start()
+    one = start()
     try:
         wait_until(3, tmp_path)
-        process.end()
+        one.end()
         wait_until(0, tmp_path)
         assert not list(tmp_path.glob("*")), "its folder is left"
-        process.end()  # a second time does nothing
+        one.end()  # a second time does nothing
     finally:
         for left in those_of(tmp_path):
             os.kill(left, signal.SIGKILL)
@@ -85,6 +86,21 @@ def test_they_end_with_a_benchmark_that_is_killed(tmp_path):
             one.kill()
             for left in those_of(tmp_path):
                 os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(process, "MEASURE", "tests.support.failing_stack")
+    monkeypatch.setattr(process, "GRACE_S", 1.0)
+    begin = time.monotonic()
+    one = start(minutes=3)
+    try:
+        report, ended = one.measure()
+    finally:
+        one.end()
+    assert time.monotonic() - begin < 120
+    assert ended == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB"
+    assert not report["results"]
 
 
 def test_what_is_waited_for_needs_a_folder(tmp_path, capsys):

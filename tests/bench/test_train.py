@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from scripts.bench import results, stacks
@@ -47,6 +48,18 @@ def failing(rank: int, argv: list[str]) -> int:
         return real(spec, config, ranks)
 
     stacks.build = build
+    return measure.main(argv)
+
+
+def failing_for_good(rank: int, argv: list[str]) -> int:
+    """Rank 1's GPU fails in a step, and then rank 0 misses it in that step."""
+
+    def step(self, batches):
+        if rank == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        dist.barrier()
+
+    ours.Ours.step = step  # type: ignore[method-assign, assignment]
     return measure.main(argv)
 
 
@@ -117,11 +130,13 @@ def test_rows_dropped_in_any_step_count():
         assert together == [sum(one_by_one), 0]
 
 
-def run(tmp_path: Path, stack: str, sizes: str, target=measuring) -> list[dict]:
+def run(
+    tmp_path: Path, stack: str, sizes: str, target=measuring, *more: str, code: int = 0
+) -> list[dict]:
     out = tmp_path / "measured.json"
     argv = [TINY[0], stack, *TINY[1:], "--out", str(out), "--warmup", "1", "--steps", "2"]
-    argv += ["--micro-batches", sizes]
-    assert _run(2, target, (argv,), 180) == [0, 0]
+    argv += ["--micro-batches", sizes, *more]
+    assert _run(2, target, (argv,), 180) == [code, code]
     report = json.loads(out.read_text())
     assert set(report) == {"machine", "versions", "commit", "gpus", "results"}
     assert report["machine"]["devices"] == 2
@@ -146,12 +161,32 @@ def test_a_stack_is_measured_at_every_micro_batch(tmp_path, capfd):
     assert "fp8_baseline:triton  micro-batch 2: " in capfd.readouterr().out
 
 
-def test_a_micro_batch_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_path):
-    failed, measured = run(tmp_path, "bf16", "4,2", failing)
+@pytest.mark.parametrize("told", [False, True])
+def test_a_micro_batch_that_fails_on_one_rank_leaves_the_others_their_turn(tmp_path, told):
+    file = tmp_path / "failure"
+    more = ["--failure", str(file)] if told else []
+    failed, measured = run(tmp_path, "bf16", "4,2", failing, *more)
+    assert not file.exists(), "all ranks know"
     assert failed["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB"
     assert "step_ms" not in failed
     assert measured["micro_batch"] == 2
     assert measured["step_ms"] > 0
+
+
+def test_the_first_failure_is_the_one_that_is_reported(tmp_path):
+    file = tmp_path / "failure"
+    (found,) = run(tmp_path, "bf16", "4", failing_for_good, "--failure", str(file), code=1)
+    why = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert found["error"] == why, "not what rank 0 met"
+    assert file.read_text().splitlines()[0] == why
+
+
+def test_bad_data_is_told(tmp_path):
+    file, out = tmp_path / "failure", tmp_path / "measured.json"
+    argv = [*TINY, "--out", str(out), "--failure", str(file), "--routing", "natural"]
+    argv = [argv[0], "bf16", *argv[1:], f"data.path={tmp_path / 'nowhere'}"]
+    assert _run(2, measuring, (argv,), 180) == [2, 2]
+    assert file.read_text().startswith(f"ConfigError: data.path={tmp_path / 'nowhere'}")
 
 
 class Machine:
@@ -170,7 +205,8 @@ class Machine:
         found = []
         for size in task.sizes:
             seconds = self.speeds[str(task.spec)][size]
-            one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none"}
+            one: dict[str, Any] = {"micro_batch": size, "global_batch": 8, "dispatch": "none",
+                                   "warmup_steps": task.warmup}  # fmt: skip
             if isinstance(seconds, str):
                 one["error"] = seconds
             else:
@@ -292,6 +328,15 @@ def test_a_process_that_dies_leaves_a_row(tmp_path):
     assert not report["rows"]
 
 
+@pytest.mark.slow
+def test_a_process_whose_data_is_bad_leaves_rows_that_say_so(tmp_path):
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2,4", "--routings", "natural",
+                  f"data.path={tmp_path / 'nowhere'}")  # fmt: skip
+    for row in report["screening"]:
+        assert row["error"].startswith(f"ConfigError: data.path={tmp_path / 'nowhere'}")
+    assert [row["micro_batch"] for row in report["screening"]] == [2, 4]
+
+
 def test_what_failed_first_is_a_row_like_others_once_it_ran(tmp_path, monkeypatch):
     argv = ("--stacks", "bf16", "--screen", "4", "--repeats", "1", "--sitting", "monday")
     report = plan(tmp_path, *argv, "--process-minutes", "0.001")
@@ -314,6 +359,43 @@ def test_a_sitting_is_of_one_machine_and_one_commit(tmp_path, monkeypatch, capsy
     assert "--sitting monday was measured on another machine" in capsys.readouterr().err
     assert path.read_text() == before
     assert train.main([*keys, "--sitting", "tuesday"]) == 0
+
+
+@pytest.mark.parametrize("screen", ["4", "2,4"])
+@pytest.mark.parametrize("option", ["--steps", "--warmup"])
+def test_a_row_gets_no_windows_of_another_length(tmp_path, monkeypatch, capsys, option, screen):
+    machine = Machine(monkeypatch, {"bf16": {2: 0.2, 4: 0.1}, "fp8_direct": {2: 1, 4: 1}})
+    argv = ("--screen", screen, "--steps", "4", "--warmup", "3", "--sitting", "monday")
+    plan(tmp_path, "--stacks", "bf16", *argv, "--repeats", "1")
+    path = tmp_path / "train_demo_cpu.json"
+    before, processes = path.read_text(), machine.processes
+    keys = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv, "--repeats", "2"]
+    others = [*keys, "--stacks", "fp8_direct,bf16", option, "7"]
+    capsys.readouterr()
+    assert train.main(others) == 2
+    asked = {"--steps": 4, "--warmup": 3}[option]
+    assert capsys.readouterr().err == (
+        f"error: {option} 7: in sitting monday, {path} has windows of bf16, balanced, micro-batch "
+        f"4, with {option} {asked}; give that, or another --sitting\n"
+    )
+    assert machine.processes == processes, "something was started"
+    assert path.read_text() == before
+    assert train.main([*keys, "--stacks", "bf16", option, "7", "--sitting", "tuesday"]) == 0
+    assert train.main([*keys, "--stacks", "bf16"]) == 0
+    if screen == "4":  # another micro-batch is another row
+        others = [*keys, "--stacks", "bf16", option, "7", "--screen", "2"]
+        assert train.main(others) == 0
+
+
+def test_a_row_that_does_not_say_its_warm_up_is_continued(tmp_path, monkeypatch):
+    Machine(monkeypatch, {"bf16": {4: 0.1}})
+    argv = ("--stacks", "bf16", "--screen", "4", "--sitting", "monday", "--repeats")
+    plan(tmp_path, *argv, "1")
+    path = tmp_path / "train_demo_cpu.json"
+    older = json.loads(path.read_text())
+    del older["rows"][0]["warmup_steps"]
+    path.write_text(json.dumps(older))
+    assert plan(tmp_path, *argv, "2")["rows"][0]["repeats"] == 2
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
@@ -363,6 +445,10 @@ def test_the_whole_plan_on_a_cpu(tmp_path):
                                              "'triton'"),
         (["--stacks", "bf16:per_expert"], "stack bf16:per_expert: bf16 takes no 'per_expert'"),
         (["--stacks", "stock:fp8:fast"], "stack stock:fp8:fast: fp8 takes no 'fast'"),
+        (["--stacks", "bf16:prepare:prepare"], "stack bf16:prepare:prepare: 'prepare' is given "
+                                               "twice; once does it"),
+        (["--stacks", "stock:fp8:grouped:grouped"], "stack stock:fp8:grouped:grouped: 'grouped' is "
+                                                    "given twice; once does it"),
         (["--stacks", ""], "no stack is named: nothing to measure"),
         (["--stacks", "bf16,bf16"], "a stack is named twice"),
         (["--stacks", "bf16", "data.document_mask=true"],

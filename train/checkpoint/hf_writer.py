@@ -28,10 +28,7 @@ def check_out(out: Path) -> None:
     """Raise ConfigError where no folder of that name can be made."""
     if os.path.lexists(out) or not out.name:  # a link to nothing cannot become a folder
         raise ConfigError(f"--out {out} is there already; name a folder to make")
-    try:
-        whole_file.check(out)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    whole_file.check_out(out)
 
 
 def write(

@@ -29,6 +29,7 @@ from scripts.bench.command import or_one_line, positive
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import spread, write_json
 from train.config import ConfigError
+from train.whole_file import check_out
 
 RESULT = Path("docs/results/checkpoint_demo.json")
 WARMUP, EVERY = 2, 5
@@ -87,13 +88,14 @@ def check_disk(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Raises ConfigError."""
     if not options.disk:
-        return measure_stops(options.steps, options.out or RESULT)
+        check_out(out := options.out or RESULT)
+        return measure_stops(options.steps, out)
     check_disk(options)
     device = torch.device(options.device)
+    check_out(out := options.out or RESULT.with_name(f"checkpoint_disk_{device.type}.json"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    out = options.out or RESULT.with_name(f"checkpoint_disk_{device.type}.json")
     return disk.run(device, options.gb, options.disk, options.repeats, out)
 
 

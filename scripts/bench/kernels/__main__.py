@@ -28,6 +28,8 @@ from scripts.bench.kernels.timing import CALLS, ROTATED_BYTES, Bench
 from scripts.bench.kernels.weights import bench_optimizer, bench_weights
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import write_json
+from train.config import ConfigError
+from train.whole_file import check_out
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
 """Rows and columns of what the memory-bound kernels read."""
@@ -45,6 +47,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only kernels whose line has this text")
     parser.add_argument("--tune", action="store_true", help="try settings of the FP8 GEMM")
     args = parser.parse_args()
+    try:
+        check_out(args.out)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         print("needs a GPU of compute capability 9.0 or newer", file=sys.stderr)
         return 1

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from models.config import PATH_NAMES, PathName
 from models.moe.runtime import Runtime
-from scripts.bench.command import check_out, or_one_line
+from scripts.bench.command import or_one_line
 from scripts.bench.layer.profile import PASSES, profile_layer
 from scripts.bench.layer.setup import SHAPES, Layer, Shape, fit
 from scripts.bench.machine import describe_machine
@@ -36,6 +36,7 @@ from train import parallel
 from train.config import ConfigError
 from train.profiling.moe import timed_runtime
 from train.profiling.timer import Lap, Timer
+from train.whole_file import check_out
 
 DEFAULT_SHAPES = ["qwen3_30b_a3b", "deepseek_v2_lite", "mixtral_8x7b", "deepseek_v3"]
 CALLS = 3

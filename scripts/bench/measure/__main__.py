@@ -13,7 +13,9 @@ The variables that a stack's flags ask for, such as stock megatron-core's `cutla
 scripts.bench.train (`Spec.environment`): started by hand, this has the shell's.
 
 Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
-the next is tried, except for an error that leaves the GPU or NCCL unusable.
+the next is tried, except for an error that leaves the GPU or NCCL unusable. A rank that fails alone
+cannot tell the others, which wait for it: scripts.bench.train reads why in the file of `--failure`
+(scripts/bench/measure/first_failure.py).
 """
 
 import argparse
@@ -25,6 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +37,6 @@ from torch.profiler import profile
 
 from scripts.bench import results, stacks
 from scripts.bench.command import (
-    check_out,
     or_one_line,
     positive,
     positive_list,
@@ -42,6 +44,7 @@ from scripts.bench.command import (
     start,
 )
 from scripts.bench.machine import describe_machine
+from scripts.bench.measure import first_failure
 from scripts.bench.measure.window import Window, measure, wait
 from scripts.bench.stacks import Stack, inputs
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
@@ -52,6 +55,7 @@ from train.failure import run_process
 from train.metrics import auxiliary
 from train.metrics.throughput import GIB
 from train.parallel import Ranks
+from train.whole_file import check_out
 
 UNUSABLE = ("CUDA error", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """Texts of errors after which neither this rank nor its peers can continue."""
@@ -69,7 +73,17 @@ class Failure:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure every micro-batch. Raises ConfigError before any process group starts."""
+    """`measure_all`; an error that ends this rank is in the file of `--failure` at once."""
+    try:
+        return measure_all(arguments)
+    except Exception as error:
+        first_failure.tell(arguments.failure, line_of(error))
+        raise
+
+
+def measure_all(arguments: argparse.Namespace) -> int:
+    """Measure every micro-batch. Raises ConfigError: about the data, or before any process group
+    starts."""
     check_out(arguments.out)
     spec = parse(arguments.stack)
     configs = [
@@ -122,14 +136,14 @@ def measure_config(
     spec: Spec, config: Config, ranks: Ranks, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], bool]:
     """The result at one micro-batch, for JSON; and whether the run cannot continue after it."""
-    warmup, steps = arguments.warmup, arguments.steps
-    batches = inputs.batches(config, ranks, arguments.routing, warmup + steps)
-    window, about, failure = run_stack(spec, config, ranks, batches, warmup, steps, arguments.trace)
+    steps = arguments.warmup + arguments.steps
+    batches = inputs.batches(config, ranks, arguments.routing, steps)
+    window, about, failure = run_stack(spec, config, ranks, batches, arguments)
     found: dict[str, Any] = {
         "micro_batch": config.train.micro_batch,
         "global_batch": config.global_batch(ranks.world_size),
         "expert_parallel": config.parallel.expert_parallel,
-        "warmup_steps": warmup,
+        "warmup_steps": arguments.warmup,
         **about,
     }
     if window:
@@ -144,12 +158,12 @@ def run_stack(
     config: Config,
     ranks: Ranks,
     batches: Sequence[Batch],
-    warmup: int,
-    steps: int,
-    trace: Path | None = None,
+    arguments: argparse.Namespace,
 ) -> tuple[Window | None, dict[str, str], Failure | None]:
     """Build, measure and free one stack: its figures, its description, and its failure."""
     before = _allocated_gib(ranks)
+    warmup, steps, trace = arguments.warmup, arguments.steps, arguments.trace
+    together = partial(attempt, failure_file=arguments.failure)
     built: list[Stack] = []
 
     def make() -> None:
@@ -159,15 +173,15 @@ def run_stack(
 
     window = None
     about: dict[str, str] = {}
-    _, failure = attempt(make)
+    _, failure = together(make)
     if not failure:
         about = {"dispatch": built[0].dispatch, "description": built[0].description}
-        window, failure = attempt(lambda: measure(built[0], batches, ranks, warmup, steps))
+        window, failure = together(lambda: measure(built[0], batches, ranks, warmup, steps))
         if trace and not failure:
-            _, failure = attempt(lambda: record(built[0], batches, ranks, trace))
+            _, failure = together(lambda: record(built[0], batches, ranks, trace))
         if not (failure and failure.fatal):
             # Only here has every rank built one, as closing needs.
-            _, close_failure = attempt(lambda: built[0].close())
+            _, close_failure = together(lambda: built[0].close())
             failure = failure or close_failure
     if failure and failure.fatal:
         return window, about, failure
@@ -185,16 +199,19 @@ def run_stack(
 T = TypeVar("T")
 
 
-def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
-    """Do `work` on all ranks; returns its result, or the failure of the first rank that has one."""
+def attempt(work: Callable[[], T], failure_file: Path | None) -> tuple[T | None, Failure | None]:
+    """Do `work` on all ranks; returns its result, or the failure of the first rank that has one.
+
+    failure_file: that of `--failure`, which is there while the others do not know of a failure.
+    """
     result, failure = None, None
     try:
         result = work()
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = str(error)
         is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
         fatal = not is_full and any(sign in text for sign in UNUSABLE)
-        failure = Failure(f"{type(error).__name__}: {text[:300]}", fatal)
+        failure = Failure(first_failure.tell(failure_file, line_of(error)), fatal)
         if not isinstance(error, ConfigError):
             print(f"rank {dist.get_rank()}: {traceback.format_exc()}", file=sys.stderr, flush=True)
         # The frames hold the model, and with it the memory that the next stack needs.
@@ -204,7 +221,15 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None]:
     failures: list[Failure | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     failure = next((f for f in failures if f), None)
+    if failure and failure_file:
+        failure_file.unlink(missing_ok=True)
+        dist.barrier()  # none fails again before all have done so
     return (None if failure else result), failure
+
+
+def line_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def record(stack: Stack, batches: Sequence[Batch], ranks: Ranks, path: Path) -> None:
@@ -254,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--wait-for", type=Path, metavar="FILE",
                         help="leave the GPUs alone until it is there")  # fmt: skip
+    parser.add_argument("--failure", type=Path, metavar="FILE",
+                        help="where a rank that fails alone says why, at once")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_intermixed_args(argv)
     return or_one_line(lambda: run(arguments))

@@ -98,6 +98,8 @@ def parse(text: str) -> Spec:
             not peer and path not in having.get(flag, (path,))
         ):
             raise ConfigError(f"stack {text}: {path} takes no {flag!r}")
+        if flags.count(flag) > 1:
+            raise ConfigError(f"stack {text}: {flag!r} is given twice; once does it")
     if {"v1", "v2"} <= set(flags):
         raise ConfigError(f"stack {text}: either DeepEP v1 or v2 dispatches, not both")
     return Spec("megatron-core" if peer else "ours", path, tuple(flags))

@@ -15,8 +15,9 @@ affected by another's memory:
 
 Writes `train_<config>.json` after every process. What has been measured is not measured again: with
 `--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
-measures the anchors, and rows name their sitting: speeds are compared within a sitting. What each
-field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
+measures the anchors, and rows name their sitting: speeds are compared within a sitting, in which a
+row's windows have one length. What each field of a row is, and how to measure one row again:
+scripts/bench/train/rows.py.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
 loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
@@ -48,7 +49,6 @@ from rich.table import Table
 
 from models.config import PATH_NAMES
 from scripts.bench.command import (
-    check_out,
     or_one_line,
     positive,
     positive_list,
@@ -59,6 +59,7 @@ from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
 from scripts.bench.train.sitting import Sitting
 from train.config import Config, ConfigError, check_world
+from train.whole_file import check_out
 
 DEFAULT_STACKS = ",".join((*PATH_NAMES, "stock:bf16", "stock:fp8"))
 SCREEN_STEPS, SCREEN_WARMUP = 5, 6
@@ -82,6 +83,8 @@ def bench(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out: {error}") from None
     sitting = Sitting(arguments, content, path)
+    for routing in arguments.routings:
+        sitting.check_lengths(configs[routing], routing)
     for routing in arguments.routings:
         if not measure_routing(sitting, routing, configs[routing], anchors):
             print(f"{arguments.minutes} minutes are over; the same command continues")

@@ -8,14 +8,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.measure import first_failure
 from scripts.bench.stacks.spec import Spec
 from train.config import Config
 from train.safety.parent import end_with_parent
 
+MEASURE = "scripts.bench.measure"
+POLL_S = 1.0
+GRACE_S = 15.0
+"""How long the ranks have to agree, or to end, once one has failed: inside a kernel of DeepEP the
+others would wait longer, and for nothing."""
 PATIENCE_S = 40
 """How long torchrun has to end its ranks: it kills those that ignore its signal after 30 s."""
 
@@ -44,13 +52,15 @@ class Process:
         self.task = task
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._go = self._folder / "measured.json", self._folder / "go"
+        self._failure = self._folder / "failure"
         self._minutes = arguments.process_minutes
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(arguments.gpus), "-m", "scripts.bench.measure",
+            "--nproc-per-node", str(arguments.gpus), "-m", MEASURE,
             arguments.config, str(task.spec), "--micro-batches", ",".join(map(str, task.sizes)),
             "--routing", task.routing, "--steps", str(task.steps), "--warmup", str(task.warmup),
-            "--out", str(self._out), "--wait-for", str(self._go), *arguments.overrides,
+            "--out", str(self._out), "--wait-for", str(self._go),
+            "--failure", str(self._failure), *arguments.overrides,
         ]  # fmt: skip
         environment = {"OMP_NUM_THREADS": "8", **os.environ, **task.spec.environment}
         self._process = subprocess.Popen(
@@ -61,17 +71,24 @@ class Process:
         )
 
     def measure(self) -> tuple[dict[str, Any], str]:
-        """What it writes, with `results`, and how it ended."""
+        """What it writes, with `results`, and why it has no more: the line of the rank that failed
+        first, or how the process ended."""
         self._go.touch()
         try:
-            self._process.wait(self._minutes * 60)
-            ended = f"exit code {self._process.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = f"not done after {self._minutes} minutes"
+            ended = self._wait()
+            ended = first_failure.read(self._failure) or ended
         finally:
             found = self._out.read_text() if self._out.exists() else '{"results": []}'
             self.end()
         return json.loads(found), ended
+
+    def _wait(self) -> str:
+        """Return how it ended, or that it did not: in its minutes, or soon after a rank failed."""
+        deadline = time.monotonic() + self._minutes * 60
+        while time.monotonic() < deadline and first_failure.age_s(self._failure) < GRACE_S:
+            with suppress(subprocess.TimeoutExpired):
+                return f"process ended: exit code {self._process.wait(POLL_S)}"
+        return f"process ended: not done after {self._minutes} minutes"
 
     def end(self) -> None:
         """Whatever of it is still there: a rank that hangs keeps its GPU's memory.

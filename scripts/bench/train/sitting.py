@@ -1,9 +1,10 @@
 """A session on one machine: what `scripts.bench.train` has planned is measured and written down."""
 
 import argparse
+import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,29 @@ class Sitting:
         self.longest = PROCESS_MINUTES * 60
         self.failed: set[tuple[Spec, str, int]] = set()
         """Stack, routing and micro-batch of what failed."""
+
+    def check_lengths(self, specs: Iterable[Spec], routing: str) -> None:
+        """Raise ConfigError where a row of this sitting would get windows of another length."""
+        arguments = self.arguments
+        sizes = arguments.screen if len(arguments.screen) == 1 else None  # or whichever is best
+        for spec, row in itertools.product(specs, self.content["rows"]):
+            if (
+                row["sitting"] != self.name
+                or (sizes and row["micro_batch"] not in sizes)
+                or not (row["windows"] and train_rows.is_of(row, spec, routing, arguments.gpus))
+            ):
+                continue
+            steps = {len(window["single_step_ms"]) for window in row["windows"]}
+            warmup = {row.get("warmup_steps", arguments.warmup)}  # older rows do not say
+            for option, asked, before in (
+                ("--steps", arguments.steps, steps), ("--warmup", arguments.warmup, warmup),
+            ):  # fmt: skip
+                if other := before - {asked}:
+                    raise ConfigError(
+                        f"{option} {asked}: in sitting {self.name}, {self.path} has windows of "
+                        f"{spec}, {routing}, micro-batch {row['micro_batch']}, with {option} "
+                        f"{min(other)}; give that, or another --sitting"
+                    )
 
     def run(self, tasks: Sequence[Task], rows: list[Row]) -> bool:
         """Each in processes of its own; what they find, into `rows`. Whether there was time."""
@@ -82,7 +106,7 @@ class Sitting:
             self.content |= origin
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
-        found += [{"micro_batch": size, "error": f"process ended: {ended}"} for size in missing]
+        found += [{"micro_batch": size, "error": ended} for size in missing]
         self.longest = max(self.longest, time.monotonic() - begin)
         return found
 

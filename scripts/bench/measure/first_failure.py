@@ -1,0 +1,36 @@
+"""The line of the rank that failed first, in a file for the process that waits for the result.
+
+A rank that fails alone cannot tell the others: inside a collective or a kernel of DeepEP they wait
+for it until a timeout, and then report that instead of the reason.
+"""
+
+import time
+from pathlib import Path
+
+
+def tell(file: Path | None, line: str) -> str:
+    """Add this rank's line to the file, and return the first rank's; without a file, its own."""
+    if file is None:
+        return line
+    try:
+        with file.open("a", encoding="utf-8", errors="replace") as lines:
+            lines.write(f"{line}\n")  # in one piece, whatever the other ranks write
+        return read(file) or line
+    except OSError:  # nobody waits any longer: the folder is gone
+        return line
+
+
+def read(file: Path) -> str | None:
+    """The first rank's line; None while none has failed."""
+    try:
+        return file.read_text(encoding="utf-8").partition("\n")[0] or None
+    except FileNotFoundError:
+        return None
+
+
+def age_s(file: Path) -> float:
+    """Seconds since a rank failed; 0 while none has."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
