@@ -2,7 +2,8 @@
 
 In a step the memory in use rises by what rows take and by a rest, which is the same whatever the
 routing. Each rank measures the rest: from how far memory rose in an attempt, and from the rows that
-its layers had in it. So it knows what more rows would make of the peak.
+its layers had in it. So it knows what more rows would make of the peak. The rest is taken to be
+largest where the backward pass begins, at the last layer, when everything is kept.
 
 All ranks have to decide alike, or they would wait for each other: one that waits in a layer sends
 counts first. So the rest over the rank's limit is agreed on, as the largest of all ranks, and so
@@ -70,6 +71,11 @@ class RowBytes(NamedTuple):
     computing: int
     """Beside what is kept, at most, while the layer computes."""
 
+    def at(self, layer: int, rows: Sequence[int]) -> int:
+        """Bytes of all layers' rows in the backward pass of one layer: those after it have freed
+        theirs."""
+        return self.kept * sum(rows[: layer + 1]) + self.computing * rows[layer]
+
 
 def row_bytes(
     rows: int, saved: int, hidden: int, ffn: int, value: int, recompute: bool
@@ -121,8 +127,8 @@ class RoomMemory:
         if self._attempts % LOOK == 0:
             self._limit = self._memory.limit()
         self._attempts += 1
-        # At least this, wherever the peak was: more would make too little of the rest.
-        took = self._row.kept * sum(self._rows) + self._row.computing * min(self._rows)
+        # At the last layer, though the peak may be at another: so the rest is not underestimated.
+        took = self._row.at(len(self._rows) - 1, self._rows)
         self._rests.append(self._memory.peak() - self._allocated - took)
 
     def to_agree(self) -> tuple[int, int, int]:
@@ -137,5 +143,5 @@ class RoomMemory:
 
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether a step fits in which the layers have P rows; the same on every rank."""
-        row = self._agreed_row
-        return self._agreed + row.kept * sum(rows) + row.computing * max(rows) <= 0
+        most = max(self._agreed_row.at(layer, rows) for layer in range(len(rows)))
+        return self._agreed + most <= 0
