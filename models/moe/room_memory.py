@@ -83,11 +83,11 @@ def row_bytes(
     """For a layer that had P = `rows` and saves `saved` bytes for its backward pass, or computes
     them again; `value` bytes a value that is not in FP8.
 
-    No path holds more at once than three tensors [P, H] and the width of four [P, F]: gradients of
-    the experts' output and input, what wgrad dequantizes; da, SwiGLU's result, dh.
+    No path holds more at once than three tensors [P, H] and five [P, F]: gradients of the experts'
+    output and input, and what wgrad dequantizes; da, dh, and SwiGLU's result and dh in FP8.
     """
     each = ceil_div(saved, rows) if rows else 0
-    computing = (3 * hidden + 4 * ffn) * value
+    computing = (3 * hidden + 5 * ffn) * value
     if recompute:  # the forward pass again: what it saves, and its result
         return RowBytes(0, computing + each + hidden * value)
     return RowBytes(each, computing)

@@ -165,7 +165,7 @@ def test_the_limit_is_read_again():
 
 
 def test_no_rows_say_nothing_of_a_row():
-    assert room_memory.row_bytes(0, 0, 8, 4, 2, recompute=False) == (0, 80)
+    assert room_memory.row_bytes(0, 0, 8, 4, 2, recompute=False) == (0, 88)
 
 
 @pytest.mark.gpu

@@ -129,8 +129,8 @@ def test_what_experts_keep(path, recompute):
 @pytest.mark.parametrize("path", PATH_NAMES)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_room_takes_a_row_to_need_is_no_less_than_what_is_planned(path, recompute):
-    """In the shape of the widest rows, and of the narrowest beside their hidden size."""
-    for ffn in (768, 4096):
+    """With experts narrower than the hidden size, and much wider."""
+    for ffn in (768, 4096, 14336):
         keys = [f"moe.path={path}", f"moe.recompute={recompute}", f"moe.ffn_hidden_size={ffn}"]
         some, more = (
             shape_of(configure(*keys, *ONE_RANK, "model.hidden_size=2048", f"moe.capacity={n}"), 1)
