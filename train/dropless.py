@@ -6,7 +6,7 @@ attempt is discarded, with all that it counted and drew, and the step is repeate
 micro-batches with every layer waiting, so it runs at most twice. Nothing is dropped, and losses,
 gradients and counts are those of a run that always waits.
 
-A step whose room would not fit into a GPU's memory waits in every layer at once.
+A step whose room would not fit into a GPU's memory waits in every layer, and runs once.
 """
 
 import logging
