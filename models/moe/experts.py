@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from models.fp8.linear import HasBytes
 from models.moe.dispatch.trip import Trip
+from models.moe.room_memory import RowBytes, row_bytes
 from models.moe.runtime import GPTConfig, Runtime
 
 Prepared = tuple[Any, Any]
@@ -91,6 +92,12 @@ class Saved(NamedTuple):
         """Bytes of activations."""
         return sum(t.nbytes for t in (self.h, self.x, self.a) if t is not None)
 
+    def row_bytes(self, tokens: Tensor, runtime: Runtime) -> RowBytes:
+        """What each of the P rows takes, in a layer of these tokens [T, H]."""
+        rows, ffn = len(self.h), self.h.shape[1] // 2
+        hidden, value = tokens.shape[1], tokens.element_size()
+        return row_bytes(rows, self.nbytes, hidden, ffn, value, runtime.recompute)
+
 
 class _Context(FunctionCtx):
     """What ExpertMLP's forward pass leaves for its backward pass."""
@@ -134,7 +141,9 @@ class ExpertMLP(torch.autograd.Function):
         if runtime.capacity is not None:
             counts.dropped_rows = counts.dropped_rows + saved.trip.dropped_rows()
         if runtime.room is not None:
-            runtime.room.note(layer, saved.trip.rows.needed)
+            rows = saved.trip.rows
+            runtime.room.note(layer, rows.needed)
+            runtime.room.note_memory(layer, rows.num_rows, saved.row_bytes(tokens, runtime))
         ctx.runtime, ctx.prepared = runtime, prepared
         ctx.layer, ctx.local_experts, ctx.as_parameter = layer, local_experts, _spread_as(up)
         ctx.dtype = (up.grad_dtype if up.is_leaf else None) or up.dtype

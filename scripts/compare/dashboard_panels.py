@@ -84,6 +84,7 @@ SECTIONS: dict[str, list[Show]] = {
         Show("Dropped copies of tokens, a step", ["moe/dropped_rows"], _curves(STEP)),
         Show("Room for rows, over the even share", ["moe/room"], _curves(STEP)),
         Show("Steps done again, of an interval", ["moe/redone_steps"], _curves(STEP)),
+        Show("Steps without memory for room", ["moe/waited_steps"], _curves(STEP)),
     ],
 }
 

@@ -22,6 +22,7 @@ NOT_LOGGED = {
     "memory/peak_reserved_gib",
     "moe/room",
     "moe/redone_steps",
+    "moe/waited_steps",
     "moe/expert_bias_max",
     *STEP_PARTS,
 }

@@ -68,7 +68,7 @@ def differences(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]
 Rows = list[dict[str, float]]
 """Rows of metrics.jsonl."""
 
-OF_ROOM = ("moe/room", "moe/redone_steps", "moe/kept_mib")
+OF_ROOM = ("moe/room", "moe/redone_steps", "moe/waited_steps", "moe/kept_mib")
 """Metrics that `moe.capacity` may change though nothing is dropped; kept_mib is memory, the room
 that was set aside included."""
 

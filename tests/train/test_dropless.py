@@ -6,6 +6,7 @@ import pytest
 
 from models.fp8.tensor import BLOCK
 from tests.support.faults import cramp, crowd
+from tests.support.pretend_memory import limit
 from tests.support.ranks import Training, read_metrics
 from tests.support.tiny import Rows, argv, checkpoints, computed
 from tests.train.test_resume import forget
@@ -140,6 +141,30 @@ def test_a_router_that_crowds_an_expert_is_obeyed(tmp_path, ranks, keys):
     assert {row["moe/dropped_rows"] for row in got} == {0}
     loads = [row["moe/max_expert_load"] for row in got]
     assert min(loads[2], loads[5]) > ranks / 2  # of two experts on each rank
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "tight"),
+    [(2, EP2, {1: 1.9}), pytest.param(4, EP4, {1: 4.12, 2: 4.1}, marks=pytest.mark.slow)],
+)
+def test_a_step_whose_room_would_not_fit_waits(tmp_path, ranks, keys, tight):
+    """Ranks have used different amounts of memory, and some have less; all wait, or none."""
+    keys = [*keys, "train.steps=10", "train.log_every=1"]
+
+    def plant(rank: int) -> None:
+        crowd(3)(rank)
+        limit(tight, even=2 * 128 * 2, layers=2)(rank)
+
+    want = train(tmp_path, "null", ranks, "moe.capacity=null", *keys, plant=crowd(3))
+    got = train(tmp_path, "auto", ranks, "moe.capacity=auto", *keys, plant=plant)
+    assert computed(got) == computed(want)
+    # The crowded step had the room of the one before, and is done again; with `limit` its need is
+    # remembered for three steps.
+    assert [row["moe/waited_steps"] for row in got] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert got[3]["moe/redone_steps"] == 1
+    assert not any("moe/waited_steps" in row for row in want)
+    said = (tmp_path / "auto.log").read_text().count("would not fit into a GPU's memory")
+    assert said == 1, "once, by rank 0"
 
 
 @pytest.mark.slow

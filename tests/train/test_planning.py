@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from models.config import PATH_NAMES
 from models.gpt import GPT
+from models.moe.room_memory import row_bytes
 from tests.models.test_gpt import build, configure
 from tests.support.ranks import read_metrics, run_ranks, run_train
 from train import parallel, preflight
@@ -18,7 +19,7 @@ from train.config import Config, load
 from train.metrics import flops
 from train.optim import build_optimizer
 from train.planning import kept
-from train.planning.experts import kept_bytes
+from train.planning.experts import backward_bytes, forward_bytes, kept_bytes, saved_bytes
 from train.planning.memory import FIT, GIB, _gathered, _prepared, budget, moments, peak
 from train.planning.shapes import Shape, shape_of
 
@@ -123,6 +124,28 @@ def test_what_experts_keep(path, recompute):
         a_row = kept_bytes(shape, FULL) / shape.rows
         padding = a_row * 128 * shape.local_experts / 2
         assert found == pytest.approx(kept_bytes(shape, FULL), abs=padding)
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_room_takes_a_row_to_need_is_no_less_than_what_is_planned(path, recompute):
+    """With experts narrower than the hidden size, and much wider."""
+    for ffn in (768, 4096, 14336):
+        keys = [f"moe.path={path}", f"moe.recompute={recompute}", f"moe.ffn_hidden_size={ffn}"]
+        some, more = (
+            shape_of(configure(*keys, *ONE_RANK, "model.hidden_size=2048", f"moe.capacity={n}"), 1)
+            for n in (1.0, 2.0)
+        )
+        found = row_bytes(some.rows, saved_bytes(some), 2048, ffn, 2, recompute)
+        rows = more.rows - some.rows
+        assert rows > 0
+        kept_more = kept_bytes(more) - kept_bytes(some)
+        assert kept_more <= found.kept * rows <= 1.01 * kept_more
+        backward, forward = (
+            peak_of(more) - peak_of(some)
+            for peak_of in (lambda shape: backward_bytes(shape, gradient=0), forward_bytes)
+        )
+        assert forward < backward <= found.computing * rows < 1.7 * backward
 
 
 def test_what_experts_keep_on_a_gpu_as_training_logged_it():

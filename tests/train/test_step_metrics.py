@@ -19,12 +19,16 @@ def kept(rank: int, config: Config, as_before: bool) -> dict[str, Any]:
     tokens = torch.zeros(2, config.model.seq_len, dtype=torch.int64)
     model(tokens, tokens).sum().backward()
     counted = {**vars(model.runtime.counts), "relayouts": model.runtime.counts.relayouts.copy()}
+    metrics.redone, metrics.waited = 2, 3
     state: Any = metrics.state()
     if as_before:
         state["relayouts"] = state["counts"].pop("relayouts")
+        del state["redone"], state["waited"]
     StepMetrics(model, accumulation=1)  # a new start counts from zero
     assert model.runtime.counts.relayouts == {"forward": 0, "backward": 0}
-    StepMetrics(model, accumulation=1).load_state(state)
+    resumed = StepMetrics(model, accumulation=1)
+    resumed.load_state(state)
+    assert (resumed.redone, resumed.waited) == ((0, 0) if as_before else (2, 3))
     assert vars(model.runtime.counts) == counted
     return counted
 

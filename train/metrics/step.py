@@ -28,6 +28,8 @@ class Gathered(TypedDict):
     bytes_sent: int
     redone: NotRequired[int]
     """Missing in checkpoints from before `moe.capacity=auto`."""
+    waited: NotRequired[int]
+    """Missing in checkpoints from before steps waited for lack of memory."""
 
 
 class Mark(NamedTuple):
@@ -57,6 +59,8 @@ class StepMetrics:
         self.steps = 0
         self.skipped = 0
         self.redone = 0
+        self.waited = 0
+        """Steps whose layers waited because room for their rows would not have fitted."""
         self.loss = torch.zeros((), device=self.layers[0].expert_load.device)
         self.grad_norm = torch.zeros_like(self.loss)
 
@@ -72,6 +76,7 @@ class StepMetrics:
         }
         if (room := self.runtime.room) is not None:
             metrics["moe/redone_steps"] = self.redone
+            metrics["moe/waited_steps"] = self.waited
             if room.share is not None:
                 metrics["moe/room"] = room.share
         if self.steps > self.skipped:
@@ -87,7 +92,7 @@ class StepMetrics:
         auxiliary.clear()
         self.runtime.counts.reset()
         self.loss.zero_()
-        self.steps = self.skipped = self.redone = 0
+        self.steps = self.skipped = self.redone = self.waited = 0
         return metrics
 
     def mark(self) -> Mark:
@@ -125,12 +130,13 @@ class StepMetrics:
             "counts": {name: _copied(n) for name, n in vars(self.runtime.counts).items()},
             "bytes_sent": self.runtime.dispatcher.bytes_sent,
             "redone": self.redone,
+            "waited": self.waited,
         }
 
     def load_state(self, state: Gathered) -> None:
         """Continue gathering from what `state` returned."""
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self.redone = state.get("redone", 0)
+        self.redone, self.waited = state.get("redone", 0), state.get("waited", 0)
         device = self.loss.device
         self.loss, self.grad_norm = state["loss"].to(device), state["grad_norm"].to(device)
         for layer, load in zip(self.layers, state["expert_load"], strict=True):
