@@ -10,7 +10,6 @@ counts first. So the rest over the rank's limit is agreed on, as the largest of 
 are the bytes of a row.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,9 +17,6 @@ import torch
 
 from models.fp8.tensor import ceil_div
 
-ATTEMPTS = 20
-"""Whose rest is remembered. Each is an upper bound, as the peak may be that of an earlier step or
-of the optimizer, so the least counts."""
 LOOK = 20
 """Attempts after which the limit is read again: the driver is asked, and other libraries allocate
 too."""
@@ -103,8 +99,8 @@ class RoomMemory:
         self._memory = memory
         self._rows = [UNKNOWN] * layers  # fewest of the attempt's micro-batches, of each layer
         self._row = RowBytes(0, 0)
-        self._rests: deque[int] = deque(maxlen=ATTEMPTS)
-        self._allocated = self._limit = self._attempts = 0
+        self._rest: int | None = None
+        self._allocated = self._peak = self._limit = self._attempts = 0
         self._agreed, self._agreed_row = UNKNOWN, RowBytes(0, 0)
 
     @property
@@ -114,7 +110,7 @@ class RoomMemory:
 
     def begin(self) -> None:
         """An attempt at a step begins."""
-        self._allocated = self._memory.allocated()
+        self._allocated, self._peak = self._memory.allocated(), self._memory.peak()
         self._rows = [UNKNOWN] * len(self._rows)
 
     def note(self, layer: int, rows: int, row: RowBytes) -> None:
@@ -129,13 +125,18 @@ class RoomMemory:
         self._attempts += 1
         # At the last layer, though the peak may be at another: so the rest is not underestimated.
         took = self._row.at(len(self._rows) - 1, self._rows)
-        self._rests.append(self._memory.peak() - self._allocated - took)
+        peak = self._memory.peak()
+        rest = peak - self._allocated - took
+        if self._rest is None or peak > self._peak:
+            self._rest = rest
+        else:  # a peak of an earlier step, or of the optimizer: an upper bound
+            self._rest = min(self._rest, rest)
 
     def to_agree(self) -> tuple[int, int, int]:
         """Bytes beside rows that are over the limit, most often negative; and a row's bytes."""
-        if not self._rests:
+        if self._rest is None:
             return UNKNOWN, *self._row
-        return self._allocated + min(self._rests) - self._limit, *self._row
+        return self._allocated + self._rest - self._limit, *self._row
 
     def agree(self, most: Sequence[int]) -> None:
         """The largest of all ranks' `to_agree`."""

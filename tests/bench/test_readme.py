@@ -168,12 +168,16 @@ def test_no_ratio_without_a_stock_row(tmp_path: Path) -> None:
     assert [line[-2] for line in lines] == ["62.0", "62.0"]
 
 
-def test_repeated_steps_are_shown_where_there_are_any(tmp_path: Path) -> None:
-    rows = [row("bf16", 1) | {"redone_steps": 0}, row("fp8_direct", 1) | {"redone_steps": 2}]
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("redone_steps", "repeated steps"), ("waited_steps", "steps that waited")],
+)
+def test_rare_steps_are_shown_where_there_are_any(tmp_path: Path, key: str, name: str) -> None:
+    rows = [row("bf16", 1) | {key: 0}, row("fp8_direct", 1) | {key: 2}]
     write_results(tmp_path, [*rows, row("fp8_fused", 1)])
     head, *lines = table(tmp_path, "train_x.json")
-    assert [line[head.index("repeated steps")] for line in lines] == ["0", "2", NONE]
-    assert "repeated steps" not in table(tmp_path, "train_x.json | path=bf16 | path=fp8_fused")[0]
+    assert [line[head.index(name)] for line in lines] == ["0", "2", NONE]
+    assert name not in table(tmp_path, "train_x.json | path=bf16 | path=fp8_fused")[0]
 
 
 def test_what_the_benchmark_writes_can_be_rendered(tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ class Uneven:
     def redone_steps(self) -> int:
         return 3
 
+    def waited_steps(self) -> int:
+        return 1
+
     def close(self) -> None: ...
 
 
@@ -100,7 +103,7 @@ def test_the_slowest_rank_counts():
     assert windows[0].first_loss == pytest.approx(0.07), "the ranks' shares add up"
     assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
-    assert windows[0].redone_steps == 3
+    assert (windows[0].redone_steps, windows[0].waited_steps) == (3, 1)
 
 
 def dropping(rank: int, steps: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from models.moe import room as rooms
 from models.moe import room_memory
 from models.moe.room import Room
-from models.moe.room_memory import ATTEMPTS, LOOK, UNKNOWN, GpuMemory, RoomMemory, RowBytes
+from models.moe.room_memory import LOOK, UNKNOWN, GpuMemory, RoomMemory, RowBytes
 from tests.support.pretend_memory import PretendMemory, shares_fit
 from tests.support.ranks import run_ranks
 
@@ -107,7 +107,10 @@ class Counters:
         return self.full
 
 
-def attempt(memory: RoomMemory, counters: Counters, peak: int, *micro_batches: list[int]) -> None:
+def attempt(
+    memory: RoomMemory, counters: Counters, peak: int, *micro_batches: list[int], before: int = 0
+) -> None:
+    counters.top = before
     memory.begin()
     counters.top = peak
     for rows in micro_batches:
@@ -134,7 +137,7 @@ def test_the_rest_is_what_no_row_takes():
     attempt(memory, counters, 20_000_000, [5000, 3000], [1000, 4000])
     assert over_the_limit(memory) == 5_000_000 + (15_000_000 - 4_000_000 - 6_000_000) - 100_000_000
     # An older peak, or the optimizer's, says less than what is known.
-    attempt(memory, counters, 90_000_000, [1000, 1000])
+    attempt(memory, counters, 90_000_000, [1000, 1000], before=90_000_000)
     assert over_the_limit(memory) == -90_000_000
     # 40 million kept, and 50 while the last layer computes.
     assert memory.fits([15_000, 25_000])
@@ -145,12 +148,14 @@ def test_the_rest_is_what_no_row_takes():
     assert not memory.fits([30_001, 100])
     # What is there at the beginning of a step counts as it is now.
     counters.now += 40_000_000
-    attempt(memory, counters, 90_000_000, [1000, 1000])
-    assert over_the_limit(memory) == -50_000_000
-    # And what a step took that is long past is forgotten.
-    for _ in range(ATTEMPTS):
-        attempt(memory, counters, 90_000_000, [1000, 1000])
-    assert over_the_limit(memory) == 45_000_000 + (45_000_000 - 4_000_000) - 100_000_000
+    for _ in range(50):
+        attempt(memory, counters, 90_000_000, [1000, 1000], before=90_000_000)
+        assert over_the_limit(memory) == -50_000_000
+    # An older peak that says more counts, and a peak of this attempt's whatever it says.
+    attempt(memory, counters, 51_000_000, [1000, 1000], before=51_000_000)
+    assert over_the_limit(memory) == 45_000_000 + (6_000_000 - 4_000_000) - 100_000_000
+    attempt(memory, counters, 90_000_001, [1000, 1000], before=90_000_000)
+    assert over_the_limit(memory) == 45_000_000 + (45_000_001 - 4_000_000) - 100_000_000
 
 
 def test_the_limit_is_read_again():

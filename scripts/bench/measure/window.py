@@ -43,6 +43,8 @@ class Window:
     redone_steps: int = 0
     """Steps of the window that were repeated for lack of room (`moe.capacity=auto`); their time is
     included."""
+    waited_steps: int = 0
+    """Steps of the window that waited because that room would not have fitted into memory."""
     step_joules: float | None = None
     """Energy of all GPUs, per step; None where it is not measured."""
     outside_allocator_gib: float | None = None
@@ -68,7 +70,7 @@ def measure(
     first = float(stack.step(queue).detach())
     for _ in range(warmup - 1):
         stack.step(queue)
-    stack.dropped_rows(), stack.redone_steps()  # of the warm-up
+    stack.dropped_rows(), stack.redone_steps(), stack.waited_steps()  # of the warm-up
     timer, laps = Timer(ranks.device), []
     with without_collector():
         wait(ranks)
@@ -95,7 +97,7 @@ def measure(
     dist.all_reduce(summed)
     step_ms, peak, outside, *singles = largest.tolist()
     first_loss, final_loss, dropped, joules = summed.tolist()
-    redone = stack.redone_steps()  # all ranks redo a step together
+    redone, waited = stack.redone_steps(), stack.waited_steps()  # the same on all ranks
     busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
         step_ms=step_ms,
@@ -105,6 +107,7 @@ def measure(
         final_loss=final_loss,
         dropped_rows=int(dropped),
         redone_steps=redone,
+        waited_steps=waited,
         step_joules=None if math.isnan(joules) else joules,
         outside_allocator_gib=outside if on_gpu else None,
         busiest_rank=busiest,

@@ -39,6 +39,9 @@ class Stack(Protocol):
     def redone_steps(self) -> int:
         """Steps that were repeated for lack of room since the last call."""
 
+    def waited_steps(self) -> int:
+        """Steps that waited because room would not have fitted into memory, since the last call."""
+
     def close(self) -> None:
         """Release what outlives the model. All ranks together."""
 

@@ -61,6 +61,11 @@ class Ours:
         redone, metrics.redone = metrics.redone, 0
         return redone
 
+    def waited_steps(self) -> int:
+        metrics = self.training.metrics
+        waited, metrics.waited = metrics.waited, 0
+        return waited
+
     def close(self) -> None:
         self.model.runtime.dispatcher.close()
 

@@ -16,8 +16,9 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     figures = [_figures(row, rows) for row in shown]
     for name in MEASURED:
         columns[name] = [row.get(name, ABSENT) for row in figures]
-    if set(columns["repeated steps"]) <= {"0", ABSENT}:
-        del columns["repeated steps"]
+    for name in RARE:
+        if set(columns[name]) <= {"0", ABSENT}:
+            del columns[name]
     columns["sitting"] = [row.get("sitting", ABSENT) for row in shown]
     common = {
         name: cells[0]
@@ -43,8 +44,11 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 MEASURED = (
     "ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "outside GiB",
-    "kJ/Mtoken", "rows dropped", "repeated steps", "busiest rank", "speed / best stock",
+    "kJ/Mtoken", "rows dropped", "repeated steps", "steps that waited", "busiest rank",
+    "speed / best stock",
 )  # fmt: skip
+RARE = ("repeated steps", "steps that waited")
+"""Left out where there are none."""
 
 
 def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
@@ -63,6 +67,7 @@ def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "outside GiB": largest(row.get("outside_allocator_gib")),
         "rows dropped": str(row.get("dropped_rows", ABSENT)),
         "repeated steps": str(row.get("redone_steps", ABSENT)),
+        "steps that waited": str(row.get("waited_steps", ABSENT)),
     }
     if load := row.get("busiest_rank"):
         cells["busiest rank"] = f"{load['median']:.2f}"

@@ -84,7 +84,8 @@ class TrainingRow(TypedDict, total=False):
     joules_per_mtoken: Spread
     """Energy of all GPUs for a million tokens."""
     redone_steps: int
-    """The sum of all windows, as of `dropped_rows`."""
+    """The sum of all windows, as of the next two."""
+    waited_steps: int
     dropped_rows: int
     """Of all steps and ranks; up to commit afc4cc3 of each window's last step alone."""
     first_loss: float
@@ -187,6 +188,7 @@ def add(row: TrainingRow, window: dict[str, Any], config: Config, device_name: s
     if joules := measured("step_joules"):
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
     row["redone_steps"] = sum(w["redone_steps"] for w in windows)
+    row["waited_steps"] = sum(w.get("waited_steps", 0) for w in windows)  # older ones had none
     row["dropped_rows"] = sum(w["dropped_rows"] for w in windows)
     if (first := windows[-1].get("first_loss")) is not None:
         row["first_loss"] = first
