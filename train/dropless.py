@@ -61,7 +61,7 @@ def say_once(room: Room) -> None:
     if room.times_too_large == 1 and dist.get_rank() == 0:
         log.warning(
             "room for %.2f even shares of rows would not fit into a GPU's memory "
-            "(moe.capacity=auto): in such steps every layer waits for the count of its rows; "
-            "moe/waited_steps counts them",
+            "(moe.capacity=auto): in such steps every layer waits for the count of its rows, which "
+            "takes longer; moe/waited_steps counts them, a smaller train.micro_batch avoids them",
             room.too_large,
         )

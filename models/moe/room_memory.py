@@ -1,9 +1,10 @@
 """Whether room for the experts' rows would fit into a GPU's memory, before it is reserved.
 
-In a step the memory in use rises by what rows take and by a rest, which is the same whatever the
-routing. Each rank measures the rest: from how far memory rose in an attempt, and from the rows that
-its layers had in it. So it knows what more rows would make of the peak. The rest is taken to be
-largest where the backward pass begins, at the last layer, when everything is kept.
+At its peak a step takes what its rows take, and a rest that is the same whatever the routing. Each
+rank measures the rest: from the peak of an attempt, and the rows that its layers had in it. So it
+knows what more rows would make of the peak. That is taken to be where the backward pass begins and
+everything is kept: at the last layer's experts, or at the loss. Which of them is not known, so a
+step has to fit by both.
 
 All ranks have to decide alike, or they would wait for each other: one that waits in a layer sends
 counts first. So the rest over the rank's limit is agreed on, as the largest of all ranks, and so
@@ -20,7 +21,7 @@ from models.fp8.tensor import ceil_div
 LOOK = 20
 """Attempts after which the limit is read again: the driver is asked, and other libraries allocate
 too."""
-MARGIN = 0.03
+MARGIN = 0.02
 """Share of the memory that is left alone: for gaps between tensors, for kernels that are loaded
 late, and for what DeepEP receives, of which a layer that does not wait has room for the most."""
 UNKNOWN = 2**62
@@ -28,9 +29,6 @@ UNKNOWN = 2**62
 
 class Memory(Protocol):
     """What PyTorch's allocator counts on this rank, in bytes."""
-
-    def allocated(self) -> int:
-        """Now in tensors."""
 
     def peak(self) -> int:
         """The most there has been in tensors since somebody began to count."""
@@ -42,9 +40,6 @@ class Memory(Protocol):
 class GpuMemory:
     """A GPU's. The allocator's counters are the host's, and kept when memory is asked for: reading
     them waits for nothing."""
-
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated()
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated()
@@ -90,59 +85,68 @@ def row_bytes(
 
 
 class RoomMemory:
-    """What rows take beside all else on this rank, and what the ranks agreed on."""
+    """What a step takes beside its experts' rows on this rank, and what the ranks agreed on."""
 
-    AGREED = 3
+    AGREED = 4
     """Numbers that are agreed on, each as the largest of all ranks."""
 
     def __init__(self, layers: int, memory: Memory) -> None:
         self._memory = memory
-        self._rows = [UNKNOWN] * layers  # fewest of the attempt's micro-batches, of each layer
+        self._rows = [0] * layers  # of the attempt's last micro-batch
         self._row = RowBytes(0, 0)
-        self._rest: int | None = None
-        self._allocated = self._peak = self._limit = self._attempts = 0
-        self._agreed, self._agreed_row = UNKNOWN, RowBytes(0, 0)
+        # Of the attempt's micro-batch that took least: which had the peak is not known.
+        self._took = (UNKNOWN, UNKNOWN)
+        # By where the peak may be: at the last layer's experts, or at the loss.
+        self._beside: tuple[int, int] | None = None
+        self._attempts = self._peak = self._limit = 0
+        self._over, self._agreed_row = (UNKNOWN, UNKNOWN), RowBytes(0, 0)
 
     @property
     def is_known(self) -> bool:
-        """Whether every rank has seen a whole step, and said so."""
-        return self._agreed < UNKNOWN
+        """Whether every rank has seen a step that takes what all take, and said so."""
+        return self._over[0] < UNKNOWN
 
     def begin(self) -> None:
         """An attempt at a step begins."""
-        self._allocated, self._peak = self._memory.allocated(), self._memory.peak()
-        self._rows = [UNKNOWN] * len(self._rows)
+        self._peak = self._memory.peak()
+        self._took = (UNKNOWN, UNKNOWN)
 
     def note(self, layer: int, rows: int, row: RowBytes) -> None:
-        """A layer has P = `rows` in a micro-batch of the attempt."""
-        self._rows[layer] = min(self._rows[layer], rows)
+        """A layer has P = `rows` in a micro-batch of the attempt; layers come in their order."""
+        self._rows[layer] = rows
         self._row = RowBytes(*map(max, self._row, row))
+        if layer == len(self._rows) - 1:
+            took = (self._row.at(layer, self._rows), self._row.kept * sum(self._rows))
+            self._took = (min(self._took[0], took[0]), min(self._took[1], took[1]))
 
     def end(self) -> None:
         """The attempt's last backward pass is queued, so that its peak is known."""
-        if self._attempts % LOOK == 0:
-            self._limit = self._memory.limit()
         self._attempts += 1
-        # At the last layer, though the peak may be at another: so the rest is not underestimated.
-        took = self._row.at(len(self._rows) - 1, self._rows)
+        if self._attempts == 1:
+            return  # before the optimizer has made its state
+        if self._attempts % LOOK == 2:
+            self._limit = self._memory.limit()
         peak = self._memory.peak()
-        rest = peak - self._allocated - took
-        if self._rest is None or peak > self._peak:
-            self._rest = rest
+        at_experts, at_loss = peak - self._took[0], peak - self._took[1]
+        if self._beside is None or peak > self._peak:
+            self._beside = (at_experts, at_loss)
         else:  # a peak of an earlier step, or of the optimizer: an upper bound
-            self._rest = min(self._rest, rest)
+            self._beside = (min(self._beside[0], at_experts), min(self._beside[1], at_loss))
 
-    def to_agree(self) -> tuple[int, int, int]:
+    def to_agree(self) -> tuple[int, int, int, int]:
         """Bytes beside rows that are over the limit, most often negative; and a row's bytes."""
-        if self._rest is None:
-            return UNKNOWN, *self._row
-        return self._allocated + self._rest - self._limit, *self._row
+        if self._beside is None:
+            return UNKNOWN, UNKNOWN, *self._row
+        at_experts, at_loss = self._beside
+        return at_experts - self._limit, at_loss - self._limit, *self._row
 
     def agree(self, most: Sequence[int]) -> None:
         """The largest of all ranks' `to_agree`."""
-        self._agreed, self._agreed_row = most[0], RowBytes(*most[1:])
+        self._over, self._agreed_row = (most[0], most[1]), RowBytes(*most[2:])
 
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether a step fits in which the layers have P rows; the same on every rank."""
-        most = max(self._agreed_row.at(layer, rows) for layer in range(len(rows)))
-        return self._agreed + most <= 0
+        at_experts, at_loss = self._over
+        row = self._agreed_row
+        computing = max(row.at(layer, rows) for layer in range(len(rows)))
+        return max(at_experts + computing, at_loss + row.kept * sum(rows)) <= 0

@@ -335,9 +335,10 @@ def test_a_process_that_dies_leaves_a_row(tmp_path):
 def test_a_process_whose_data_is_bad_leaves_rows_that_say_so(tmp_path):
     report = plan(tmp_path, "--stacks", "bf16", "--screen", "2,4", "--routings", "natural",
                   f"data.path={tmp_path / 'nowhere'}")  # fmt: skip
-    for row in report["screening"]:
-        assert row["error"].startswith(f"ConfigError: data.path={tmp_path / 'nowhere'}")
-    assert [row["micro_batch"] for row in report["screening"]] == [2, 4]
+    first, second = report["screening"]
+    assert first["error"].startswith(f"ConfigError: data.path={tmp_path / 'nowhere'}")
+    assert second["error"] == "not tried: micro-batch 2 ended the process"
+    assert [first["micro_batch"], second["micro_batch"]] == [2, 4]
 
 
 def test_what_failed_first_is_a_row_like_others_once_it_ran(tmp_path, monkeypatch):

@@ -66,9 +66,10 @@ def test_a_step_whose_room_would_not_fit_waits_on_every_rank(ranks, reset):
     memory, `PretendMemory` asserts."""
     first, *others = run_ranks(ranks, tight, reset)
     assert all(other == first for other in others)
-    # What is needed is known after the first step, what memory it takes after the second.
+    # What is needed is known after the first step, what memory it takes after the second, and
+    # what that is on all ranks after the third.
     calm = (1152, 1152, 1152)
-    assert first["calm"] == [(WAITED, False), (WAITED, False), (calm, False), (calm, False)]
+    assert first["calm"] == [(WAITED, False)] * 3 + [(calm, False)]
     assert first["uneven"] == [(calm, False)]
     # 1950 and a quarter, as it was a surprise: 1.25 shares, 2.25 and 1.25 would be too much.
     want = [(WAITED, True)] * rooms.WINDOW
@@ -85,20 +86,17 @@ def plenty(rank: int) -> tuple[Any, Any]:
     return bounded, steps(Room(LAYERS), PretendMemory(0), rank, needs)
 
 
-def test_enough_memory_changes_nothing_but_the_second_step():
+def test_enough_memory_changes_nothing_but_the_second_and_third_step():
     for bounded, unbounded in run_ranks(2, plenty):
-        assert bounded[1] == (WAITED, False)
+        assert bounded[1:3] == [(WAITED, False)] * 2
         assert [None in rows for rows, _ in unbounded] == [True] + [False] * 8
-        assert bounded[:1] + bounded[2:] == unbounded[:1] + unbounded[2:]
+        assert bounded[:1] + bounded[3:] == unbounded[:1] + unbounded[3:]
 
 
 class Counters:
     """An allocator's, as set."""
 
-    now = top = full = 0
-
-    def allocated(self) -> int:
-        return self.now
+    top = full = 0
 
     def peak(self) -> int:
         return self.top
@@ -119,26 +117,41 @@ def attempt(
     memory.end()
 
 
-def over_the_limit(memory: RoomMemory) -> int:
-    """What a rank alone would agree on."""
+def over_the_limit(memory: RoomMemory) -> tuple[int, int]:
+    """What a rank alone would agree on: with the peak at the experts, and at the loss."""
     memory.agree(memory.to_agree())
-    return memory.to_agree()[0]
+    return memory.to_agree()[:2]
 
 
 def test_the_rest_is_what_no_row_takes():
     counters = Counters()
     memory = RoomMemory(2, counters)
-    assert memory.to_agree() == (UNKNOWN, 0, 0)
-    counters.now, counters.full = 5_000_000, 100_000_000
+    assert memory.to_agree() == (UNKNOWN, UNKNOWN, 0, 0)
+    # The first step is not like the others: the optimizer has made nothing yet.
+    attempt(memory, counters, 80_000_000, [1000, 2000])
+    assert memory.to_agree() == (UNKNOWN, UNKNOWN, *ROW)
+    counters.full = 100_000_000
     attempt(memory, counters, 30_000_000, [1000, 2000])
-    # 25 million more, of which 3 are kept for rows, and 4 are for the last layer's gradients.
-    assert memory.to_agree() == (5_000_000 + 18_000_000 - 100_000_000, *ROW)
-    # Where the micro-batches' rows differ, which of them had the peak is not known.
-    attempt(memory, counters, 20_000_000, [5000, 3000], [1000, 4000])
-    assert over_the_limit(memory) == 5_000_000 + (15_000_000 - 4_000_000 - 6_000_000) - 100_000_000
+    # 3 million are kept for rows, and 4 are for the last layer's gradients, if the peak is there.
+    assert memory.to_agree() == (23_000_000 - 100_000_000, 27_000_000 - 100_000_000, *ROW)
+    # Where the micro-batches' rows differ, which of them had the peak is not known: the second
+    # takes 13 million in the last layer, the first 8 at the loss.
+    attempt(memory, counters, 23_000_000, [5000, 3000], [1000, 4000], [5000, 3000])
+    assert over_the_limit(memory) == (10_000_000 - 100_000_000, 18_000_000 - 100_000_000)
     # An older peak, or the optimizer's, says less than what is known.
-    attempt(memory, counters, 90_000_000, [1000, 1000], before=90_000_000)
-    assert over_the_limit(memory) == -90_000_000
+    for _ in range(50):
+        attempt(memory, counters, 90_000_000, [1000, 1000], before=90_000_000)
+        assert over_the_limit(memory) == (-90_000_000, -82_000_000)
+    # One that says more counts, and a peak of this attempt's whatever it says.
+    attempt(memory, counters, 13_000_000, [1000, 1000], before=13_000_000)
+    assert over_the_limit(memory) == (9_000_000 - 100_000_000, 11_000_000 - 100_000_000)
+    attempt(memory, counters, 14_000_001, [1000, 1000], before=14_000_000)
+    assert over_the_limit(memory) == (10_000_001 - 100_000_000, 12_000_001 - 100_000_000)
+
+
+def test_what_fits():
+    memory = RoomMemory(2, Counters())
+    memory.agree([-90_000_000, -90_000_000, *ROW])
     # 40 million kept, and 50 while the last layer computes.
     assert memory.fits([15_000, 25_000])
     assert not memory.fits([15_001, 25_000])
@@ -146,25 +159,20 @@ def test_the_rest_is_what_no_row_takes():
     # 30 million kept, and 60 while the first computes; the last has freed its rows.
     assert memory.fits([30_000, 20_000])
     assert not memory.fits([30_001, 100])
-    # What is there at the beginning of a step counts as it is now.
-    counters.now += 40_000_000
-    for _ in range(50):
-        attempt(memory, counters, 90_000_000, [1000, 1000], before=90_000_000)
-        assert over_the_limit(memory) == -50_000_000
-    # An older peak that says more counts, and a peak of this attempt's whatever it says.
-    attempt(memory, counters, 51_000_000, [1000, 1000], before=51_000_000)
-    assert over_the_limit(memory) == 45_000_000 + (6_000_000 - 4_000_000) - 100_000_000
-    attempt(memory, counters, 90_000_001, [1000, 1000], before=90_000_000)
-    assert over_the_limit(memory) == 45_000_000 + (45_000_001 - 4_000_000) - 100_000_000
+    # At the loss nothing computes with rows.
+    memory.agree([-90_000_000, -40_000_000, *ROW])
+    assert memory.fits([25_000, 15_000])
+    assert not memory.fits([25_001, 15_000])
 
 
 def test_the_limit_is_read_again():
     counters = Counters()
     memory = RoomMemory(1, counters)
+    attempt(memory, counters, 0, [0])
     found = []
     for _ in range(LOOK + 1):
         attempt(memory, counters, 0, [0])
-        found.append(-over_the_limit(memory))
+        found.append(-over_the_limit(memory)[0])
         counters.full += 1
     assert found == [0] * LOOK + [LOOK]
 
@@ -177,16 +185,17 @@ def test_no_rows_say_nothing_of_a_row():
 def test_what_a_gpu_counts():
     memory = GpuMemory()
     torch.cuda.synchronize()
-    before, limit = memory.allocated(), memory.limit()
+    limit = memory.limit()
     _, total = torch.cuda.mem_get_info()
     size = 64 * 2**20
+    torch.cuda.reset_peak_memory_stats()
+    before = memory.peak()
     torch.cuda.set_sync_debug_mode("error")
     try:
         held = torch.empty(size, dtype=torch.uint8, device="cuda")
-        assert memory.allocated() == before + size
+        assert memory.peak() == before + held.nbytes
         torch.empty(size, dtype=torch.uint8, device="cuda")
-        assert memory.allocated() == before + held.nbytes
-        assert memory.peak() >= before + 2 * size
+        assert memory.peak() == before + 2 * size
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert before < limit < total

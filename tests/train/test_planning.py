@@ -288,6 +288,26 @@ def test_a_run_that_does_not_fit_says_so(small_gpu, monkeypatch, caplog):
     assert "start more ranks, or a smaller model" in line
 
 
+def test_a_run_that_would_wait_for_lack_of_room_says_so(small_gpu, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    keys = ["parallel.expert_parallel=2", "moe.path=bf16", "moe.force_balance=false"]
+
+    def config(*more: str) -> Config:
+        return load("configs/qwen3_30b_a3b_8l.yaml", [*keys, "train.micro_batch=8", *more])
+
+    (line,) = warned(caplog, config("moe.capacity=auto"))
+    assert "with the room that moe.capacity=auto sets aside, and a GPU has 72.9 of 79.2" in line
+    assert line.endswith("train.micro_batch=7 would fit without")
+    assert warned(caplog, config("moe.capacity=null")) == []
+    (line,) = warned(caplog, config("moe.capacity=1.5"))  # drops rows, and never waits
+    assert "moe.capacity" not in line
+    small_gpu["bytes"] = 60 * GIB  # too little for that too
+    (line,) = warned(caplog, config("moe.capacity=auto"))
+    assert "moe.capacity" not in line
+
+
 def test_the_start_of_a_run_looks(small_gpu, monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(preflight, "why_not", lambda *_: None)

@@ -44,9 +44,10 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
         times = {name: row[name] for name in NAMES}
         assert sum(times.values()) == pytest.approx(row["time/profiled_step_ms"])
         assert min(times.values()) >= 0
-        # One step an interval: both are the time of this one.
+        # One step an interval: both are the time of this one, except for starting and stopping the
+        # profiler and writing its trace, which takes long where the machine is busy.
         assert row["time/profiled_step_ms"] <= row["time/step_ms"]
-        assert row["time/profiled_step_ms"] > 0.5 * row["time/step_ms"]
+        assert row["time/profiled_step_ms"] > 0.1 * row["time/step_ms"]
         expected = NAMES - {"time/relayout_ms", "time/quantize_ms"}
         if "quantize" in EXPECTED[path].parts:
             expected |= {"time/quantize_ms"}

@@ -120,6 +120,11 @@ class Shape:
         return self.moe.capacity == "default" and self.expert_ranks > 1 and not one_node
 
     @property
+    def has_room(self) -> bool:
+        """Whether room is set aside by what was needed lately."""
+        return isinstance(self.moe.capacity, str) and not self.waits
+
+    @property
     def rows(self) -> int:
         """Rows of the experts' buffers, P: padding and room included.
 

@@ -25,8 +25,17 @@ def why_not(config: Config, ranks: int, node: int, memory: int, gpu: str) -> str
         advice = "moe.recompute=true would fit"
     else:
         advice = "start more ranks, or a smaller model"
+    needs = f"{found.total / GIB:.1f} GiB of each GPU"
+    has = f"{room / GIB:.1f} of {memory / GIB:.1f}"
+    waiting = replace(shape, moe=shape.moe.model_copy(update={"capacity": None}))
+    if shape.has_room and peak(waiting).total <= room:
+        return (
+            f"this run is planned to need {needs} with the room that moe.capacity=auto sets aside, "
+            f"and {gpu} has {has} for it: steps whose room does not fit wait in every layer, which "
+            f"takes longer; {advice} without"
+        )
     return (
-        f"this run is planned to need {found.total / GIB:.1f} GiB of each GPU, most of it "
-        f"{largest} ({found.parts[largest] / GIB:.1f}), and {gpu} has {room / GIB:.1f} of "
-        f"{memory / GIB:.1f} for it; {advice}; python -m scripts.plan shows what takes it"
+        f"this run is planned to need {needs}, most of it {largest} "
+        f"({found.parts[largest] / GIB:.1f}), and {gpu} has {has} for it; {advice}; "
+        "python -m scripts.plan shows what takes it"
     )

@@ -164,6 +164,8 @@ def run_stack(
     before = _allocated_gib(ranks)
     warmup, steps, trace = arguments.warmup, arguments.steps, arguments.trace
     together = partial(attempt, failure_file=arguments.failure)
+    if ranks.device.type == "cuda":  # room for rows follows from the peak of this stack's steps
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     built: list[Stack] = []
 
     def make() -> None:

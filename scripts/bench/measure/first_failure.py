@@ -4,7 +4,6 @@ A rank that fails alone cannot tell the others: inside a collective or a kernel 
 for it until a timeout, and then report that instead of the reason.
 """
 
-import time
 from pathlib import Path
 
 
@@ -23,14 +22,7 @@ def tell(file: Path | None, line: str) -> str:
 def read(file: Path) -> str | None:
     """The first rank's line; None while none has failed."""
     try:
-        return file.read_text(encoding="utf-8").partition("\n")[0] or None
+        text = file.read_text(encoding="utf-8", errors="replace")  # a full disk cuts anywhere
+        return text.partition("\n")[0] or None
     except FileNotFoundError:
         return None
-
-
-def age_s(file: Path) -> float:
-    """Seconds since a rank failed; 0 while none has."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

@@ -85,9 +85,16 @@ class Process:
     def _wait(self) -> str:
         """Return how it ended, or that it did not: in its minutes, or soon after a rank failed."""
         deadline = time.monotonic() + self._minutes * 60
-        while time.monotonic() < deadline and first_failure.age_s(self._failure) < GRACE_S:
+        failed: float | None = None
+        while (now := time.monotonic()) < deadline:
             with suppress(subprocess.TimeoutExpired):
                 return f"process ended: exit code {self._process.wait(POLL_S)}"
+            if not self._failure.exists():
+                failed = None
+            elif failed is None:
+                failed = now
+            elif now - failed > GRACE_S:
+                return f"process ended: a rank failed, and the others did not in {GRACE_S:.0f} s"
         return f"process ended: not done after {self._minutes} minutes"
 
     def end(self) -> None:

@@ -106,7 +106,11 @@ class Sitting:
             self.content |= origin
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
-        found += [{"micro_batch": size, "error": ended} for size in missing]
+        found += [{"micro_batch": size, "error": ended} for size in missing[:1]]
+        found += [
+            {"micro_batch": size, "error": f"not tried: micro-batch {missing[0]} ended the process"}
+            for size in missing[1:]
+        ]
         self.longest = max(self.longest, time.monotonic() - begin)
         return found
 
