@@ -4,8 +4,8 @@
 
 
 What is forked cannot use a GPU that its parent has used, so these start again. FAULT is `none`,
-`poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 3,
-4 and 6 have no room for the experts' rows) or `crowd` (in steps 3 and 6 all tokens go to two).
+`poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 4,
+5 and 7 have no room for the experts' rows) or `crowd` (in steps 4 and 7 all tokens go to two).
 """
 
 import os
@@ -18,8 +18,8 @@ FAULTS = {
     "none": lambda rank: None,
     "poison": poison(4, 0, float("nan")),
     "hang": hang,
-    "cramp": cramp(2, 3, 5),
-    "crowd": crowd(2, 5),
+    "cramp": cramp(3, 4, 6),  # on a GPU the first three wait
+    "crowd": crowd(3, 6),
 }
 
 if __name__ == "__main__":
