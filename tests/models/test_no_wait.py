@@ -85,7 +85,8 @@ def test_no_wait_with_room_by_what_was_needed(layer, path):
         pytest.skip(runtime.description)
     results = []
     # To learn what is needed, what memory it takes, and of all ranks; to compile; and then.
-    for waits in (*[nullcontext] * 4, waiting_is_an_error):
+    learn = (nullcontext, nullcontext, nullcontext, nullcontext)
+    for waits in (*learn, waiting_is_an_error):
         torch.cuda.synchronize()
         with waits(), room.open(wait=False):
             output = layer.forward(runtime)
