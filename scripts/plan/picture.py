@@ -111,7 +111,7 @@ def _bounds(axes: Axes, plans: Mapping[int, Plan], chosen: str) -> None:
     """What each number of GPUs is bound by, in words."""
     axes.axis("off")
     rows = [
-        [str(count), _most(plan), f"{plan.step_ms:,.0f}", "yes" if plan.fits else "NO"]
+        [str(count), _most(plan), f"{plan.step_ms:,.0f}", plan.verdict]
         for count, plan in plans.items()
     ]
     table = axes.table(

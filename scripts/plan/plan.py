@@ -36,6 +36,17 @@ class Plan:
         return self.memory.total <= self.room
 
     @property
+    def fits_if_it_waits(self) -> bool:
+        """Whether room for the experts' rows does not fit, and a step that waits does."""
+        shape = self.shape
+        return not self.fits and shape.has_room and peak(shape.without_room()).total <= self.room
+
+    @property
+    def verdict(self) -> str:
+        """`fits` for a table."""
+        return "yes" if self.fits else "waits" if self.fits_if_it_waits else "NO"
+
+    @property
     def step_ms(self) -> float:
         return sum(self.ms.values())
 

@@ -49,7 +49,7 @@ def _memory(plans: Sequence[Plan], machine: Machine) -> str:
     ]
     rows.append(("peak", [f"{plan.memory.total / GIB:.2f}" for plan in plans]))
     room = plans[0].room / GIB
-    rows.append((f"fits in {room:.1f} GiB", ["yes" if plan.fits else "NO" for plan in plans]))
+    rows.append((f"fits in {room:.1f} GiB", [plan.verdict for plan in plans]))
     largest = ["none" if plan.largest is None else str(plan.largest) for plan in plans]
     rows.append(("largest micro-batch", largest))
     where: dict[str, list[str]] = {}
@@ -59,6 +59,10 @@ def _memory(plans: Sequence[Plan], machine: Machine) -> str:
         f"  at the peak: {moment}" + f" ({', '.join(paths)})" * (len(where) > 1)
         for moment, paths in where.items()
     ]
+    if any(plan.fits_if_it_waits for plan in plans):
+        said.append(
+            "  waits: room for the experts' rows does not fit; steps that wait for their count do"
+        )
     title = f"memory of a rank, GiB of {machine.memory / GIB:.1f}"
     return "\n".join([_table(title, plans, rows), *said])
 

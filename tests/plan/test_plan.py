@@ -168,6 +168,23 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(path):
     )
 
 
+def test_what_fits_only_in_steps_that_wait(capsys):
+    """`bf16`: 77 GiB with room, 71 without, of 73. With a number layers never wait."""
+    natural = ["moe.force_balance=false", "train.micro_batch=8", "parallel.expert_parallel=2"]
+    found = plan_for(2, *natural, "moe.capacity=auto")
+    verdicts = {path: plan.verdict for path, plan in found.items()}
+    assert verdicts == {path: "waits" if path == "bf16" else "yes" for path in PATH_NAMES}
+    assert plan_for(2, *natural, "moe.capacity=null")["bf16"].verdict == "yes"
+    assert plan_for(2, *natural, "moe.capacity=1.5")["bf16"].verdict == "NO"
+    larger = plan_for(2, *natural, "moe.capacity=auto", "train.micro_batch=9")
+    assert larger["bf16"].verdict == "NO"
+    assert main([BENCH, "--gpus", "2", *natural, "moe.capacity=auto"]) == 0
+    said = "waits: room for the experts' rows does not fit"
+    assert said in capsys.readouterr().out
+    assert main([BENCH, "--gpus", "2", *natural, "moe.capacity=auto", "train.micro_batch=4"]) == 0
+    assert said not in capsys.readouterr().out
+
+
 def test_micro_batches_fill_the_global_batch():
     assert sizes(load("configs/moe_small.yaml"), 4) == [1, 2, 4, 8, 16]
     assert len(sizes(load(BENCH), 4)) == 128

@@ -1,7 +1,7 @@
 """How much of the model a rank holds, and how many rows its experts get."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from models.config import ModelConfig, MoEConfig
@@ -123,6 +123,10 @@ class Shape:
     def has_room(self) -> bool:
         """Whether room is set aside by what was needed lately."""
         return isinstance(self.moe.capacity, str) and not self.waits
+
+    def without_room(self) -> "Shape":
+        """The same in a step for whose room memory does not suffice: every layer waits."""
+        return replace(self, moe=self.moe.model_copy(update={"capacity": None}))
 
     @property
     def rows(self) -> int:

@@ -27,8 +27,7 @@ def why_not(config: Config, ranks: int, node: int, memory: int, gpu: str) -> str
         advice = "start more ranks, or a smaller model"
     needs = f"{found.total / GIB:.1f} GiB of each GPU"
     has = f"{room / GIB:.1f} of {memory / GIB:.1f}"
-    waiting = replace(shape, moe=shape.moe.model_copy(update={"capacity": None}))
-    if shape.has_room and peak(waiting).total <= room:
+    if shape.has_room and peak(shape.without_room()).total <= room:
         return (
             f"this run is planned to need {needs} with the room that moe.capacity=auto sets aside, "
             f"and {gpu} has {has} for it: steps whose room does not fit wait in every layer, which "
