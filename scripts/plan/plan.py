@@ -9,7 +9,7 @@ from scripts.plan.rates import Rates
 from scripts.plan.time import Fit, bounds, parts_ms
 from train.config import Config, ConfigError, check_world, with_keys
 from train.metrics import flops
-from train.planning.memory import Moment, budget, peak
+from train.planning.memory import Moment, budget, fits_if_it_waits, peak
 from train.planning.shapes import Shape, shape_of
 
 MOST = 128
@@ -36,15 +36,14 @@ class Plan:
         return self.memory.total <= self.room
 
     @property
-    def fits_if_it_waits(self) -> bool:
+    def fits_by_waiting(self) -> bool:
         """Whether room for the experts' rows does not fit, and a step that waits does."""
-        shape = self.shape
-        return not self.fits and shape.has_room and peak(shape.without_room()).total <= self.room
+        return not self.fits and fits_if_it_waits(self.shape, self.room)
 
     @property
     def verdict(self) -> str:
         """`fits` for a table."""
-        return "yes" if self.fits else "waits" if self.fits_if_it_waits else "NO"
+        return "yes" if self.fits else "waits" if self.fits_by_waiting else "NO"
 
     @property
     def step_ms(self) -> float:

@@ -59,7 +59,7 @@ def _memory(plans: Sequence[Plan], machine: Machine) -> str:
         f"  at the peak: {moment}" + f" ({', '.join(paths)})" * (len(where) > 1)
         for moment, paths in where.items()
     ]
-    if any(plan.fits_if_it_waits for plan in plans):
+    if any(plan.fits_by_waiting for plan in plans):
         said.append(
             "  waits: room for the experts' rows does not fit; steps that wait for their count do"
         )

@@ -12,12 +12,7 @@ class PretendMemory:
         self.made_by_optimizer = made_by_optimizer
         self.full = 0
         """The limit; 0 while there is none."""
-        self.most = 0
-        """The most there has been in tensors."""
         self._peak = self._kept = 0
-
-    def allocated(self) -> int:
-        return self.moments
 
     def peak(self) -> int:
         return self._peak
@@ -30,14 +25,14 @@ class PretendMemory:
         self._kept = (self._kept if layer else 0) + rows * row.kept
         now = self.rest + self.moments + self._kept + rows * row.computing
         assert not self.full or now <= self.full, f"out of memory: {now:,} of {self.full:,} bytes"
-        self._peak, self.most = max(self._peak, now), max(self.most, now)
+        self._peak = max(self._peak, now)
 
     def end_step(self, reset: bool) -> None:
         """The optimizer, and with `reset` a line of metrics, after which peaks are counted from
         here."""
         self.moments = self.made_by_optimizer
         if reset:
-            self._peak = self.allocated()
+            self._peak = self.moments
 
 
 def shares_fit(shares: float, even: int, layers: int, row: RowBytes) -> int:

@@ -39,15 +39,17 @@ def test_a_profiled_run_trains_the_same_and_says_where_time_goes(tmp_path, path)
     assert not (tmp_path / "plain" / "trace.json.gz").exists()
     # Of the logged steps after the warm-up, 2 to 5, every second.
     assert [bool(NAMES & set(row)) for row in rows] == [False, True, False, True, False]
+    unprofiled = min(row["time/step_ms"] for row in plain if "time/step_ms" in row)
     for row in (rows[1], rows[3]):
         assert set(row) >= NAMES
         times = {name: row[name] for name in NAMES}
         assert sum(times.values()) == pytest.approx(row["time/profiled_step_ms"])
         assert min(times.values()) >= 0
-        # One step an interval: both are the time of this one, except for starting and stopping the
-        # profiler and writing its trace, which takes long where the machine is busy.
+        # One step an interval: both are the time of this one, whose interval has the profiler's
+        # start and stop too, on a busy machine more than the step. The step itself is as long as
+        # others.
         assert row["time/profiled_step_ms"] <= row["time/step_ms"]
-        assert row["time/profiled_step_ms"] > 0.1 * row["time/step_ms"]
+        assert row["time/profiled_step_ms"] > 0.5 * unprofiled
         expected = NAMES - {"time/relayout_ms", "time/quantize_ms"}
         if "quantize" in EXPECTED[path].parts:
             expected |= {"time/quantize_ms"}

@@ -45,6 +45,12 @@ def peak(shape: Shape, overhead: float | None = None) -> Moment:
     return Moment(found.name, {**found.parts, "overhead": rest})
 
 
+def fits_if_it_waits(shape: Shape, room: float) -> bool:
+    """Whether a step fits into `room` bytes whose layers wait for the count of their rows, as with
+    `moe.capacity=auto` where one that has set room aside for them does not fit."""
+    return shape.has_room and peak(shape.without_room()).total <= room
+
+
 def fitted_overhead() -> float:
     """Bytes that measured peaks had beyond what is counted; 0 where nothing was fitted yet."""
     try:

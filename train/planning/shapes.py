@@ -152,8 +152,9 @@ class Shape:
 
     @property
     def computed(self) -> int:
-        """Rows that the experts' kernels compute and move. TransformerEngine's take all of P; the
-        others leave room that nothing came in alone, except for DeepGEMM before 2.6."""
+        """Rows that the experts' kernels compute and move. Of TransformerEngine's all of P is
+        counted; the others leave room that nothing came in alone, except for DeepGEMM before
+        2.6."""
         return self.rows if self.linear == "stock" else min(self.rows, self._needed)
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from train.config import Config
-from train.planning.memory import GIB, budget, peak
+from train.planning.memory import GIB, budget, fits_if_it_waits, peak
 from train.planning.shapes import shape_of
 
 
@@ -27,7 +27,7 @@ def why_not(config: Config, ranks: int, node: int, memory: int, gpu: str) -> str
         advice = "start more ranks, or a smaller model"
     needs = f"{found.total / GIB:.1f} GiB of each GPU"
     has = f"{room / GIB:.1f} of {memory / GIB:.1f}"
-    if shape.has_room and peak(shape.without_room()).total <= room:
+    if fits_if_it_waits(shape, room):
         return (
             f"this run is planned to need {needs} with the room that moe.capacity=auto sets aside, "
             f"and {gpu} has {has} for it: steps whose room does not fit wait in every layer, which "

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.bench.command import or_one_line
 from scripts.bench.kernels.gemms import GEMMS, bench_gemms, tune
 from scripts.bench.kernels.memory_bound import bench_memory_bound
 from scripts.bench.kernels.peers import find_peers
@@ -28,7 +29,6 @@ from scripts.bench.kernels.timing import CALLS, ROTATED_BYTES, Bench
 from scripts.bench.kernels.weights import bench_optimizer, bench_weights
 from scripts.bench.machine import describe_machine
 from scripts.bench.results import write_json
-from train.config import ConfigError
 from train.whole_file import check_out
 
 SIZES = [(16384, 2048), (65536, 2048), (16384, 7168)]
@@ -47,11 +47,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only kernels whose line has this text")
     parser.add_argument("--tune", action="store_true", help="try settings of the FP8 GEMM")
     args = parser.parse_args()
-    try:
-        check_out(args.out)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return or_one_line(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every kernel. Raises ConfigError."""
+    check_out(args.out)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         print("needs a GPU of compute capability 9.0 or newer", file=sys.stderr)
         return 1

@@ -36,13 +36,7 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from scripts.bench import results, stacks
-from scripts.bench.command import (
-    or_one_line,
-    positive,
-    positive_list,
-    prepare,
-    start,
-)
+from scripts.bench.command import or_one_line, positive, positive_list, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure import first_failure
 from scripts.bench.measure.window import Window, measure, wait

@@ -48,12 +48,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import PATH_NAMES
-from scripts.bench.command import (
-    or_one_line,
-    positive,
-    positive_list,
-    positive_minutes,
-)
+from scripts.bench.command import or_one_line, positive, positive_list, positive_minutes
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
 from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
