@@ -53,10 +53,16 @@ def test_which_deep_ep_dispatches():
         config = config_of(spec, TINY[0], overrides, "balanced", 1)
         assert config.moe.dispatch == f"deep_ep_{flag}", "whatever the config says"
         assert spec.columns()["flags"] == [flag]
-    with pytest.raises(ConfigError, match="either DeepEP v1 or v2 dispatches, not both"):
+    with pytest.raises(ConfigError, match="one of v1 and v2 at most; leave one out"):
         parse("fp8_fused:v1:prepare:v2")
     with pytest.raises(ConfigError, match="fp8 takes no 'v2'"):
         parse("stock:fp8:v2")
+
+
+def test_only_one_kind_of_operations_is_asked_for():
+    assert parse("fp8_baseline:te_dequantize").columns()["operations"] == "te_dequantize"
+    with pytest.raises(ConfigError, match="one of triton and te_dequantize at most"):
+        parse("fp8_baseline:triton:te_dequantize")
 
 
 def test_weights_are_prepared_where_a_row_says_so():

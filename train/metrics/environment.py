@@ -11,7 +11,11 @@ import torch
 
 from train import allocator
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "deep-ep", "triton")
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "triton"),
+    # What dispatches and computes on a GPU, and the libraries that come beside PyTorch's own.
+    *("deep-ep", "deep-gemm", "nvidia-cublas", "nvidia-nccl-cu13"),
+)
 
 
 class Environment(TypedDict):

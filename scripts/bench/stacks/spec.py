@@ -42,6 +42,8 @@ ENVIRONMENT = {
 }
 """Variables of the flag `environment`: Megatron-Bridge's for H100s."""
 PATH_FLAGS = (*VARIANTS, *FLAG_KEYS, "per_expert", "environment")
+EXCLUSIVE = (("v1", "v2"), tuple(VARIANTS))
+"""Flags of which a stack has one at most: who dispatches, whose operations."""
 STOCK_PATHS = ("bf16", "fp8")
 ROUTINGS = ("balanced", "natural")
 
@@ -100,8 +102,10 @@ def parse(text: str) -> Spec:
             raise ConfigError(f"stack {text}: {path} takes no {flag!r}")
         if flags.count(flag) > 1:
             raise ConfigError(f"stack {text}: {flag!r} is given twice; once does it")
-    if {"v1", "v2"} <= set(flags):
-        raise ConfigError(f"stack {text}: either DeepEP v1 or v2 dispatches, not both")
+    for exclusive in EXCLUSIVE:
+        given = [flag for flag in flags if flag in exclusive]
+        if len(given) > 1:
+            raise ConfigError(f"stack {text}: one of {' and '.join(given)} at most; leave one out")
     return Spec("megatron-core" if peer else "ours", path, tuple(flags))
 
 
