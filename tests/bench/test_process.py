@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from scripts.bench.measure import waiting
 from scripts.bench.measure.__main__ import main
 from scripts.bench.stacks.spec import config_of, parse
 from scripts.bench.train import process
 from scripts.bench.train.process import Process, Task
 from tests.support.tiny import TINY_MODEL as TINY
+from train.config import ConfigError
 
 STARTS_AND_HANGS = """
 import time
@@ -42,6 +45,10 @@ def those_of(folder: Path) -> list[int]:
         except OSError:  # it ended meanwhile
             continue
     return found
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def wait_until(number: int, folder: Path) -> None:
@@ -72,7 +79,9 @@ def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_they_end_with_a_benchmark_that_is_killed(tmp_path):
+@pytest.mark.parametrize("without_torchrun", [False, True])
+def test_they_end_with_a_benchmark_that_is_killed(tmp_path, without_torchrun):
+    """Also where torchrun leaves them behind, as one does that is stopped while it starts them."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", STARTS_AND_HANGS]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as one:
@@ -80,6 +89,9 @@ def test_they_end_with_a_benchmark_that_is_killed(tmp_path):
             assert one.stdout is not None
             assert one.stdout.readline() == "started\n"
             wait_until(3, tmp_path)
+            if without_torchrun:
+                (torchrun,) = (pid for pid in those_of(tmp_path) if parent_of(pid) == one.pid)
+                os.kill(torchrun, signal.SIGKILL)
             one.kill()
             wait_until(0, tmp_path)
         finally:
@@ -101,6 +113,31 @@ def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monk
     assert time.monotonic() - begin < 120
     assert ended == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB"
     assert not report["results"]
+
+
+def test_who_would_ask_has_ended(tmp_path):
+    holds = "import sys, time, pathlib; from scripts.bench.measure import waiting; "
+    holds += "lock = waiting.hold(pathlib.Path(sys.argv[1])); print('holds', flush=True); "
+    command = [sys.executable, "-c", holds + "time.sleep(600)", str(tmp_path)]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder,
+    ):
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "holds\n"
+            waits = pool.submit(waiting.wait_for, tmp_path / "go")
+            time.sleep(0.3)
+            assert waits.running()
+        finally:
+            holder.kill()
+        with pytest.raises(ConfigError, match="the benchmark that would write it has ended"):
+            waits.result(60)
+    (tmp_path / "go").touch()
+    with pytest.raises(ConfigError, match="has ended"):  # too late
+        waiting.wait_for(tmp_path / "go")
+    (tmp_path / waiting.LOCK).unlink()
+    waiting.wait_for(tmp_path / "go")  # written by hand
 
 
 def test_what_is_waited_for_needs_a_folder(tmp_path, capsys):

@@ -22,7 +22,6 @@ import argparse
 import gc
 import itertools
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,7 +37,7 @@ from torch.profiler import profile
 from scripts.bench import results, stacks
 from scripts.bench.command import or_one_line, positive, positive_list, prepare, start
 from scripts.bench.machine import describe_machine
-from scripts.bench.measure import first_failure
+from scripts.bench.measure import first_failure, waiting
 from scripts.bench.measure.window import Window, measure, wait
 from scripts.bench.stacks import Stack, inputs
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
@@ -87,7 +86,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
     prepare(configs)
     if arguments.wait_for:
         _load_libraries(spec)
-        _wait_for(arguments.wait_for)
+        waiting.wait_for(arguments.wait_for)
     ranks = start(configs[0])
     report: dict[str, Any] = {
         **describe_machine(ranks.device, ranks.world_size),
@@ -107,14 +106,6 @@ def measure_all(arguments: argparse.Namespace) -> int:
         dist.barrier()
         parallel.stop()
     return 1 if fatal else 0
-
-
-def _wait_for(file: Path) -> None:
-    """Return when it is there. Raises ConfigError where its folder is not, or no longer."""
-    while not file.exists():
-        if not file.parent.is_dir():
-            raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")
-        time.sleep(0.05)
 
 
 def _load_libraries(spec: Spec) -> None:

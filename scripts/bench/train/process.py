@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.measure import first_failure
+from scripts.bench.measure import first_failure, waiting
 from scripts.bench.stacks.spec import Spec
 from train.config import Config
 from train.safety.parent import end_with_parent
@@ -53,6 +53,7 @@ class Process:
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._go = self._folder / "measured.json", self._folder / "go"
         self._failure = self._folder / "failure"
+        self._lock = waiting.hold(self._folder)
         self._minutes = arguments.process_minutes
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -110,3 +111,4 @@ class Process:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
