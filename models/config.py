@@ -129,10 +129,10 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """The Mixture-of-Experts block: a top-k router and SwiGLU experts."""
 
-    path: FreeOnResume[PathName] = "bf16"
+    path: SaidOnResume[PathName] = "bf16"
     """How tokens get from the router to the experts' first GEMM. This is the one key that an
     experiment changes: bf16, fp8_baseline, fp8_compact, fp8_direct, fp8_fused."""
-    dispatch: FreeOnResume[DispatchName] = "auto"
+    dispatch: SaidOnResume[DispatchName] = "auto"
     """What moves tokens between ranks. `auto` uses DeepEP where it is installed and can run, and
     all_to_all (gloo, NCCL) elsewhere; `deep_ep` uses DeepEP or refuses to start. Where both of its
     versions can run, fp8_fused uses v2, which does the permute too; the other paths use v2 on two

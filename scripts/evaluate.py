@@ -187,7 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, metavar="MODEL|RUN")
     parser.add_argument(
-        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=1"
+        "keys",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="overrides, such as train.micro_batch=1",
     )
     parser.add_argument("--data", metavar="PATH", help="evaluate every document of this local text")
     parser.add_argument(

@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides, as for training"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="a new folder, or an unfinished one"

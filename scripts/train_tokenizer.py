@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, as for training"
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides, as for training"
     )
     parser.add_argument("--vocab-size", type=int, default=32768, help="most tokens (32768)")
     parser.add_argument(

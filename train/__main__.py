@@ -26,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/demo_cpu.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=50"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="overrides, such as train.steps=50",
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="A,B")
     parser.add_argument("--micro-batch", type=positive, help="default: the config's")
     parser.add_argument("--blocks", type=positive, default=40, help="blocks of four steps")

@@ -64,11 +64,15 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 """97.5% quantiles of Student's t for 1 to 30 degrees of freedom; beyond, 2.042 is a little wide."""
 
 
+def student_t(freedom: float) -> float:
+    """The quantile for an interval of 95%; between two degrees of freedom the wider one."""
+    return STUDENT_T[min(max(int(freedom), 1), len(STUDENT_T)) - 1]
+
+
 def interval(values: Sequence[float]) -> Interval:
     """The mean of independent repeats and its 95% interval. Raises StatisticsError below two."""
     error = statistics.stdev(values) / len(values) ** 0.5
-    quantile = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]
-    return {"mean": statistics.fmean(values), "plus_minus": quantile * error}
+    return {"mean": statistics.fmean(values), "plus_minus": student_t(len(values) - 1) * error}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

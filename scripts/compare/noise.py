@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from scripts.bench.results import student_t
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 DIGITS = 3
@@ -45,10 +47,6 @@ class Ratio:
         return "higher" if self.value > 1 else "lower"
 
 
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom; the last for more."""
-
-
 def centre(runs: Sequence[Sequence[float]]) -> float:
     """The geometric mean of the runs' medians."""
     return float(np.exp(np.mean(_log_medians(runs))))
@@ -56,10 +54,6 @@ def centre(runs: Sequence[Sequence[float]]) -> float:
 
 def _log_medians(runs: Sequence[Sequence[float]]) -> np.ndarray:
     return np.log([np.median(values) for values in runs])
-
-
-def _student(freedom: float) -> float:
-    return STUDENT[min(max(int(freedom), 1), len(STUDENT)) - 1]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -98,7 +92,7 @@ def _between_runs(
         sum(error**2 / (len(side) - 1) for error, side in zip(errors, logs, strict=True)) or 1
     )
     middle = float(logs[0].mean() - logs[1].mean())
-    reach = _student(freedom) * math.sqrt(sum(errors))
+    reach = student_t(freedom) * math.sqrt(sum(errors))
     return math.exp(middle - reach), math.exp(middle + reach)
 
 
@@ -113,7 +107,7 @@ def _between_intervals(
 
 def mean_interval_of_runs(values: Sequence[float]) -> tuple[float, float]:
     """The interval of CONFIDENCE around the mean of two independent measurements or more."""
-    reach = _student(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    reach = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
     return mean - reach, mean + reach
 

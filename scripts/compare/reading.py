@@ -86,6 +86,14 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             )
         else:
             found.append(f"The runs were made with different code: {what} {_each(runs, values)}.")
+    for run in runs:
+        counted = dict.fromkeys(run.finite("moe/scale_relayouts"))
+        if len(counted) > 1:
+            found.append(
+                f"{run.name} changed its path when it was resumed: it counted "
+                f"{' and '.join(f'{count:g}' for count in counted)} relayouts a layer. All its "
+                f"steps are shown as {run.path}, its last path."
+            )
     for key, values in config_differences(runs):
         if key.startswith(EQUAL_BY_DESIGN) or (key == "train.seed" and _seeds_are_equal(runs)):
             continue
@@ -218,18 +226,28 @@ def _gap(arm: Arm, baseline: Arm) -> str:
             f"of {baseline.name} on average, {_inside(low, high)} the noise between runs "
             f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
         )
-    if _unsure_gap(arm, baseline):
+    last = _last_gaps(arm, baseline)
+    if len(last) < FEWEST:
         return ""  # told together
     (gap,) = gaps
+    had = f"{arm.name} {_had(arm, baseline)} a training loss"
     if not gap:
-        return f"{arm.name} ended with a training loss equal to that of {baseline.name}."
-    last = _last_gaps(arm, baseline)
+        return f"{had} equal to that of {baseline.name}."
     low, high = mean_interval(last)
     return (
-        f"{arm.name} ended with a training loss {_beside(gap)} that of {baseline.name}, "
+        f"{had} {_beside(gap)} that of {baseline.name}, "
         f"{_inside(low, high)} the noise of its last {len(last)} logged steps "
         f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
     )
+
+
+def _had(arm: Arm, baseline: Arm) -> str:
+    """Where a loss was compared: at the end, unless one run came further than the other."""
+    one, other = arm.runs[0], partner(arm.runs[0], baseline)
+    last = common_losses(one, other)[-1][0]
+    if all(last == run.rows[-1]["progress/step"] for run in (one, other)):
+        return "ended with"
+    return f"had, at step {last:g}, the last that both logged,"
 
 
 def _beside(gap: float) -> str:

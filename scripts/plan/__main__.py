@@ -37,17 +37,16 @@ def count(text: str) -> int:
 def errors() -> str:
     """How far plans were from measured steps, in one line."""
     fit = json.loads(FIT.read_text(encoding="utf-8"))
-    rows = fit["rows"]
-    worst = {
-        unit: max(
-            (abs(r[f"error_{unit}"]) for r in rows if r.get(f"role_{unit}") == "checked"), default=0
-        )
-        for unit in ("gib", "ms")
-    }
+
+    def worst(unit: str, role: str) -> str:
+        found = (abs(r[f"error_{unit}"]) for r in fit["rows"] if r.get(f"role_{unit}") == role)
+        return f"{max(found, default=0):.1%}"
+
     return (
         f"on measured steps that nothing was fitted on ({fit['machine']}), memory was off by "
-        f"{worst['gib']:.1%} at most and time by {worst['ms']:.1%}; what goes over a network "
-        "was not measured"
+        f"{worst('gib', 'checked')} at most and time by {worst('ms', 'checked')}, and by "
+        f"{worst('gib', 'assumed')} and {worst('ms', 'assumed')} where the router chooses and an "
+        "imbalance is assumed; what goes over a network was not measured"
     )
 
 
@@ -97,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/moe_small.yaml")
     parser.add_argument(
-        "keys", nargs="*", metavar="key=value", help="overrides, such as train.micro_batch=8"
+        "keys",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="overrides, such as train.micro_batch=8",
     )
     parser.add_argument(
         "--gpus", type=count, metavar="N", help="GPUs of the run (parallel.expert_parallel)"

@@ -58,7 +58,8 @@ def streamed(shape: Shape) -> float:
 
 def optimizer_bytes(shape: Shape) -> float:
     """Bytes of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
-    return shape.stored * (7 * FULL + FULL)
+    read_and_written = 2 * (FULL + shape.first_moment + FULL)  # weight, both means
+    return shape.stored * (read_and_written + shape.gradient + shape.gradient)
 
 
 def prepared_bytes(shape: Shape) -> float:
@@ -87,23 +88,23 @@ def gathered_bytes(shape: Shape) -> dict[str, float]:
 
 
 def reduced_bytes(shape: Shape) -> dict[str, float]:
-    """Gradients in float32 that a rank sends to others in a step, by who shares them."""
+    """Bytes of gradients that a rank sends to others in a step, by who shares them."""
     layers = shape.model.num_layers
-    dense = (layers * shape.dense + shape.root) * FULL
+    dense = (layers * shape.dense + shape.root) * shape.gradient
     return {
         "all": dense * (1 - 1 / shape.ranks),
-        "replicas": layers * shape.experts * FULL * (1 - 1 / shape.replicas),
+        "replicas": layers * shape.experts * shape.gradient * (1 - 1 / shape.replicas),
     }
 
 
 def copied_bytes(shape: Shape) -> float:
     """Bytes of FSDP's own copies in a step: casts, what is gathered into place, gradients into
-    float32 and into one buffer. Also where there is one rank."""
+    what they are summed in and one buffer. Also where there is one rank."""
     whole = shape.model.num_layers * shape.dense + shape.root
     if shape.replicas > 1:
         whole += shape.model.num_layers * shape.experts
     gather = (FULL + HALF) / shape.ranks + 2 * HALF
-    reduce = HALF + 2 * FULL
+    reduce = HALF + 2 * shape.gradient
     gathers = shape.micro_batches if shape.reshard else 1
     return whole * (gather * gathers + reduce)
 

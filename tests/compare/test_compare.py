@@ -129,6 +129,41 @@ def test_gap_is_taken_at_steps_that_both_have(tmp_path: Path) -> None:
     assert any("different steps: 200 (a), 100 (b)" in w for w in warnings_of(folders))
 
 
+def test_equal_losses_of_runs_that_ended_elsewhere(tmp_path: Path) -> None:
+    losses = [5 - step / 1000 for step in range(60)]
+    steps = list(range(1, 61))
+    folders = [write_run(tmp_path / name, path, losses) for name, path in BOTH]
+    for folder, count in zip(folders, (60, 55), strict=True):
+        rows = [
+            {"progress/step": step, "progress/tokens": step, "loss/train": loss}
+            for step, loss in zip(steps[:count], losses, strict=False)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = reading_of(folders)
+    assert (
+        "b had, at step 55, the last that both logged, a training loss equal to that of a." in said
+    )
+
+    short = [write_run(tmp_path / f"short-{name}", path, losses[:2]) for name, path in BOTH]
+    assert not any("equal to that" in sentence for sentence in reading_of(short)), "of one step"
+
+
+BOTH = [("a", "bf16"), ("b", "fp8_compact")]
+
+
+def test_a_path_that_changed_on_resume_is_said(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, path, metrics={"moe/scale_relayouts": 2.0})
+        for name, path in BOTH
+    ]
+    assert not any("changed its path" in one for one in warnings_of(folders))
+    text = (folders[0] / "metrics.jsonl").read_text()
+    (folders[0] / "metrics.jsonl").write_text(text.replace("2.0", "5.0", 3))
+    (warned,) = (one for one in warnings_of(folders) if "changed its path" in one)
+    assert "a changed its path when it was resumed: it counted 5 and 2 relayouts a layer" in warned
+    assert "shown as bf16" in warned
+
+
 def warnings_of(folders: list[Path]) -> list[str]:
     return warnings(read_runs(folders))
 

@@ -107,7 +107,7 @@ def test_a_difference_between_repeats_is_found() -> None:
 
 def test_mean_interval_of_runs_is_student_s() -> None:
     assert mean_interval_of_runs([1.0, 2.0, 3.0]) == pytest.approx(
-        (2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5)
+        (2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5)
     )
 
 
@@ -141,7 +141,7 @@ def test_runs_that_differ_in_the_seed_are_repeats(tmp_path: Path) -> None:
     # Two runs each leave one degree of freedom, and say accordingly little.
     assert said[0] == (
         "fp8_direct was faster than bf16: 98.1 % more tokens/s, outside the noise (ratio 1.981, "
-        "95 % interval 1.498 to 2.619)."
+        "95 % interval 1.498 to 2.618)."
     )
     assert not any("Not every path was run more than once" in sentence for sentence in said)
 

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from models.config import PATH_NAMES
 from models.moe.paths import PATHS
 from scripts.plan import work
-from scripts.plan.__main__ import main
+from scripts.plan.__main__ import errors, main
 from scripts.plan.machines import MACHINES
 from scripts.plan.plan import Plan, plans, scaled, sizes
 from scripts.plan.rates import RESULTS, measured
@@ -18,7 +18,7 @@ from scripts.plan.time import Fit, bounds, fitted, parts_ms, waited
 from scripts.plan.traffic import traffic
 from train.config import load
 from train.metrics import flops
-from train.planning.memory import peak
+from train.planning.memory import FIT, peak
 from train.planning.shapes import Shape, shape_of
 
 H100, H200 = MACHINES["h100"], MACHINES["h200"]
@@ -132,6 +132,31 @@ def test_the_network_is_waited_for_when_it_is_slow():
     assert waited > 20 * times(one)["gather and reduce, waited for"]
     assert next(iter(bounds(times(one, slow)))) == "network"
     assert sum(bounds(times(one)).values()) == pytest.approx(1)
+
+
+def test_gradients_and_moments_in_bf16_are_moved_in_bf16():
+    for ranks in (4, 12):
+        full = shape(ranks=ranks)
+        half = shape("optim.grad_dtype=bf16", "optim.first_moment_dtype=bf16", ranks=ranks)
+        for who, size in work.reduced_bytes(full).items():
+            assert work.reduced_bytes(half)[who] == size / 2
+        # 32 bytes a parameter; twice 2 less for the gradient, for AdamW and for its norm, and twice
+        # 2 for the moment, which is read and written.
+        assert work.optimizer_bytes(full) == 32 * full.stored
+        assert work.optimizer_bytes(half) == 24 * half.stored
+        assert work.copied_bytes(half) < work.copied_bytes(full)
+
+
+def test_what_a_plan_says_of_its_errors():
+    """Of the rows that nothing was fitted on, those with an assumed imbalance are further off."""
+    rows = json.loads(FIT.read_text())["rows"]
+    found = dict.fromkeys(("checked", "assumed"), 0.0)
+    for row in rows:
+        if (role := row.get("role_ms")) in found:
+            found[role] = max(found[role], abs(row["error_ms"]))
+    assert 0 < found["checked"] < found["assumed"]
+    for worst in found.values():
+        assert f"{worst:.1%}" in errors()
 
 
 @pytest.mark.parametrize("reshard", [False, True])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.config import PATH_NAMES
+from train.__main__ import main
 from train.config import Config, ConfigError, check_world, describe_keys, is_free, is_said, load
 
 DEMO = "configs/demo_cpu.yaml"
@@ -274,7 +275,7 @@ def test_every_key_is_explained():
 
 FREE = {
     *("run", "parallel", "checkpoint", "tracking"),
-    *("moe.path", "moe.dispatch", "moe.dispatch_sms", "moe.recompute"),
+    *("moe.dispatch_sms", "moe.recompute"),
     *("train.steps", "train.micro_batch", "train.global_batch", "train.device"),
     *("train.deterministic", "train.on_nonfinite", "train.nonfinite_limit"),
     *("train.log_every", "train.valid_every", "train.valid_batches", "train.warmup_steps"),
@@ -287,6 +288,7 @@ SAID = {
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction"),
     *("optim.min_lr_ratio", "optim.weight_decay", "optim.clip_grad", "moe.bias_update_rate"),
     *("optim.grad_dtype", "optim.first_moment_dtype", "model.attention_backend"),
+    *("moe.path", "moe.dispatch"),
 }
 """Keys of which the start of a resumed run says that they have changed."""
 
@@ -304,3 +306,11 @@ def test_the_keys_that_may_change_on_resume():
 def line_about(name: str) -> str:
     (line,) = (line for line in describe_keys().splitlines() if line.startswith(f"  {name} ("))
     return line
+
+
+def test_without_a_config_only_that_is_missing(capsys):
+    """Overrides are optional, as the usage line says."""
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")

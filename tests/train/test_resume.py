@@ -259,6 +259,11 @@ def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
         ("a", ["optim.schedule=constant", "optim.weight_decay=0"], None),
         ("rate", ["optim.lr=0.0001", "optim.weight_decay=0"], "optim.lr=0.0001 (was 0.0005)"),
         ("decay", ["optim.schedule=constant", "optim.weight_decay=500"], "optim.weight_decay=500"),
+        (
+            "path",
+            ["optim.schedule=constant", "optim.weight_decay=0", "moe.path=fp8_compact"],
+            "moe.path=fp8_compact (was bf16)",
+        ),
     ):
         if name != "a":
             shutil.copytree(tmp_path / "a", tmp_path / name)

@@ -1,8 +1,7 @@
 """Where each received row goes, so that every expert's rows lie together.
 
 A received row may be for several local experts; it is copied once for each. Every expert's
-segment starts at a multiple of 128, because a weight gradient is quantized in blocks of 128 rows
-and a block must not mix experts.
+segment starts at a multiple of `alignment`: models/moe/paths/ has each path's, and why.
 
 Let R be the received rows, T the experts a token is routed to, and P the permuted rows, padding
 included. `expert_ids` and `rows` are `[R, T]`, with -1 for an expert that lives elsewhere.

@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
     parser.add_argument("stack", help="a stack, such as bf16, fp8_direct:prepare, stock:bf16")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--micro-batches", type=positive_list, metavar="N,N",
                         help="default: the config's")  # fmt: skip
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")

@@ -25,7 +25,7 @@ def hold(folder: Path) -> BinaryIO:
 
 def wait_for(file: Path) -> None:
     """Return when `file` is there. Raises ConfigError where its folder is not, or no longer, or
-    whoever held that has ended."""
+    the benchmark that held that has ended."""
     while True:
         if not file.parent.is_dir():
             raise ConfigError(f"--wait-for {file}: there is no folder {file.parent}")

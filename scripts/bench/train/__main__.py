@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, such as configs/qwen3_30b_a3b_8l.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides for all stacks"
+        "overrides", nargs="*", default=[], metavar="key=value", help="overrides for all stacks"
     )
     parser.add_argument("--gpus", type=positive, required=True, help="ranks, on this machine")
     parser.add_argument("--stacks", default=DEFAULT_STACKS, help="default: %(default)s")
