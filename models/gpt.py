@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from models.config import ModelConfig, MoEConfig
 from models.cpu_attention import CausalAttention, RotaryPositions
+from models.documents import Documents
 from models.initial_weights import InitialWeights
 from models.moe.experts import Experts
 from models.moe.layer import ExpertParallelMoE
@@ -41,20 +42,30 @@ from models.moe.runtime import GPTConfig, Runtime, build_runtime
 class GPT(GPTModel):
     """megatron-core's GPTModel with the arguments that training needs."""
 
-    def forward(self, tokens: Tensor, labels: Tensor | None, positions: Tensor | None = None):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, labels: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
         """Cross-entropy of each token, float32 [batch, seq].
 
-        tokens, labels: int64 [batch, seq]. positions: int64 [batch, seq], places within documents;
-        given, a token attends within its document only. Without labels: logits [batch, seq, vocab].
+        tokens, labels: int64 [batch, seq]. Given `documents`, a token attends within its own only.
+        Without labels: logits [batch, seq, vocab].
         """
-        if positions is None:
+        if documents is None:
             return super().forward(tokens, None, None, labels=labels)
         shape = tokens.shape
-        packed = _documents(positions)
+        bounds, longest = documents
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
         tokens = tokens.reshape(1, -1)
         labels = labels if labels is None else labels.reshape(1, -1)
         out = super().forward(tokens, None, None, labels=labels, packed_seq_params=packed)
-        return out.view(*shape, *out.shape[2:])
+        # A copy, since FSDP warns of a view: writing to one would lose its hook for backward.
+        return out.view(*shape, *out.shape[2:]).clone()
 
     def moe_layers(self) -> list[ExpertParallelMoE]:
         return [layer.mlp for layer in self.decoder.layers]
@@ -244,18 +255,3 @@ def _get_add(training: bool, fused: bool) -> Callable[..., Tensor]:
         return residual + part[0]
 
     return add
-
-
-def _documents(positions: Tensor) -> PackedSeqParams:
-    """Where documents begin among all tokens of a batch, from their places within documents."""
-    places = positions.reshape(-1)
-    starts = (places == 0).nonzero().squeeze(1)
-    bounds = torch.cat([starts, starts.new_tensor([len(places)])]).int()
-    longest = int(bounds.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )

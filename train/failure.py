@@ -30,6 +30,9 @@ codes, such as a batch script around torchrun. When the file appears the run sto
 signal; once it has saved, for whatever reason it stopped, it writes `saved` into the file, which
 means: requeue me. While the file exists, nothing starts."""
 
+RESUMES = "resumes from the newest checkpoint, if checkpoint.every has saved one"
+"""What a run does when it is started again."""
+
 PATIENCE_S = 3.0
 """How long a rank waits for another one to report what is wrong."""
 
@@ -98,22 +101,20 @@ def explain(error: Exception) -> Ending:
         return Ending(
             f"error: rank {rank}: a process that prepares data died ({' '.join(text.split())}); "
             "where memory ran out, that of /dev/shm too, lower data.workers; started again, "
-            "training resumes from the newest checkpoint",
+            f"training {RESUMES}",
             1,
         )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return Ending(
             f"error: rank {rank}: {error.filename or 'a file of the run'} cannot be written "
-            f"({error.strerror}); free some space and start again, which resumes from the newest "
-            "checkpoint",
+            f"({error.strerror}); free some space and start again, which {RESUMES}",
             1,
             after_the_first,
         )
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
         return Ending(
             f"error: rank {rank}: {error.filename} cannot be used ({error.strerror}); give this "
-            "user the right to, or look at that disk, and start again, which resumes from the "
-            "newest checkpoint",
+            f"user the right to, or look at that disk, and start again, which {RESUMES}",
             1,
             after_the_first,
         )
@@ -142,7 +143,7 @@ def lost_another(rank: int | str, which: str = "") -> str:
     name = f" (rank {which})" if which else ""
     return (
         f"error: rank {rank} lost another rank{name}; its own error line, torchrun or the system "
-        "says why; started again, training resumes from the newest checkpoint"
+        f"says why; started again, training {RESUMES}"
     )
 
 

@@ -346,8 +346,8 @@ def add_gradients(training: Training, batches: Iterable[Batch]) -> torch.Tensor:
 
 def losses(model: GPT, batch: Batch, config: Config) -> torch.Tensor:
     """Cross-entropy of each token, float32 [micro_batch, seq_len]."""
-    positions = batch.positions if config.data.document_mask else None
-    return model(batch.tokens, batch.labels, positions)
+    documents = batch.documents if config.data.document_mask else None
+    return model(batch.tokens, batch.labels, documents)
 
 
 def validate(training: Training, corpus: Corpus) -> dict[str, float]:

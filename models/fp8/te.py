@@ -107,7 +107,10 @@ def permute_scaled(
     if layout is not Layout.COMPACT:
         raise ValueError(f"TransformerEngine permutes to COMPACT scales, asked for {layout.name}")
     if x.rows == 0:  # nothing arrived, and a launch of no blocks is an error
-        return x
+        room = row_map.num_rows
+        values = x.data.view(torch.uint8).new_zeros(room, x.data.shape[1]).view(E4M3)
+        scales = x.scale_inv.new_zeros(room, x.scale_inv.shape[1])
+        return BlockScaledTensor(values, scales, Layout.COMPACT)
     data, scale_inv = _permute(x.data.view(torch.uint8), x.scale_inv, row_map)
     assert scale_inv is not None
     return BlockScaledTensor(data.view(E4M3), scale_inv, Layout.COMPACT)
@@ -115,7 +118,9 @@ def permute_scaled(
 
 def permute(x: Tensor, row_map: RowMap) -> Tensor:
     """`x [R, K]` to `[P, K]`, zeros in padding rows. As `reference.permute`."""
-    return x if len(x) == 0 else _permute(x, None, row_map)[0]
+    if len(x) == 0:
+        return x.new_zeros(row_map.num_rows, x.shape[1])
+    return _permute(x, None, row_map)[0]
 
 
 def unpermute(y: Tensor, row_map: RowMap) -> Tensor:

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.documents import Documents
 from models.gpt import GPT, build_gpt
+from tests.support.launches import Launches
 from tests.support.ranks import run_ranks
 from train import loop, parallel
 from train.config import Config, load
@@ -102,10 +105,10 @@ def batch(config: Config, sequences: int = 2) -> tuple[torch.Tensor, torch.Tenso
 def documents(rank: int, config: Config) -> dict[str, Any]:
     model = build(config).eval()
     tokens, labels = batch(config)
-    places = torch.arange(config.model.seq_len)
-    positions = torch.stack([torch.where(places < 10, places, places - 10), places])
+    length = config.model.seq_len
+    bounds = torch.tensor([0, 10, length, 2 * length], dtype=torch.int32)
     return {
-        "masked": model(tokens, labels, positions).detach(),
+        "masked": model(tokens, labels, Documents(bounds, length)).detach(),
         "whole": model(tokens, labels).detach(),
         "first": model(tokens[:1, :10], labels[:1, :10]).detach(),
         "second": model(tokens[:1, 10:], labels[:1, 10:]).detach(),
@@ -119,6 +122,18 @@ def test_document_mask_is_the_same_as_documents_apart():
     assert torch.allclose(found["masked"][:1], apart, atol=1e-5)
     assert torch.allclose(found["masked"][1], found["whole"][1], atol=1e-5)  # one document
     assert not torch.allclose(found["masked"][0], found["whole"][0], atol=1e-3)
+
+
+def test_documents_make_nothing_wait(monkeypatch):
+    """Where they are is known on the host; and FSDP, which warns of a view, gets none."""
+    monkeypatch.setattr(GPTModel, "forward", lambda self, tokens, *_, **__: tokens.float())
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    bounds = torch.tensor([0, 5, 8, 16], dtype=torch.int32)
+    with Launches() as launched:
+        out = GPT.forward(GPT.__new__(GPT), tokens, tokens, Documents(bounds, 8))
+    assert launched.names == ["_to_copy", "clone"]
+    assert out.shape == tokens.shape
+    assert not out._is_view()
 
 
 def first_loss(rank: int, config: Config) -> tuple[float, int, list[str]]:
@@ -263,7 +278,8 @@ def counted_in_validation(rank: int, config: Config) -> tuple[float, int]:
     model.register_forward_pre_hook(dropping)
     runtime.counts.dropped_rows, runtime.dispatcher.bytes_sent = torch.tensor(3.0), 4
     tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64)
-    one = Batch(tokens, tokens, torch.arange(config.model.seq_len)[None])
+    bounds = torch.tensor([0, config.model.seq_len], dtype=torch.int32)
+    one = Batch(tokens, tokens, Documents(bounds, config.model.seq_len))
     corpus: Any = SimpleNamespace(valid_batches=lambda *_: [one, one], tokenizer=ByteTokenizer())
     loop.validate(training, corpus)
     return float(runtime.counts.dropped_rows), runtime.dispatcher.bytes_sent

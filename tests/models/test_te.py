@@ -170,6 +170,14 @@ def test_permute(te, received):
     assert torch.equal(te.permute(tokens, row_map), reference.permute(tokens, row_map))
 
 
+def test_permute_has_room_where_nothing_arrives(te):
+    row_map = reference.plan_rows(torch.empty(0, 3, dtype=torch.int64).cuda(), 6, 128, 512)
+    x, tokens = compact(0, 384), normal(0, 384).cuda()
+    assert_same(te.permute_scaled(x, row_map), reference.permute_scaled(x, row_map))
+    assert torch.equal(te.permute(tokens, row_map), reference.permute(tokens, row_map))
+    assert len(te.permute(tokens, row_map)) == 512
+
+
 @pytest.mark.parametrize("received", [0, 1, 77, 1024])
 def test_unpermute(te, received):
     """Sums in another order: off by a few float32 roundings, and then by one to bfloat16."""

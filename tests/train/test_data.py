@@ -94,23 +94,26 @@ def test_pack_keeps_every_document_in_order_with_its_end(texts):
     assert packed.reshape(-1).tolist() == expected[: packed.size]
 
 
-def test_batch_shifts_labels_and_restarts_positions_after_each_end():
+def test_batch_shifts_labels_and_documents_begin_after_each_end():
     tokens = np.array([[7, 8, EOD, 9, EOD, EOD, 5], [1, 2, 3, 4, 5, 6, EOD]], dtype=np.uint16)
     batch = data.make_batch({"tokens": tokens}, EOD)
     assert batch.tokens.tolist() == [[7, 8, EOD, 9, EOD, EOD], [1, 2, 3, 4, 5, 6]]
     assert batch.labels.tolist() == [[8, EOD, 9, EOD, EOD, 5], [2, 3, 4, 5, 6, EOD]]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
-    assert {t.dtype for t in (batch.tokens, batch.labels, batch.positions)} == {torch.int64}
+    assert batch.documents.bounds.tolist() == [0, 3, 5, 6, 12]
+    assert batch.documents.longest == 6
+    assert {t.dtype for t in (batch.tokens, batch.labels)} == {torch.int64}
+    assert batch.documents.bounds.dtype == torch.int32
 
 
 def test_batches_continue_the_packed_text(jsonl, texts):
     config = configure(f"data.path={jsonl}")
     corpus = data.load(config)
     batch = next(corpus.train_batches(0, 1))
-    assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (2, 16)
+    assert batch.tokens.shape == batch.labels.shape == (2, 16)
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
     moved = batch.to("cpu")
-    assert torch.equal(moved.positions, batch.positions)
+    assert torch.equal(moved.documents.bounds, batch.documents.bounds)
+    assert moved.documents.longest == batch.documents.longest
 
 
 # Order

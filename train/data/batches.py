@@ -19,9 +19,9 @@ A hub data set is streamed: `stream.py`.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from models.documents import Documents
 from train.config import Config, ConfigError
 from train.data import prepared
 from train.data.faults import explained
@@ -59,24 +60,25 @@ PREFETCH = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; every tensor is int64 [micro_batch, seq_len]."""
+    """One micro-batch; tokens and labels are int64 [micro_batch, seq_len]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     """The token that follows each one."""
-    positions: torch.Tensor
-    """Position within the document: 0 for a sequence's first token and after each `eod`."""
+    documents: Documents
+    """One begins with every sequence, and after every `eod`."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; the copy is asynchronous where memory is pinned."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self._tensors()))
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader."""
-        return Batch(*(t.pin_memory() for t in self._tensors()))
+        return self._moved(torch.Tensor.pin_memory)
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        bounds, longest = self.documents
+        return Batch(move(self.tokens), move(self.labels), Documents(move(bounds), longest))
 
 
 @dataclass(frozen=True)
@@ -268,12 +270,12 @@ def make_batch(rows: dict[str, np.ndarray], eod: int) -> Batch:
     """The batch of `rows["tokens"]`, integers [micro_batch, seq_len + 1]."""
     tokens = rows["tokens"].astype(np.int64)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    places = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
-    starts = np.zeros_like(inputs)
-    starts[:, 1:] = np.where(inputs[:, :-1] == eod, places[:, 1:], 0)
-    positions = places - np.maximum.accumulate(starts, axis=1)
+    begins = np.ones(inputs.shape, bool)
+    begins[:, 1:] = inputs[:, :-1] == eod
+    bounds = np.append(np.flatnonzero(begins), inputs.size).astype(np.int32)
+    documents = Documents(torch.from_numpy(bounds), int(np.diff(bounds).max()))
     # Copies, since a tensor is written to its own memory and these are views of one array.
-    return Batch(*(torch.from_numpy(a.copy()) for a in (inputs, labels, positions)))
+    return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(labels.copy()), documents)
 
 
 def _loader(config: Config, source: Any, num_workers: int, **options: Any) -> Iterator[Batch]:

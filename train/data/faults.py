@@ -7,7 +7,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
 from train.config import ConfigError
-from train.failure import TrainingFailed
+from train.failure import RESUMES, TrainingFailed
 
 Item = TypeVar("Item")
 
@@ -34,7 +34,7 @@ def explained(batches: Iterator[Item], source: str) -> Iterator[Item]:
         except UNREADABLE as error:
             raise TrainingFailed(
                 f"{source} cannot be read any further: {last_line(error)}; once that is fixed, "
-                "start again, which resumes from the newest checkpoint"
+                f"start again, which {RESUMES}"
             ) from error
         yield batch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.fp8 import overflow
 from models.gpt import GPT
 from train.config import Config
-from train.failure import NotFinite
+from train.failure import RESUMES, NotFinite
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,7 @@ class LossGuard:
         if self.skipped_in_a_row >= limit:
             raise NotFinite(
                 f"{report}; the last of train.nonfinite_limit={limit} skipped steps in a row, in "
-                "which nothing was saved; lower optim.lr and start again, which resumes from the "
-                "newest checkpoint"
+                f"which nothing was saved; lower optim.lr and start again, which {RESUMES}"
             )
         if self.skipped_in_a_row == 1 and self.ranks.is_first:
             log.warning(
@@ -109,8 +108,7 @@ class LossGuard:
         if self._weights_overflow():
             raise NotFinite(
                 f"a weight of the experts is not finite in bfloat16 after step {self.step + 1}; "
-                "nothing was saved after it. Lower optim.lr and start again, which resumes from "
-                "the newest checkpoint"
+                f"nothing was saved after it. Lower optim.lr and start again, which {RESUMES}"
             )
 
     def _weights_overflow(self) -> bool:

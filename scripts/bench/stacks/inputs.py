@@ -3,6 +3,7 @@
 import torch
 from megatron.core import tensor_parallel
 
+from models.documents import Documents
 from train.config import Config
 from train.data import batches as data
 from train.data.batches import Batch
@@ -22,11 +23,13 @@ def batches(config: Config, ranks: Ranks, routing: str, steps: int) -> list[Batc
         return [next(text).to(ranks.device) for _ in range(count)]
     generator = torch.Generator().manual_seed(config.train.seed * ranks.world_size + ranks.rank)
     shape = (config.train.micro_batch, config.model.seq_len + 1)
-    positions = torch.arange(config.model.seq_len).expand(shape[0], -1)
+    length = config.model.seq_len
+    bounds = torch.arange(0, shape[0] * length + 1, length, dtype=torch.int32)
     found = []
     for _ in range(count):
         tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
-        batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions)
+        documents = Documents(bounds, length)
+        batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), documents)
         found.append(batch.to(ranks.device))
     return found
 
