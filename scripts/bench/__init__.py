@@ -5,8 +5,8 @@ A command of more than one file is a folder, in which `__main__.py` is the comma
     train/        training speed of several stacks: __main__.py plans, sitting.py has each measured,
                   in processes that process.py starts, and rows.py says what each field of a row is
     measure/      one stack, in those processes: __main__.py builds it, window.py times its steps,
-                  first_failure.py says why where one rank fails and the others wait for it
-                  waiting.py until they are asked, or nobody is left who would
+                  first_failure.py says why where one rank fails and the others wait for it,
+                  waiting.py lets ranks wait until they are asked, or nobody is left who would
     pairs.py      what a layout costs a step: two paths in turn on one model
     layer/        one MoE layer in all paths: setup.py builds it, profile.py counts its kernels
     kernels/      single kernels: timing.py times each, a file a family calls them

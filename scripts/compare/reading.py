@@ -91,8 +91,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         if len(counted) > 1:
             found.append(
                 f"{run.name} changed its path when it was resumed: it counted "
-                f"{' and '.join(f'{count:g}' for count in counted)} relayouts a layer. All its "
-                f"steps are shown as {run.path}, its last path."
+                f"{', then '.join(f'{count:.3g}' for count in counted)} relayouts a layer. All "
+                f"its steps are shown as {run.path}, its last path."
             )
     for key, values in config_differences(runs):
         if key.startswith(EQUAL_BY_DESIGN) or (key == "train.seed" and _seeds_are_equal(runs)):
@@ -222,8 +222,9 @@ def _gap(arm: Arm, baseline: Arm) -> str:
         mean = sum(gaps) / len(gaps)
         low, high = mean_interval_of_runs(gaps)
         return (
-            f"The {len(gaps)} runs of {arm.name} ended with training losses {_beside(mean)} those "
-            f"of {baseline.name} on average, {_inside(low, high)} the noise between runs "
+            f"The {len(gaps)} runs of {arm.name} {_had(arm, baseline)} training losses "
+            f"{_beside(mean)} those of {baseline.name} on average, {_inside(low, high)} the noise "
+            "between runs "
             f"({PERCENT} interval {low:+.3f} % to {high:+.3f} %)."
         )
     last = _last_gaps(arm, baseline)
@@ -242,12 +243,12 @@ def _gap(arm: Arm, baseline: Arm) -> str:
 
 
 def _had(arm: Arm, baseline: Arm) -> str:
-    """Where a loss was compared: at the end, unless one run came further than the other."""
-    one, other = arm.runs[0], partner(arm.runs[0], baseline)
-    last = common_losses(one, other)[-1][0]
-    if all(last == run.rows[-1]["progress/step"] for run in (one, other)):
+    """Up to where losses were compared: the end, unless one run came further than the other."""
+    pairs = [(run, partner(run, baseline)) for run in arm.runs]
+    last = min(common[-1][0] for pair in pairs if (common := common_losses(*pair)))
+    if all(run.rows[-1]["progress/step"] == last for pair in pairs for run in pair):
         return "ended with"
-    return f"had, at step {last:g}, the last that both logged,"
+    return f"had, up to step {last:g}, the last that both logged,"
 
 
 def _beside(gap: float) -> str:

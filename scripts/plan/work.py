@@ -59,7 +59,7 @@ def streamed(shape: Shape) -> float:
 def optimizer_bytes(shape: Shape) -> float:
     """Bytes of AdamW, which reads and writes weight, gradient and both means, and of the norm."""
     read_and_written = 2 * (FULL + shape.first_moment + FULL)  # weight, both means
-    return shape.stored * (read_and_written + shape.gradient + shape.gradient)
+    return shape.stored * read_and_written + 2 * shape.stored_gradients
 
 
 def prepared_bytes(shape: Shape) -> float:

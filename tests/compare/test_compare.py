@@ -141,11 +141,26 @@ def test_equal_losses_of_runs_that_ended_elsewhere(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = reading_of(folders)
     assert (
-        "b had, at step 55, the last that both logged, a training loss equal to that of a." in said
+        "b had, up to step 55, the last that both logged, a training loss equal to that of a."
+        in said
     )
 
     short = [write_run(tmp_path / f"short-{name}", path, losses[:2]) for name, path in BOTH]
     assert not any("equal to that" in sentence for sentence in reading_of(short)), "of one step"
+
+
+def test_several_runs_that_ended_elsewhere(tmp_path: Path) -> None:
+    whole = [5 - step / 100 for step in STEPS]
+    seeds = [
+        write_run(tmp_path / f"b{seed}", "fp8_compact", losses, config={"train": {"seed": seed}})
+        for seed, losses in enumerate(([loss * 1.02 for loss in whole[:10]], whole))
+    ]
+    (said,) = (
+        one
+        for one in reading_of([write_run(tmp_path / "a", "bf16", whole), *seeds])
+        if one.startswith("The 2 runs")
+    )
+    assert "fp8_compact had, up to step 100, the last that both logged, training losses 1." in said
 
 
 BOTH = [("a", "bf16"), ("b", "fp8_compact")]
@@ -160,7 +175,9 @@ def test_a_path_that_changed_on_resume_is_said(tmp_path: Path) -> None:
     text = (folders[0] / "metrics.jsonl").read_text()
     (folders[0] / "metrics.jsonl").write_text(text.replace("2.0", "5.0", 3))
     (warned,) = (one for one in warnings_of(folders) if "changed its path" in one)
-    assert "a changed its path when it was resumed: it counted 5 and 2 relayouts a layer" in warned
+    assert (
+        "a changed its path when it was resumed: it counted 5, then 2 relayouts a layer" in warned
+    )
     assert "shown as bf16" in warned
 
 

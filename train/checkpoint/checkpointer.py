@@ -38,7 +38,7 @@ from train.checkpoint.host_copy import HostCopy
 from train.checkpoint.same_run import check_checkpoint
 from train.checkpoint.writer import OfOneRank, Writer
 from train.config import Config, ConfigError
-from train.failure import TrainingFailed
+from train.failure import RESUMES, TrainingFailed
 from train.metrics.step import Gathered
 from train.optim import OwnAdamW
 from train.parallel import Ranks
@@ -204,7 +204,7 @@ class Checkpointer:
             if reason:
                 raise TrainingFailed(
                     f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}; "
-                    "free some space and start again, which resumes from the one before"
+                    f"free some space and start again, which {RESUMES}"
                 )
 
     def _newest_whole(self) -> tuple[Path | None, list[str]]:

@@ -80,9 +80,8 @@ def moments(shape: Shape) -> Iterator[Moment]:
     # What all micro-batches of a step but the last leave, not sharded yet.
     whole = layers * (shape.dense + shape.experts) + shape.root
     left = float(whole * shape.gradient) if shape.micro_batches > 1 else 0.0
-    # What FSDP leaves is float32, as the weight is.
-    of_experts = shape.gradient if shape.replicas == 1 else FULL
-    sharded = shape.dense / shape.ranks * FULL + shape.experts / shape.replicas * of_experts
+    experts = shape.experts / shape.replicas * shape.experts_gradient
+    sharded = shape.dense / shape.ranks * FULL + experts
 
     def gradients(done: int) -> float:
         """After the backward pass of this many layers."""

@@ -106,6 +106,19 @@ class Shape:
         return dense / self.ranks + self.model.num_layers * self.experts / self.replicas
 
     @property
+    def experts_gradient(self) -> int:
+        """Bytes of a gradient of the experts once it is reduced: what FSDP leaves is float32, as
+        the weight is."""
+        return self.gradient if self.replicas == 1 else BYTES["fp32"]
+
+    @property
+    def stored_gradients(self) -> float:
+        """Bytes of the gradients that the optimizer reads."""
+        dense = self.model.num_layers * self.dense + self.root
+        experts = self.model.num_layers * self.experts / self.replicas
+        return dense / self.ranks * BYTES["fp32"] + experts * self.experts_gradient
+
+    @property
     def even(self) -> int:
         """Copies of tokens that a rank's experts get where routing is even."""
         return self.tokens * self.moe.top_k
