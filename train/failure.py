@@ -30,7 +30,7 @@ codes, such as a batch script around torchrun. When the file appears the run sto
 signal; once it has saved, for whatever reason it stopped, it writes `saved` into the file, which
 means: requeue me. While the file exists, nothing starts."""
 
-RESUMES = "resumes from the newest checkpoint, if checkpoint.every has saved one"
+RESUMES = "resumes from the newest checkpoint, if there is one (checkpoint.every)"
 """What a run does when it is started again."""
 
 PATIENCE_S = 3.0

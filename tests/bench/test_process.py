@@ -22,7 +22,8 @@ from train.config import ConfigError
 STARTS_AND_HANGS = """
 import time
 from tests.bench.test_process import start
-start(), print("started", flush=True), time.sleep(600)
+waits = start()
+print("started", flush=True), time.sleep(600)
 """
 
 
