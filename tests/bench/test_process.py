@@ -116,6 +116,22 @@ def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monk
     assert not report["results"]
 
 
+@pytest.mark.slow
+def test_one_that_cannot_end_is_not_waited_for(monkeypatch):
+    """What it measured counts: NCCL waits for ever for a CUDA graph that somebody still holds."""
+    monkeypatch.setattr(process, "MEASURE", "tests.support.lingering_stack")
+    monkeypatch.setattr(process, "ENDING_S", 1.0)
+    begin = time.monotonic()
+    one = start(minutes=3)
+    try:
+        report, ended = one.measure()
+    finally:
+        one.end()
+    assert time.monotonic() - begin < 120
+    assert report == {"results": [{"micro_batch": 2}]}
+    assert "all was measured" in ended
+
+
 def test_who_would_ask_has_ended(tmp_path):
     holds = "import sys, time, pathlib; from scripts.bench.measure import waiting; "
     holds += "lock = waiting.hold(pathlib.Path(sys.argv[1])); print('holds', flush=True); "

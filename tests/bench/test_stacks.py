@@ -1,6 +1,9 @@
 """Names and flags of stacks, and what they and our config set of stock megatron-core."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from scripts.bench.stacks.stock_settings import (
     transformer_arguments,
 )
 from tests.support.tiny import TINY_MODEL
+from tests.train.test_packages import VERSION_2
 from train.config import ConfigError, load
 
 TINY = [*TINY_MODEL, "model.num_layers=1"]
@@ -35,6 +39,39 @@ def test_names_of_stacks():
         "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
     }  # fmt: skip
     assert [Spec.of(spec.columns()) for spec in specs] == specs
+
+
+CHOOSES = """
+from scripts.bench.measure import __main__ as measure
+measure._load_libraries(measure.parse("bf16"))
+from scripts.bench.stacks.stock_settings import choose_dispatch
+print(choose_dispatch(1), choose_dispatch(2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "alltoall alltoall"),
+        (VERSION_2, "alltoall deepep"),
+        ({"__init__.py": ""}, "ConfigError: deep_ep is installed, and megatron-core cannot load"),
+    ],
+)
+def test_stock_dispatches_by_the_deep_ep_that_is_installed(tmp_path, files, says):
+    """In the process that measures: which module loads megatron-core first is part of it."""
+    for name, text in files.items():
+        file = tmp_path / "deep_ep" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSES],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert says in (done.stdout + done.stderr).strip().splitlines()[-1], done.stderr
 
 
 def test_the_stack_of_every_row_can_be_named_again():

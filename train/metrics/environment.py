@@ -1,5 +1,6 @@
 """The machine, the versions and the commit, so that two results can be compared."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from typing import TypedDict
 
 import torch
 
+from models.moe.dispatch.deep_ep_v2_needs import loaded_nccl
 from train import allocator
 
 PACKAGES = (
@@ -48,7 +50,8 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA (where PyTorch has it), and the packages that results depend on."""
+    """Versions of Python, CUDA (where PyTorch has it), and the packages that results depend on; of
+    cuBLAS and NCCL those that are loaded, which can come from elsewhere than their packages."""
     found = {"python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -57,7 +60,21 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    loaded = {"nvidia-cublas": _loaded_cublas(), "nvidia-nccl-cu13": loaded_nccl()}
+    return found | {
+        package: ".".join(map(str, number)) for package, number in loaded.items() if number
+    }
+
+
+def _loaded_cublas() -> tuple[int, int, int] | None:
+    """Of the library for CUDA 13; None where it is not loaded."""
+    try:
+        library = ctypes.CDLL("libcublasLt.so.13", mode=os.RTLD_NOLOAD)
+        library.cublasLtGetVersion.restype = ctypes.c_size_t
+        number: int = library.cublasLtGetVersion()
+    except (OSError, AttributeError):
+        return None
+    return number // 10_000, number // 100 % 100, number % 100
 
 
 def commit() -> str | None:

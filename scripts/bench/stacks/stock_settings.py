@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,7 +25,17 @@ _SMS = (
 
 
 def choose_dispatch(expert_parallel: int) -> str:
-    """`deepep` where it is installed and the group has more than one rank, otherwise `alltoall`."""
+    """`deepep` where it is installed and the group has more than one rank, otherwise `alltoall`.
+
+    Raises ConfigError where megatron-core cannot load the DeepEP that is installed. It says so to
+    nobody, and would be held back.
+    """
+    if expert_parallel > 1 and not fused_a2a.HAVE_DEEP_EP and find_spec("deep_ep") is not None:
+        raise ConfigError(
+            "deep_ep is installed, and megatron-core cannot load what it takes from it, so that it "
+            "would dispatch by all-to-all; mend deep_ep (`python -c 'import deep_ep'` says what is "
+            "wrong), or uninstall it"
+        )
     return "deepep" if expert_parallel > 1 and fused_a2a.HAVE_DEEP_EP else "alltoall"
 
 

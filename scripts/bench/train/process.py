@@ -24,6 +24,9 @@ POLL_S = 1.0
 GRACE_S = 15.0
 """How long the ranks have to agree, or to end, once one has failed: inside a kernel of DeepEP the
 others would wait longer, and for nothing."""
+ENDING_S = 20.0
+"""How long a process may take to end once all is measured: NCCL can wait for ever for a CUDA graph
+that somebody still holds."""
 PATIENCE_S = 40
 """How long torchrun has to end its ranks: it kills those that ignore its signal after 30 s."""
 
@@ -79,17 +82,30 @@ class Process:
             ended = self._wait()
             ended = first_failure.read(self._failure) or ended
         finally:
-            found = self._out.read_text() if self._out.exists() else '{"results": []}'
+            report = self._report()
             self.end()
-        return json.loads(found), ended
+        return report, ended
+
+    def _report(self) -> dict[str, Any]:
+        """What it has written so far."""
+        report: dict[str, Any] = {"results": []}
+        if self._out.exists():
+            report = json.loads(self._out.read_text())
+        return report
 
     def _wait(self) -> str:
-        """Return how it ended, or that it did not: in its minutes, or soon after a rank failed."""
+        """Return how it ended, or that it did not: in its minutes, or soon after a rank failed or
+        all was measured."""
         deadline = time.monotonic() + self._minutes * 60
         failed: float | None = None
+        measured: float | None = None
         while (now := time.monotonic()) < deadline:
             with suppress(subprocess.TimeoutExpired):
                 return f"process ended: exit code {self._process.wait(POLL_S)}"
+            if measured is None and len(self._report()["results"]) == len(self.task.sizes):
+                measured = now
+            if measured is not None and now - measured > ENDING_S:
+                return f"process ended: all was measured, and it was there {ENDING_S:.0f} s later"
             if not self._failure.exists():
                 failed = None
             elif failed is None:
