@@ -12,6 +12,7 @@ from rich.console import Console
 from scripts.bench import plots, readme
 from scripts.bench.measure.window import Window
 from scripts.bench.stacks.spec import parse
+from scripts.bench.tables.training import best_stock
 from scripts.bench.train import rows as train_rows
 from scripts.compare.__main__ import main as compare
 from tests.support.made_up_runs import write_run
@@ -127,11 +128,16 @@ def test_which_deep_ep_dispatched_is_said_once(tmp_path: Path) -> None:
     """Also where `moe.dispatch=auto` chose it, and no flag says so."""
     asked = row("fp8_fused", 1) | {"flags": ["v2", "prepare"], "dispatch": "deep_ep_v2"}
     chose = row("bf16", 1) | {"flags": ["prepare"], "dispatch": "deep_ep_v1"}
-    alone = row("fp8_direct", 1) | {"dispatch": "all_to_all"}
-    write_results(tmp_path, [asked, chose, alone])
+    alone = row("fp8_direct", 1) | {"dispatch": "all_to_all", "gpus": 1}
+    peer = row("bf16", 1) | {"stack": "megatron-core", "dispatch": "deepep"}
+    held_back = row("fp8", 2) | {"stack": "megatron-core", "dispatch": "alltoall"}
+    write_results(tmp_path, [asked, chose, alone, peer, held_back])
     names = [line[0] for line in table(tmp_path, "train_x.json")[1:]]
     assert names[0] == "ours `fp8_fused`, prepare, DeepEP v2"
-    assert names[1:] == ["ours `bf16`, prepare, DeepEP v1", "ours `fp8_direct`"]
+    assert names[1:3] == ["ours `bf16`, prepare, DeepEP v1", "ours `fp8_direct`"]
+    assert names[3:] == ["megatron-core `bf16`", "megatron-core `fp8`, all-to-all"]
+    assert best_stock([asked, held_back], asked) is None, "it is at its best by DeepEP"
+    assert best_stock([asked, held_back, peer], asked) is peer
 
 
 def test_what_failed_and_what_was_set_apart(tmp_path: Path) -> None:

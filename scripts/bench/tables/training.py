@@ -97,12 +97,13 @@ def _which(stock: Row, common: Container[str]) -> str:
 
 def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
     """The fastest stack that is not ours, of the row's routing and sitting, at its own
-    micro-batch."""
+    micro-batch. One that dispatches without DeepEP is not at its best."""
     peers = [
         peer
         for peer in rows
         if peer["stack"] != "ours"
         and "step_ms" in peer
+        and _dispatched_by(peer) != ALL_TO_ALL
         and all(peer.get(key) == row.get(key) for key in ("routing", "sitting", "gpus"))
     ]
     return max(peers, key=lambda peer: peer["tokens_per_sec_per_gpu"]["median"], default=None)
@@ -110,17 +111,24 @@ def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
 
 def training_name(row: Row, quote: str = "") -> str:
     """Stack, path and variant; of ours also which DeepEP dispatched, whether it was asked for or
-    chosen."""
+    chosen, and of all where none did."""
     parts = [f"{row['stack']} {quote}{row['path']}{quote}"]
     if operations := row.get("operations"):
         parts.append(f"operations {operations}")
     parts += [flag for flag in row.get("flags", []) if flag not in ("v1", "v2")]
-    if library := DISPATCHED_BY.get(row.get("dispatch", "")):
+    if library := _dispatched_by(row):
         parts.append(library)
     return ", ".join(parts)
 
 
+ALL_TO_ALL = "all-to-all"
 DISPATCHED_BY = {"deep_ep_v1": "DeepEP v1", "deep_ep_v2": "DeepEP v2"}
+DISPATCHED_BY |= {"all_to_all": ALL_TO_ALL, "alltoall": ALL_TO_ALL}
+
+
+def _dispatched_by(row: Row) -> str | None:
+    """None on one GPU, and of stock megatron-core by DeepEP v1, which is all that it takes."""
+    return DISPATCHED_BY.get(row.get("dispatch", "")) if row.get("gpus", 1) > 1 else None
 
 
 def failure(row: Row) -> str:
