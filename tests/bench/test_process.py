@@ -118,7 +118,7 @@ def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monk
 
 @pytest.mark.slow
 def test_one_that_cannot_end_is_not_waited_for(monkeypatch):
-    """What it measured counts: NCCL waits for ever for a CUDA graph that somebody still holds."""
+    """What it measured counts: NCCL waits forever for a CUDA graph that somebody still holds."""
     monkeypatch.setattr(process, "MEASURE", "tests.support.lingering_stack")
     monkeypatch.setattr(process, "ENDING_S", 1.0)
     begin = time.monotonic()

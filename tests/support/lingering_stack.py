@@ -1,4 +1,4 @@
-"""In the place of scripts.bench.measure: ranks that measure, and then cannot end."""
+"""Run by tests instead of scripts.bench.measure: ranks that measure, and then cannot end."""
 
 import json
 import os

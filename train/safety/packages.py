@@ -2,7 +2,7 @@
 
 megatron-core loads TransformerEngine and DeepEP wherever it finds them, and does without them only
 after that error. Built for another CUDA or NCCL they raise all kinds of others, which would end any
-command with a traceback. Whoever needs the package says why it does not load.
+command with a traceback. The code that needs the package says why it does not load.
 
 And DeepEP is what megatron-core looks for: of version 2 it would find nothing, and say nothing.
 """

@@ -33,7 +33,7 @@ def choose_dispatch(expert_parallel: int) -> str:
     if expert_parallel > 1 and not fused_a2a.HAVE_DEEP_EP and find_spec("deep_ep") is not None:
         raise ConfigError(
             "deep_ep is installed, and megatron-core cannot load what it takes from it, so that it "
-            "would dispatch by all-to-all; mend deep_ep (`python -c 'import deep_ep'` says what is "
+            "would dispatch by all-to-all; fix deep_ep (`python -c 'import deep_ep'` says what is "
             "wrong), or uninstall it"
         )
     return "deepep" if expert_parallel > 1 and fused_a2a.HAVE_DEEP_EP else "alltoall"

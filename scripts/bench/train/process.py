@@ -25,7 +25,7 @@ GRACE_S = 15.0
 """How long the ranks have to agree, or to end, once one has failed: inside a kernel of DeepEP the
 others would wait longer, and for nothing."""
 ENDING_S = 20.0
-"""How long a process may take to end once all is measured: NCCL can wait for ever for a CUDA graph
+"""How long a process may take to end once all is measured: NCCL can wait forever for a CUDA graph
 that somebody still holds."""
 PATIENCE_S = 40
 """How long torchrun has to end its ranks: it kills those that ignore its signal after 30 s."""
