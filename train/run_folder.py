@@ -9,7 +9,10 @@ from train.checkpoint import run_lock
 from train.checkpoint.files import folder_of
 from train.config import ConfigError
 
-FILES = ("config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", run_lock.NAME)
+FILES = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", "changes.jsonl"),
+    run_lock.NAME,
+)
 FOLDERS = ("stalled",)
 """What a run writes there, in addition to its checkpoints."""
 

@@ -87,13 +87,10 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         else:
             found.append(f"The runs were made with different code: {what} {_each(runs, values)}.")
     for run in runs:
-        counted = dict.fromkeys(run.finite("moe/scale_relayouts"))
-        if len(counted) > 1:
-            found.append(
-                f"{run.name} changed its path when it was resumed: it counted "
-                f"{', then '.join(f'{count:.3g}' for count in counted)} relayouts a layer. All "
-                f"its steps are shown as {run.path}, its last path."
-            )
+        for step, changed in run.changes:
+            keys = (f"{key} from {before} to {now}" for key, (before, now) in changed.items())
+            shown = f"; all its steps are shown as {run.path}" if "moe.path" in changed else ""
+            found.append(f"{run.name} changed at step {step}: {', '.join(keys)}{shown}.")
     for key, values in config_differences(runs):
         if key.startswith(EQUAL_BY_DESIGN) or (key == "train.seed" and _seeds_are_equal(runs)):
             continue

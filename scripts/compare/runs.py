@@ -39,6 +39,8 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     """environment.json: device, device_name, world_size, versions, commit; empty if absent."""
     folder: Path = Path()
+    changes: list[tuple[int, dict[str, tuple[Any, Any]]]] = field(default_factory=list)
+    """changes.jsonl: from which step on a key had another value, and which before and since."""
 
     @property
     def path(self) -> str:
@@ -118,7 +120,20 @@ def read_run(folder: Path) -> Run:
         environment = {}
     if not isinstance(environment, dict):
         environment = {}
-    return Run(folder.resolve().name, config, rows, environment, folder)
+    return Run(folder.resolve().name, config, rows, environment, folder, _changes(folder))
+
+
+def _changes(folder: Path) -> list[tuple[int, dict[str, tuple[Any, Any]]]]:
+    """Empty where nothing has changed, and of lines that cannot be read."""
+    found = []
+    try:
+        for line in (folder / "changes.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            keys = {key: (before, now) for key, (before, now) in row["changed"].items()}
+            found.append((int(row["progress/step"]), keys))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return found
 
 
 def _is_row(row: object) -> bool:

@@ -30,6 +30,7 @@ from scripts.compare.runs import (
 )
 from scripts.compare.table import make_table
 from tests.support.made_up_runs import STEPS, write_run
+from train.metrics.recorder import record_changes
 
 
 @pytest.fixture
@@ -166,19 +167,20 @@ def test_several_runs_that_ended_elsewhere(tmp_path: Path) -> None:
 BOTH = [("a", "bf16"), ("b", "fp8_compact")]
 
 
-def test_a_path_that_changed_on_resume_is_said(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path / name, path, metrics={"moe/scale_relayouts": 2.0})
-        for name, path in BOTH
+def test_what_changed_on_resume_is_said(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, path) for name, path in BOTH]
+    assert not any("changed" in one for one in warnings_of(folders))
+    record_changes(folders[0], {"moe.path": ("fp8_fused", "bf16"), "optim.lr": (0.1, 0.2)}, 40)
+    record_changes(folders[0], {"optim.lr": (0.2, 0.3)}, 60)
+    assert [one for one in warnings_of(folders) if "changed" in one] == [
+        "a changed at step 41: moe.path from fp8_fused to bf16, optim.lr from 0.1 to 0.2; all its "
+        "steps are shown as bf16.",
+        "a changed at step 61: optim.lr from 0.2 to 0.3.",
     ]
-    assert not any("changed its path" in one for one in warnings_of(folders))
-    text = (folders[0] / "metrics.jsonl").read_text()
-    (folders[0] / "metrics.jsonl").write_text(text.replace("2.0", "5.0", 3))
-    (warned,) = (one for one in warnings_of(folders) if "changed its path" in one)
-    assert (
-        "a changed its path when it was resumed: it counted 5, then 2 relayouts a layer" in warned
-    )
-    assert "shown as bf16" in warned
+    record_changes(folders[0], {}, 40)  # resumed from there once more, with the first path
+    assert not any("changed" in one for one in warnings_of(folders))
+    (folders[0] / "changes.jsonl").write_text("[1]")
+    assert not any("changed" in one for one in warnings_of(folders))
 
 
 def warnings_of(folders: list[Path]) -> list[str]:

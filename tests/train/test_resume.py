@@ -273,6 +273,12 @@ def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
         log = training.log.read_text()
         changed = [line for line in log.splitlines() if line.startswith("changed")]
         assert (says in changed[0]) if says else not changed
+        changes = tmp_path / name / "changes.jsonl"
+        assert changes.exists() == bool(says)
+        if says:
+            row = json.loads(changes.read_text())
+            assert row["progress/step"] == 3
+            assert all(key in says or key == "optim.schedule" for key in row["changed"])
     before, rate, decay = (repeated(tmp_path / name) for name in ("a", "rate", "decay"))
     assert rate[2] == decay[2] == before[2]
     assert rate[3]["optim/lr"] == pytest.approx(0.0001, rel=0.5)

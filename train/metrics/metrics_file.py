@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run logs, on disk."""
+"""`metrics.jsonl` and its like: what a run logs, on disk."""
 
 import json
 import logging
@@ -9,10 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
+from train.checkpoint.changed import Changed
+
 log = logging.getLogger(__name__)
 
 LoadRow = TypedDict("LoadRow", {"progress/step": int, "moe/expert_load": list[list[float]]})
 """A line of `routing.jsonl`: a list of experts for each layer, tokens over the layer's mean."""
+
+ChangeRow = TypedDict("ChangeRow", {"progress/step": int, "changed": Changed})
+"""A line of `changes.jsonl`: the first step that trained with it."""
 
 
 class MetricsFile:
@@ -35,7 +40,7 @@ class MetricsFile:
         self._waiting = b""
         self._failing = False
 
-    def write(self, metrics: Mapping[str, float] | LoadRow) -> None:
+    def write(self, metrics: Mapping[str, float] | LoadRow | ChangeRow) -> None:
         """Append one step's metrics. Raises KeyError without `progress/step`.
 
         Where the disk is full the line waits in memory for the next call, and the first says so.

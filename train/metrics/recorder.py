@@ -4,7 +4,7 @@ import json
 import logging
 from pathlib import Path
 
-from train.checkpoint.changed import changed_keys
+from train.checkpoint.changed import Changed, changed_keys
 from train.config import Config
 from train.metrics.artifacts import Artifacts
 from train.metrics.environment import Environment, describe_environment
@@ -102,7 +102,8 @@ def describe(
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     recorder = Recorder(config, run_dir, environment, first_step)
     checkpoint = run_dir / "checkpoints" / f"step_{first_step:08d}"
-    changed = changed_keys(checkpoint, config) if first_step else ""
+    changed = changed_keys(checkpoint, config) if first_step else {}
+    record_changes(run_dir, changed, first_step)
     origin = str(run_dir / "checkpoints") if first_step else config.model.init_from
     recorder.progress.start(
         {
@@ -112,6 +113,21 @@ def describe(
             "start": f"step {first_step} of {config.train.steps}"
             + (f", from {origin}" if origin else ""),
         }
-        | ({"changed": changed} if changed else {})
+        | ({"changed": _in_one_line(changed)} if changed else {})
     )
     return recorder
+
+
+def record_changes(run_dir: Path, changed: Changed, first_step: int) -> None:
+    """Add to `changes.jsonl` what has changed for the steps after `first_step`. What it has of them
+    is dropped, as they are trained again."""
+    path = run_dir / "changes.jsonl"
+    if changed or path.exists():
+        file = MetricsFile(path, first_step)
+        if changed:
+            file.write({"progress/step": first_step + 1, "changed": changed})
+        file.close()
+
+
+def _in_one_line(changed: Changed) -> str:
+    return ", ".join(f"{key}={now} (was {before})" for key, (before, now) in changed.items())
