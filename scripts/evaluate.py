@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     """Raises ConfigError."""
     tasks = [task for task in (options.tasks or "").split(",") if task]
     if tasks:
-        harness.check()
+        known = harness.check(tasks)
     elif options.tasks is not None:
         raise ConfigError(f"--tasks {options.tasks!r} names no task of lm_eval")
     elif options.limit is not None:
@@ -159,7 +159,7 @@ def run(options: argparse.Namespace) -> int:
     parallel.stop()
     print(report(found, result), flush=True)  # whatever becomes of the tasks
     if tasks:
-        result["tasks"] = harness.evaluate(found, tasks, device, options.limit)
+        result["tasks"] = harness.evaluate(found, tasks, known, device, options.limit)
         for name, value in harness.lines(result["tasks"]):
             print(f"{name:<15}{value}")
     if options.out is not None:

@@ -4,6 +4,7 @@ A model that is not in Hugging Face's layout is exported first, so the exported 
 evaluated.
 """
 
+import difflib
 import importlib.util
 import tempfile
 from collections.abc import Iterator
@@ -16,17 +17,27 @@ from scripts.trained import Trained
 from train.config import ConfigError
 
 
-def check() -> None:
-    """Raises ConfigError where lm_eval is not installed, with how to get it, or is broken."""
+def check(tasks: list[str]) -> Any:
+    """lm_eval's list of tasks, which takes seconds to read.
+
+    tasks: names, patterns or files of tasks. Raises ConfigError for one that is not there, and
+    where lm_eval is not installed, with how to get it, or is broken.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('--tasks needs lm_eval, which is missing; pip install "lm_eval[hf]"')
     try:
-        importlib.import_module("lm_eval")
+        known = importlib.import_module("lm_eval.tasks").TaskManager()
     except Exception as error:  # of many kinds: it imports much
         raise ConfigError(
             f"--tasks needs lm_eval, which cannot be imported: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
+    for task in tasks:
+        if not Path(task).exists() and not known.match_tasks([task]):
+            close = difflib.get_close_matches(task, known.all_tasks)
+            like = f"; like it: {', '.join(close)}" if close else ""
+            raise ConfigError(f"--tasks {task}: lm_eval has no such task{like}")
+    return known
 
 
 def check_fits(found: Trained) -> None:
@@ -37,9 +48,10 @@ def check_fits(found: Trained) -> None:
 
 
 def evaluate(
-    found: Trained, tasks: list[str], device: str, limit: int | None = None
+    found: Trained, tasks: list[str], known: Any, device: str, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """The figures of each task by their names, such as `acc`. Raises ConfigError."""
+    """The figures of each task by their names, such as `acc`. `known` is what `check` returned.
+    Raises ConfigError."""
     import lm_eval
 
     with nullcontext(found.path) if found.weights is None else _exported(found) as folder:
@@ -51,11 +63,12 @@ def evaluate(
                     "dtype": "bfloat16" if device == "cuda" else "float32",
                 },
                 tasks=tasks,
+                task_manager=known,
                 device=device,
                 batch_size="auto" if device == "cuda" else 1,
                 limit=limit,
             )
-        except Exception as error:  # of many kinds: a name that there is not, no network, no memory
+        except Exception as error:  # of many kinds: no network, no memory
             raise ConfigError(
                 f"--tasks {','.join(tasks)}: lm_eval: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}"

@@ -148,11 +148,13 @@ def test_every_document_of_other_data(run_dir, tmp_path):
 
 LM_EVAL = """
 import json, pathlib
+from lm_eval.tasks import TaskManager
 
-def simple_evaluate(model, model_args, tasks, device, batch_size, limit):
+def simple_evaluate(model, model_args, tasks, task_manager, device, batch_size, limit):
+    assert isinstance(task_manager, TaskManager)
     folder = pathlib.Path(model_args["pretrained"])
-    if "typo" in tasks:
-        raise KeyError("no task\\nis called typo")
+    if "offline" in tasks:
+        raise OSError("no\\nnetwork")
     config = json.loads((folder / "config.json").read_text())
     assert (model, model_args["dtype"], device) == ("hf", "float32", "cpu")
     assert list(folder.glob("*.safetensors")) and (folder / "tokenizer.json").is_file()
@@ -160,13 +162,23 @@ def simple_evaluate(model, model_args, tasks, device, batch_size, limit):
     row |= {"layers,none": config["num_hidden_layers"], "limit,none": limit or 0, "sample_len": 4}
     return {"results": {task: dict(row) for task in tasks}}
 """
+LM_EVAL_TASKS = """
+class TaskManager:
+    all_tasks = ["hellaswag", "piqa", "offline"]
+
+    def match_tasks(self, names):
+        return [task for task in self.all_tasks if task in names]
+"""
 
 
 def test_tasks_are_run_on_the_export(run_dir, tmp_path, monkeypatch):
     """A module that stands for lm_eval: it sees what lm_eval would load."""
-    (tmp_path / "lm_eval.py").write_text(LM_EVAL)
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text(LM_EVAL)
+    (tmp_path / "lm_eval" / "tasks.py").write_text(LM_EVAL_TASKS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     out = tmp_path / "found.json"
     options = ("--tasks", "hellaswag,piqa", "--limit", "7", "--out", out)
     code, said, err = run_evaluate(run_dir, *options)
@@ -174,11 +186,13 @@ def test_tasks_are_run_on_the_export(run_dir, tmp_path, monkeypatch):
     assert "hellaswag      acc 0.2500 ± 0.1250, layers 1.0000, limit 7.0000" in said
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks["piqa"] == {"acc": 0.25, "acc_stderr": 0.125, "layers": 1, "limit": 7}
-    code, said, err = run_evaluate(run_dir, "--tasks", "typo")
+    code, said, err = run_evaluate(run_dir, "--tasks", "offline")
     assert code == 2
     assert "\nloss " in said, "what was computed before is lost"
-    assert err.startswith("error: --tasks typo: lm_eval: KeyError: ")
-    assert err.count("\n") == 1
+    assert err == "error: --tasks offline: lm_eval: OSError: no network\n"
+    code, said, err = run_evaluate(run_dir, "--tasks", "piqa,helaswag")
+    assert (code, said) == (2, ""), "before anything is computed"
+    assert err == "error: --tasks helaswag: lm_eval has no such task; like it: hellaswag\n"
 
 
 def test_without_lm_eval(run_dir, monkeypatch):
