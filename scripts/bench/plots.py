@@ -86,11 +86,11 @@ def _training(result: Result) -> list[Spec]:
     measured = [row for row in rows if "step_ms" in row]
     kinds = list(dict.fromkeys(_kind(row) for row in measured))
     most = max(row["tflops_per_gpu"]["max"] for row in measured)
-    dotted = "; dotted: best stock" if any(row["stack"] != "ours" for row in measured) else ""
     panels = []
     for kind in kinds:
         panel = [row for row in rows if _kind(row) == kind]
-        stock = best_stock(rows, panel[0])
+        stock = best_stock(rows, next((row for row in panel if row["stack"] == "ours"), panel[0]))
+        dotted = "; dotted: best stock" if stock else ""
         machine = machine_name(sitting_of(result, panel[0]), panel[0].get("gpus"))
         axis = f"TFLOP/s per GPU, {machine}{dotted}"
         layers = _bars(

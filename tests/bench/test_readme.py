@@ -137,6 +137,9 @@ def test_which_deep_ep_dispatched_is_said_once(tmp_path: Path) -> None:
     assert names[1:3] == ["ours `bf16`, prepare, DeepEP v1", "ours `fp8_direct`"]
     assert names[3:] == ["megatron-core `bf16`", "megatron-core `fp8`, all-to-all"]
     assert best_stock([asked, held_back], asked) is None, "it is at its best by DeepEP"
+    assert best_stock([asked, held_back], held_back) is held_back
+    slow = row("bf16", 1) | {"dispatch": "all_to_all"}
+    assert best_stock([slow, held_back], slow) is held_back, "where none has it"
     assert best_stock([asked, held_back, peer], asked) is peer
 
 

@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +13,19 @@ from pathlib import Path
 import pytest
 
 import train  # noqa: F401  (which guards them)
+from models.fp8.operations import why_te_is_broken
 from models.moe.dispatch.deep_ep import GUIDE, no_package
+from train.safety.packages import guard
 
 VERSION_2 = {
     "__init__.py": "from .utils.event import EventHandle, EventOverlap\nBuffer = object",
     "utils/__init__.py": "from .event import EventHandle",
     "utils/event.py": "class EventHandle: ...\nclass EventOverlap: ...",
+}
+
+LIKE_TE = {
+    "__init__.py": "try:\n    from . import pytorch\nexcept (ImportError, OSError):\n    pass",
+    "pytorch/__init__.py": "",
 }
 
 
@@ -77,18 +85,76 @@ def test_megatron_core_finds_what_it_looks_for(package):
     assert EventOverlap is importlib.import_module("deep_ep").EventOverlap is not EventHandle
 
 
+@pytest.mark.parametrize("error", ["AssertionError", "OSError", "ImportError"])
+def test_transformer_engine_is_broken_where_its_half_for_pytorch_is(package, error):
+    package("transformer_engine", LIKE_TE | {"pytorch/__init__.py": f"raise {error}('no cuda')"})
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match=r"^no cuda$"):
+            importlib.import_module("transformer_engine")
+    assert (why_te_is_broken() or "").startswith("transformer_engine does not load (no cuda)")
+
+
+def test_transformer_engine_that_is_sound(package):
+    package("transformer_engine", LIKE_TE | {"pytorch/__init__.py": "here = True"})
+    assert importlib.import_module("transformer_engine").pytorch.here
+    assert why_te_is_broken() is None
+
+
+@pytest.mark.parametrize(
+    ("raised", "ends_with"),
+    [("SystemExit(3)", SystemExit), ("KeyboardInterrupt", KeyboardInterrupt)],
+)
+def test_what_is_no_error_passes(package, raised, ends_with):
+    package("deep_ep", {"__init__.py": f"raise {raised}"})
+    with pytest.raises(ends_with):
+        importlib.import_module("deep_ep")
+
+
+def test_an_error_without_a_text_says_what_it_is(package):
+    package("deep_ep", {"__init__.py": "assert False"})
+    with pytest.raises(ModuleNotFoundError, match=r"^AssertionError$") as raised:
+        importlib.import_module("deep_ep")
+    assert isinstance(raised.value.__cause__, AssertionError)
+
+
+def test_other_finders(package, monkeypatch):
+    """One of an older kind, and a folder that is not a package."""
+    older = types.SimpleNamespace(find_module=lambda name, path=None: None)
+    monkeypatch.setattr(sys, "meta_path", [older, *sys.meta_path])
+    package("deep_ep", {"README": "remains"})
+    assert importlib.import_module("deep_ep").__file__ is None
+
+
+def test_it_is_there_once():
+    before = list(sys.meta_path)
+    guard()
+    assert sys.meta_path == before
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deep_ep", "transformer_engine"])
-def test_a_command_that_needs_neither_does_not_mind(tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("raise RuntimeError('built for CUDA 12')")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("deep_ep", "__init__.py"), ("transformer_engine", "pytorch/__init__.py")],
+)
+def test_commands(package, tmp_path, name, file):
+    """One that needs neither does not mind; training needs all of TransformerEngine."""
+    package(name, LIKE_TE | {file: "raise RuntimeError('built for CUDA 12')"})
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.evaluate", str(tmp_path / "nothing")],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
+
+    def run(*command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stderr
+
+    code, said = run("scripts.evaluate", str(tmp_path / "nothing"))
+    assert code == 2
+    assert "cannot be read" in said
+    if name == "transformer_engine":
+        code, said = run("train", "configs/demo_cpu.yaml", "parallel.expert_parallel=1")
+        assert code == 2
+        assert said.startswith("error: transformer_engine does not load (built for CUDA 12)")

@@ -15,8 +15,7 @@ from train import allocator
 
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "triton"),
-    # What dispatches and computes on a GPU, and the libraries that come beside PyTorch's own.
-    *("deep-ep", "deep-gemm", "nvidia-cublas", "nvidia-nccl-cu13"),
+    *("deep-ep", "deep-gemm"),
 )
 
 
@@ -50,8 +49,8 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA (where PyTorch has it), and the packages that results depend on; of
-    cuBLAS and NCCL those that are loaded, which can come from elsewhere than their packages."""
+    """Versions of Python, CUDA (where PyTorch has it), the packages that results depend on, and
+    the cuBLAS and NCCL that are loaded, which PyTorch's package does not tell."""
     found = {"python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -60,10 +59,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    loaded = {"nvidia-cublas": _loaded_cublas(), "nvidia-nccl-cu13": loaded_nccl()}
-    return found | {
-        package: ".".join(map(str, number)) for package, number in loaded.items() if number
-    }
+    loaded = {"cublas": _loaded_cublas(), "nccl": loaded_nccl()}
+    return found | {name: ".".join(map(str, number)) for name, number in loaded.items() if number}
 
 
 def _loaded_cublas() -> tuple[int, int, int] | None:

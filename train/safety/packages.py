@@ -9,12 +9,13 @@ And DeepEP is what megatron-core looks for: of version 2 it would find nothing, 
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-NAMES = ("transformer_engine", "transformer_engine.pytorch", "deep_ep")
+NAMES = ("transformer_engine", "deep_ep")
 
 
 class _Guarded(Loader):
@@ -32,10 +33,13 @@ class _Guarded(Loader):
     def exec_module(self, module: ModuleType) -> None:
         try:
             self._own.exec_module(module)
+            if module.__name__ == "transformer_engine":
+                # It passes over most errors of this half, which megatron-core cannot do without.
+                import_module("transformer_engine.pytorch")
+        except ModuleNotFoundError:
+            raise
         except Exception as error:
-            if isinstance(error, ModuleNotFoundError):
-                raise
-            raise ModuleNotFoundError(str(error)) from error
+            raise ModuleNotFoundError(str(error) or type(error).__name__) from error
         if module.__name__ == "deep_ep":
             _complete(module)
 
@@ -47,7 +51,8 @@ class _Finder(MetaPathFinder):
         if name not in NAMES:
             return None
         for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            if find is not None and (spec := find(name, path, target)) is not None:
                 if spec.loader is not None:
                     spec.loader = _Guarded(spec.loader)
                 return spec

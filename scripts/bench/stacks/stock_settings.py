@@ -27,16 +27,29 @@ _SMS = (
 def choose_dispatch(expert_parallel: int) -> str:
     """`deepep` where it is installed and the group has more than one rank, otherwise `alltoall`.
 
-    Raises ConfigError where megatron-core cannot load the DeepEP that is installed. It says so to
-    nobody, and would be held back.
+    Raises ConfigError where a `deep_ep` is there that megatron-core cannot use: by all-to-all it
+    would be held back.
     """
-    if expert_parallel > 1 and not fused_a2a.HAVE_DEEP_EP and find_spec("deep_ep") is not None:
+    if expert_parallel == 1:
+        return "alltoall"
+    if fused_a2a.HAVE_DEEP_EP:
+        return "deepep"
+    if find_spec("deep_ep") is not None:
         raise ConfigError(
-            "deep_ep is installed, and megatron-core cannot load what it takes from it, so that it "
-            "would dispatch by all-to-all; fix deep_ep (`python -c 'import deep_ep'` says what is "
-            "wrong), or uninstall it"
+            "a package deep_ep is there, and megatron-core cannot use it "
+            f"({_why_no_deep_ep()}); fix it, or remove it to measure stock by all-to-all"
         )
-    return "deepep" if expert_parallel > 1 and fused_a2a.HAVE_DEEP_EP else "alltoall"
+    return "alltoall"
+
+
+def _why_no_deep_ep() -> str:
+    """What megatron-core's own imports raise."""
+    try:
+        from deep_ep import Buffer  # noqa: F401
+        from deep_ep.utils import EventHandle, EventOverlap  # noqa: F401
+    except Exception as error:
+        return " ".join(str(error).split())[:300]
+    return "it loaded too late"
 
 
 def transformer_arguments(

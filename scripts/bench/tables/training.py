@@ -97,13 +97,14 @@ def _which(stock: Row, common: Container[str]) -> str:
 
 def best_stock(rows: Sequence[Row], row: Row) -> Row | None:
     """The fastest stack that is not ours, of the row's routing and sitting, at its own
-    micro-batch. One that dispatches without DeepEP is not at its best."""
+    micro-batch. Beside a row by DeepEP, one without it is not at its best."""
+    without = row["stack"] != "ours" or _dispatched_by(row) == ALL_TO_ALL
     peers = [
         peer
         for peer in rows
         if peer["stack"] != "ours"
         and "step_ms" in peer
-        and _dispatched_by(peer) != ALL_TO_ALL
+        and (without or _dispatched_by(peer) != ALL_TO_ALL)
         and all(peer.get(key) == row.get(key) for key in ("routing", "sitting", "gpus"))
     ]
     return max(peers, key=lambda peer: peer["tokens_per_sec_per_gpu"]["median"], default=None)

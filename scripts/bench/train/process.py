@@ -105,7 +105,9 @@ class Process:
             if measured is None and len(self._report()["results"]) == len(self.task.sizes):
                 measured = now
             if measured is not None and now - measured > ENDING_S:
-                return f"process ended: all was measured, and it was there {ENDING_S:.0f} s later"
+                ended = f"ended: all was measured, and it was there {ENDING_S:.0f} s later"
+                print(f"{self.task.spec}: {ended}", flush=True)
+                return f"process {ended}"
             if not self._failure.exists():
                 failed = None
             elif failed is None:
