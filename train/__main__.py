@@ -13,7 +13,7 @@ import time
 
 from train import allocator, launch
 from train.checkpoint import run_lock
-from train.config import ConfigError, check_world, describe_keys, load, world_size_from_env
+from train.config import check_world, describe_keys, load, world_size_from_env
 from train.failure import explain, refuse_while_stopped, run_process
 
 
@@ -56,10 +56,6 @@ def train(path: str, overrides: list[str]) -> None:
     check_world(config, world_size_from_env())
     allocator.choose()
     # These take seconds to import, which a spelling mistake need not wait for.
-    from models.fp8 import operations
-
-    if (reason := operations.why_te_is_broken()) is not None:
-        raise ConfigError(reason)
     from train import loop, preflight
     from train.data import batches as data
 

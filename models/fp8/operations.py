@@ -245,16 +245,6 @@ def why_not(path: PathName, device: str) -> str | None:
     return _why_not_loaded("triton") or _why_not_loaded("transformer_engine.pytorch")
 
 
-def why_te_is_broken() -> str | None:
-    """Why TransformerEngine does not load, in one line; None if it does, or is not installed.
-
-    Call it before megatron-core is imported, which imports TransformerEngine wherever it finds it.
-    """
-    if importlib.util.find_spec("transformer_engine") is None:
-        return None
-    return _why_not_loaded("transformer_engine")
-
-
 def _why_not_loaded(package: str) -> str | None:
     try:
         importlib.import_module(package)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
+from models.config import PATH_NAMES
 from models.fp8 import operations
 from tests.support.tiny import TINY
 from train import preflight
@@ -15,25 +17,32 @@ from train.config import ConfigError, load
 from train.metrics import environment
 
 
-def test_a_transformer_engine_for_another_cuda(tmp_path, capsys, monkeypatch):
-    package = tmp_path / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise OSError('libcudart.so.12:\\nno such file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
-    assert main([*TINY, "train.steps=1", "parallel.expert_parallel=1"]) == 2
-    assert capsys.readouterr().err == (
-        "error: transformer_engine does not load (libcudart.so.12: no such file); "
-        "pip install --no-build-isolation -r requirements-gpu.txt\n"
-    )
-
-
 @pytest.fixture
 def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_transformer_engine_for_another_cuda(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcudart.so.12:\\nno such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)
+    for path in PATH_NAMES:
+        keys = ["train.steps=1", "parallel.expert_parallel=1", f"run.dir={tmp_path}"]
+        assert main([*TINY, *keys, f"moe.path={path}"]) == 2
+        assert capsys.readouterr().err == (
+            f"error: moe.path={path} cannot run here: transformer_engine does not load "
+            "(libcudart.so.12: no such file); "
+            "pip install --no-build-isolation -r requirements-gpu.txt\n"
+        )
 
 
 @pytest.mark.usefixtures("two_gpus")
