@@ -12,7 +12,7 @@ same code, so that they differ in layouts alone.
 """
 
 import importlib
-import importlib.util
+import importlib
 from typing import Literal, NamedTuple, Protocol
 
 import torch
