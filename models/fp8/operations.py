@@ -12,7 +12,6 @@ same code, so that they differ in layouts alone.
 """
 
 import importlib
-import importlib
 from typing import Literal, NamedTuple, Protocol
 
 import torch
