@@ -1,5 +1,6 @@
 """Broken packages are taken for missing ones, by megatron-core and by every command."""
 
+import copy
 import importlib
 import inspect
 import os
@@ -75,6 +76,7 @@ def test_a_sound_one_is_as_it_was(package):
     assert "EventOverlap" in inspect.getsource(deep_ep)
     assert (resources.files("deep_ep") / "data.txt").read_text() == "here"
     assert importlib.reload(deep_ep) is deep_ep
+    assert copy.copy(deep_ep.__spec__.loader).get_filename("deep_ep") == deep_ep.__file__
 
 
 def test_megatron_core_finds_what_it_looks_for(package):

@@ -4,7 +4,7 @@ megatron-core loads TransformerEngine and DeepEP wherever it finds them, and doe
 after that error. Built for another CUDA or NCCL they raise all kinds of others, which would end any
 command with a traceback. The code that needs the package says why it does not load.
 
-And DeepEP is what megatron-core looks for: of version 2 it would find nothing, and say nothing.
+And DeepEP has what megatron-core looks for, which would take its version 2 for missing.
 """
 
 import sys
@@ -25,6 +25,8 @@ class _Guarded(Loader):
         self._own = own
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_own":  # of a copy under construction
+            raise AttributeError(name)
         return getattr(self._own, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
