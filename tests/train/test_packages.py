@@ -10,6 +10,7 @@ import types
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_a_sound_one_is_as_it_was(package):
     assert "EventOverlap" in inspect.getsource(deep_ep)
     assert (resources.files("deep_ep") / "data.txt").read_text() == "here"
     assert importlib.reload(deep_ep) is deep_ep
-    assert copy.copy(deep_ep.__spec__.loader).get_filename("deep_ep") == deep_ep.__file__
+    loader: Any = deep_ep.__spec__ and deep_ep.__spec__.loader
+    assert copy.copy(loader).get_filename("deep_ep") == deep_ep.__file__
 
 
 def test_megatron_core_finds_what_it_looks_for(package):
