@@ -139,11 +139,15 @@ def test_baseline_and_compact_are_the_same_bits_prepared_too(tmp_path):
 def test_training_is_the_same_but_for_rounding_and_resumes_exactly(tmp_path, path):
 
     def train(name: str, steps: int, *more: str) -> list[float]:
+        # A text that does not change with the code: what rounding does to FP8 depends on it.
         keys = [f"moe.path={path}", "optim.schedule=constant", f"train.steps={steps}", *more]
+        keys.append("data.path=LICENSE")
         assert run_train(2, argv(tmp_path, name, *keys)) == [0, 0]
         return [row["loss/train"] for row in read_metrics(tmp_path / name)]
 
     prepared = train("prepared", 6, PREPARED)
-    assert prepared == pytest.approx(train("plain", 6), rel=1e-4)
+    # A rounding can make another FP8 value of a weight.
+    bound = 1e-4 if path == "bf16" else 1e-3
+    assert prepared == pytest.approx(train("plain", 6), rel=bound)
     train("stopped", 3, PREPARED)
     assert train("stopped", 6, PREPARED) == prepared

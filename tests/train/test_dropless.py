@@ -145,11 +145,12 @@ def test_a_router_that_crowds_an_expert_is_obeyed(tmp_path, ranks, keys):
 
 @pytest.mark.parametrize(
     ("ranks", "keys", "tight"),
-    [(2, EP2, {1: 1.9}), pytest.param(4, EP4, {1: 4.12, 2: 4.1}, marks=pytest.mark.slow)],
+    [(2, EP2, {1: 1.9}), pytest.param(4, EP4, {1: 4.06, 2: 4.04}, marks=pytest.mark.slow)],
 )
 def test_a_step_whose_room_would_not_fit_waits(tmp_path, ranks, keys, tight):
     """Ranks have used different amounts of memory, and some have less; all wait, or none."""
-    keys = [*keys, "train.steps=10", "train.log_every=1"]
+    # What is tight depends on the text, which must not change with the code.
+    keys = [*keys, "train.steps=10", "train.log_every=1", "data.path=LICENSE"]
 
     def plant(rank: int) -> None:
         crowd(3)(rank)
