@@ -279,6 +279,8 @@ def test_a_schedule_may_change_on_resume_and_that_is_said(tmp_path):
             row = json.loads(changes.read_text())
             assert row["progress/step"] == 3
             assert all(key in says or key == "optim.schedule" for key in row["changed"])
+            before, now = row["changed"][says.partition("=")[0]]
+            assert f"{says.partition('=')[0]}={now} (was {before})" in changed[0]
     before, rate, decay = (repeated(tmp_path / name) for name in ("a", "rate", "decay"))
     assert rate[2] == decay[2] == before[2]
     assert rate[3]["optim/lr"] == pytest.approx(0.0001, rel=0.5)
