@@ -297,6 +297,16 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "126.0" in picture.read_text()
 
 
+@pytest.mark.parametrize("dispatch", ["deepep", "alltoall"])
+def test_a_picture_dots_the_best_stock_that_there_is(tmp_path: Path, dispatch: str) -> None:
+    peer = row("bf16", 10000, "megatron-core") | {"dispatch": dispatch}
+    write_results(tmp_path, [peer, row("fp8_fused", 12500) | {"dispatch": "deep_ep_v2"}])
+    assert run(tmp_path, PICTURE)[0] == 0
+    picture = ElementTree.parse(tmp_path / "images" / "train_x.svg")
+    shown = " ".join(picture.getroot().itertext())
+    assert ("dotted: best stock" in shown) == (dispatch == "deepep")
+
+
 def test_a_picture_of_some_rows(tmp_path: Path) -> None:
     rows = [
         row("bf16", 12500) | {"routing": "balanced"},
