@@ -571,21 +571,21 @@ def test_no_value_of_a_run_is_html(tmp_path: Path) -> None:
     environment |= {"commit": EVIL, "device_name": EVIL, "world_size": EVIL}
     environment["versions"] = {EVIL: EVIL}
     (folders[0] / "environment.json").write_text(json.dumps(environment))
-    loads: list[object] = [[[1.0, EVIL]], [[1.0, 1.0]], [[]], EVIL]
-    for load in loads:
-        for step in (10, EVIL):
-            row = {"progress/step": step, "moe/expert_load": load}
-            (folders[0] / "routing.jsonl").write_text(json.dumps(row) + "\n")
-            status, output = run_main(*folders, "--out", tmp_path / "out")
-            assert status == 0
-            assert "$x$[b]" in output
-            page = (tmp_path / "out" / "compare.html").read_text()
-            parsed = Page()
-            parsed.feed(page)
-            assert "section" in parsed.tags
-            assert "img" not in parsed.tags
-            shown = load == [[1.0, 1.0]] and step == 10
-            assert ('id="routing"' in page) == shown, (load, step)
+    # Each value in a row that is right otherwise.
+    good = [[1.0, 1.0]]
+    loads: list[tuple[object, object]] = [(10, [[1.0, EVIL]]), (10, good), (10, [[]]), (10, EVIL)]
+    for step, load in (*loads, (EVIL, good)):
+        row = {"progress/step": step, "moe/expert_load": load}
+        (folders[0] / "routing.jsonl").write_text(json.dumps(row) + "\n")
+        status, output = run_main(*folders, "--out", tmp_path / "out")
+        assert status == 0
+        assert "$x$[b]" in output
+        page = (tmp_path / "out" / "compare.html").read_text()
+        parsed = Page()
+        parsed.feed(page)
+        assert "section" in parsed.tags
+        assert "img" not in parsed.tags
+        assert ('id="routing"' in page) == (load == good and step == 10), (load, step)
 
 
 def test_a_row_that_is_no_numbers_is_bad_input(tmp_path: Path, capsys: Any) -> None:
