@@ -364,21 +364,22 @@ def test_bad_input_under_torchrun_is_said_once():
 
 @pytest.mark.slow
 def test_fp8_ends_where_bf16_ends(tmp_path):
-    """The demo's training: FP8 is within 0.25% over the last tenth of the steps.
+    """The demo's first 60 steps, while its loss falls fastest: FP8 is 0.07 to 0.08% behind.
 
-    Rounding alone moves the end of so short a run by about 0.1%: two bf16 runs that add up their
-    micro-batches in another order differ that much.
+    Two bf16 runs that add up their micro-batches in another order differ by 0.02%, and values of
+    two significant bits in place of four fall 0.26% behind. All of the demo's steps show less:
+    there two bits are 0.1% behind at step 100.
     """
     ends = {}
     for path in ("bf16", "fp8_baseline", "fp8_direct"):
         argv = ["configs/demo_cpu.yaml", f"run.dir={tmp_path}", f"run.name={path}"]
-        argv += [f"moe.path={path}", "tracking.mode=disabled"]
+        argv += [f"moe.path={path}", "tracking.mode=disabled", "train.steps=60"]
+        argv += ["train.valid_every=0"]
         assert run_train(2, argv, timeout=600) == [0, 0]  # however busy the machine is
         rows = read_metrics(tmp_path / path)
         assert losses(rows)[0] > 5
-        tail = losses(rows)[-len(rows) // 10 :]
-        ends[path] = sum(tail) / len(tail)
-    assert ends["bf16"] < 2.5
+        ends[path] = sum(losses(rows)[-2:]) / 2
+    assert ends["bf16"] < 3.1
     for path in ("fp8_baseline", "fp8_direct"):
         gap = ends[path] / ends["bf16"] - 1
-        assert abs(gap) < 0.0025, f"{path}: {gap:.3%}"
+        assert abs(gap) < 0.002, f"{path}: {gap:.3%}"
