@@ -109,6 +109,8 @@ def train_together(config: Config, corpus: Corpus, ranks: Ranks, lifeline: Lifel
         training.metrics.load_state(gathered)
 
     recorder = describe(config, ranks, model.runtime.description, corpus.describe(), first_step)
+    if recorder:
+        checkpointer.before_next = recorder.artifacts.look
     meter = Meter(
         flops.count(config.model, config.moe).flops_per_token,
         ranks.world_size,
@@ -210,8 +212,6 @@ def train_steps(
         if saving:
             with meter.pause():
                 checkpointer.save(number, metrics.state())
-            if recorder:
-                recorder.look_for_checkpoints()  # the previous one is whole
         if stopping and not due.is_last:
             checkpointer.finish(number, metrics.state())
             safety.stop.answer()

@@ -10,6 +10,7 @@ from tests.support.ranks import run_train
 from tests.support.tiny import argv, checkpoints
 from tests.train.test_tracking import records
 from train.checkpoint import checksums
+from train.checkpoint.writer import Writer
 from train.config import ConfigError, load
 from train.metrics.artifacts import Artifacts
 from train.metrics.tracking import Tracker
@@ -63,6 +64,21 @@ def test_all_of_them_though_they_are_rotated_away(tmp_path):
     # Resumed, nothing is logged again.
     assert run_train(1, argv(tmp_path, "a", *keys, "train.steps=8")) == [0]
     assert steps(artifacts(run_dir)) == [2, 4, 6, 8]
+
+
+def test_one_that_is_whole_after_the_last_line_was_logged(tmp_path, monkeypatch):
+    """The end then rotates it away at once."""
+    write = Writer.finish
+
+    def slowly(self, metadata, results):
+        time.sleep(2 if self.final.name.endswith("4") else 0)
+        write(self, metadata, results)
+
+    monkeypatch.setattr(Writer, "finish", slowly)
+    assert run_train(1, argv(tmp_path, "a", *KEYS, "tracking.artifacts=all", "train.steps=5")) == [
+        0
+    ]
+    assert steps(artifacts(tmp_path / "a")) == [2, 4, 5]
 
 
 @pytest.mark.parametrize(("wanted", "logged"), [("last", [4]), ("none", [])])

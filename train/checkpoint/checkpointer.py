@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Checkpointer:
         self.state = _ModelAndOptimizer(model, optimizer)
         self.saved: int | None = None
         """Step of the last save that was started."""
+        self.before_next: Callable[[], None] = lambda: None
+        """Called when the last save is whole, if it is, before the next can rotate it away."""
         self._stalls: list[float] = []
         self._pending: Future | None = None
         self._copy = HostCopy(ranks.device)
@@ -128,6 +130,7 @@ class Checkpointer:
         """
         begin = time.perf_counter()
         self.wait()
+        self.before_next()
         self._begin(step, metrics, self._copy)
         self._stalls.append(time.perf_counter() - begin)
 
@@ -199,6 +202,7 @@ class Checkpointer:
         """
         self.wait()
         if self.saved != step:
+            self.before_next()
             self._begin(step, metrics, copy=None)
             reason = self.wait()
             if reason:

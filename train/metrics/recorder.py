@@ -48,11 +48,6 @@ class Recorder:
         self.last.pop("loss/train", None)  # an older one is not how the run ended
         self.last |= row
 
-    def look_for_checkpoints(self) -> None:
-        """Whether W&B is to get a checkpoint that has become whole; called before the next can
-        replace it."""
-        self.artifacts.look()
-
     def wants_picture(self, step: int) -> bool:
         """Whether a picture of the routing is due at this logged step."""
         every = self.pictures_every
