@@ -166,14 +166,27 @@ KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
 too.)"""
 
 
+VERSIONS = (
+    "torch", "transformer-engine", "megatron-core", "triton", "deep-ep", "deep-gemm", "cublas", "nccl"
+)  # fmt: skip
+"""Packages that a caption names, where the sitting says its version."""
+
+
+def _versions(origins: Sequence[Origin], name: str) -> list[str]:
+    known = [(one.get("versions") or {}).get(name) for one in origins]
+    return list(dict.fromkeys(filter(None, known)))
+
+
 def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
     origins = [sitting_of(result, row) for row in shown]
     machines = [machine_name(o, row.get("gpus")) for o, row in zip(origins, shown, strict=True)]
     where = ", ".join(dict.fromkeys(machines))
     commits = ", ".join(dict.fromkeys(str(one.get("commit")) for one in origins))
-    versions = result.get("versions") or {}
-    names = ("torch", "transformer-engine", "megatron-core", "triton")
-    said = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    said = ", ".join(
+        f"{name} {' and '.join(found)}"
+        for name in VERSIONS
+        if (found := _versions(origins or [result], name))
+    )
     parts = [where, said, f"commit {commits if result.get('commit') else 'not known'}"]
     if bench := result.get("bench"):  # of training steps
         if result["rows"]:
