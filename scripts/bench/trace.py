@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for item in args.traces:
         path, _, name = item.partition("=")
         try:
+            if not name:
+                raise ValueError("no name for this trace")
             sums = summarize(read(Path(name)))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
             print(f"{item}: {error or type(error).__name__}; give PATH=TRACE", file=sys.stderr)

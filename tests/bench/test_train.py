@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,6 +309,31 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
     assert not third.started, "all is there"
     other = [TINY[0], *TINY[1:], "--gpus", "2", "--out", str(tmp_path), *argv, "model.num_layers=2"]
     assert train.main(other) == 2, "another config's rows are mixed with these"
+
+
+def test_on_the_same_machine_the_last_sitting_goes_on(tmp_path, monkeypatch):
+    """As `stopped; the same command continues` says, whatever the time is."""
+    speeds: dict[str, dict[int, float | str]] = {"bf16": {4: 0.2}, "fp8_compact": {4: 0.1}}
+    argv = ("--screen", "4", "--repeats", "2", "--stacks")
+    times = iter(datetime(2026, 11, 27, 12, minute) for minute in range(60))
+    monkeypatch.setattr(sitting, "datetime", SimpleNamespace(now=lambda: next(times)))
+
+    def measured(*stacks: str) -> list[tuple[str, str, int]]:
+        Machine(monkeypatch, speeds)
+        rows = plan(tmp_path, *argv, ",".join(stacks))["rows"]
+        return [(row["path"], row["sitting"], row["repeats"]) for row in rows]
+
+    first = "2026-11-27 12:00"
+    assert measured("bf16") == [("bf16", first, 2)]
+    monkeypatch.setattr(sitting, "commit", lambda: "abc")
+    one = measured("bf16", "fp8_compact")
+    assert one == [("bf16", first, 2), ("fp8_compact", first, 2)]
+    monkeypatch.setattr(sitting, "boot", lambda: "another")
+    speeds["fp8_direct"] = {4: 0.1}
+    assert measured("fp8_direct") == [*one, ("fp8_direct", "2026-11-27 12:01", 2)]
+    monkeypatch.setattr(sitting, "commit", lambda: "another")
+    speeds["fp8_baseline"] = {4: 0.1}
+    assert measured("fp8_baseline")[-1] == ("fp8_baseline", "2026-11-27 12:02", 2)
 
 
 def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):

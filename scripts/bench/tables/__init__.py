@@ -167,7 +167,8 @@ too.)"""
 
 
 VERSIONS = (
-    "torch", "transformer-engine", "megatron-core", "triton", "deep-ep", "deep-gemm", "cublas", "nccl"
+    "torch", "transformer-engine", "megatron-core", "triton",
+    "deep-ep", "deep-gemm", "cublas", "nccl",
 )  # fmt: skip
 """Packages that a caption names, where the sitting says its version."""
 

@@ -16,8 +16,8 @@ affected by another's memory:
 Writes `train_<config>.json` after every process. What has been measured is not measured again: with
 `--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
 measures the anchors, and rows name their sitting: speeds are compared within a sitting, in which a
-row's windows have one length. What each field of a row is, and how to measure one row again:
-scripts/bench/train/rows.py.
+row's windows have one length. The same command on the same machine goes on with the last sitting.
+What each field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries
 loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
@@ -232,7 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--process-minutes", type=positive_minutes, default=6, help="at most, of a process"
     )
-    parser.add_argument("--sitting", help="its name; default: the time")
+    parser.add_argument("--sitting", help="its name; default: the last one, on the same machine "
+                        "since its start at the same commit, or the time")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("docs/results"),
                         help="folder of the JSON file; docs/results")  # fmt: skip
     arguments = parser.parse_intermixed_args(argv)

@@ -16,6 +16,7 @@ from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Process, Task
 from scripts.bench.train.rows import TrainingRow
 from train.config import ConfigError
+from train.metrics.environment import commit
 
 PROCESS_MINUTES = 1.5
 """Minutes to reserve for a process that has not run yet."""
@@ -27,7 +28,7 @@ class Sitting:
     def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
         """`arguments` are those of scripts.bench.train; `content` is that of the file at `path`."""
         self.arguments, self.content, self.path = arguments, content, path
-        self.name = arguments.sitting or datetime.now().strftime("%Y-%m-%d %H:%M")
+        self.name = arguments.sitting or going_on(content) or f"{datetime.now():%Y-%m-%d %H:%M}"
         self.began = time.monotonic()
         self.longest = PROCESS_MINUTES * 60
         self.failed: set[tuple[Spec, str, int]] = set()
@@ -97,13 +98,14 @@ class Sitting:
         found = report.pop("results")
         if "machine" in report:
             origin = {name: report[name] for name in ("machine", "versions", "commit")}
+            origin["boot"] = boot()
             before = self.content["sittings"].setdefault(self.name, origin)
             if _same(before) != _same(origin):
                 raise ConfigError(
                     f"--sitting {self.name} was measured on another machine, by other versions or "
                     "at another commit; give this one another name"
                 )
-            self.content |= origin
+            self.content |= {name: origin[name] for name in origin if name != "boot"}
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
         found += [{"micro_batch": size, "error": ended} for size in missing[:1]]
@@ -145,4 +147,20 @@ class Sitting:
 def _same(origin: dict[str, Any]) -> dict[str, Any]:
     """What all rows of a sitting share: the machine, whatever part of it they take."""
     machine = {name: value for name, value in origin["machine"].items() if name != "devices"}
-    return {**origin, "machine": machine}
+    return {"machine": machine, "versions": origin["versions"], "commit": origin["commit"]}
+
+
+def going_on(content: dict[str, Any]) -> str | None:
+    """The file's last sitting, if it is of this machine since its start, and at this commit."""
+    for name, origin in reversed(content["sittings"].items()):
+        same = boot() and (origin.get("boot"), origin["commit"]) == (boot(), commit())
+        return name if same else None
+    return None
+
+
+def boot() -> str | None:
+    """What Linux calls the time since this machine was started."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
