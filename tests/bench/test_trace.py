@@ -75,6 +75,8 @@ def test_a_file_is_written_and_bad_traces_are_one_line(tmp_path: Path, capsys):
     for bad in ("bf16=nowhere.json", "nothing", *there):
         assert main([bad]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main([str(trace)]) == 2
+    assert capsys.readouterr().err == f"{trace}: no name for this trace; give PATH=TRACE\n"
     (tmp_path / "folder").mkdir()
     assert main([f"bf16={trace}", "--out", str(tmp_path / "folder")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

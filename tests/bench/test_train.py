@@ -311,7 +311,7 @@ def test_it_goes_on_where_it_stopped_and_measures_the_anchor_again(tmp_path, mon
     assert train.main(other) == 2, "another config's rows are mixed with these"
 
 
-def test_on_the_same_machine_the_last_sitting_goes_on(tmp_path, monkeypatch):
+def test_on_the_same_machine_the_last_sitting_continues(tmp_path, monkeypatch):
     """As `stopped; the same command continues` says, whatever the time is."""
     speeds: dict[str, dict[int, float | str]] = {"bf16": {4: 0.2}, "fp8_compact": {4: 0.1}}
     argv = ("--screen", "4", "--repeats", "2", "--stacks")

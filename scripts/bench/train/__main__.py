@@ -16,7 +16,7 @@ affected by another's memory:
 Writes `train_<config>.json` after every process. What has been measured is not measured again: with
 `--minutes` a long plan is spread over several sittings, each on one machine. Every sitting also
 measures the anchors, and rows name their sitting: speeds are compared within a sitting, in which a
-row's windows have one length. The same command on the same machine goes on with the last sitting.
+row's windows have one length. The same command on the same machine continues the last sitting.
 What each field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
 
 `--ahead` starts each process while the one before it still measures, so that it has its libraries

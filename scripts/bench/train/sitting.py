@@ -28,7 +28,7 @@ class Sitting:
     def __init__(self, arguments: argparse.Namespace, content: dict[str, Any], path: Path) -> None:
         """`arguments` are those of scripts.bench.train; `content` is that of the file at `path`."""
         self.arguments, self.content, self.path = arguments, content, path
-        self.name = arguments.sitting or going_on(content) or f"{datetime.now():%Y-%m-%d %H:%M}"
+        self.name = arguments.sitting or continued(content) or f"{datetime.now():%Y-%m-%d %H:%M}"
         self.began = time.monotonic()
         self.longest = PROCESS_MINUTES * 60
         self.failed: set[tuple[Spec, str, int]] = set()
@@ -150,7 +150,7 @@ def _same(origin: dict[str, Any]) -> dict[str, Any]:
     return {"machine": machine, "versions": origin["versions"], "commit": origin["commit"]}
 
 
-def going_on(content: dict[str, Any]) -> str | None:
+def continued(content: dict[str, Any]) -> str | None:
     """The file's last sitting, if it is of this machine since its start, and at this commit."""
     for name, origin in reversed(content["sittings"].items()):
         same = boot() and (origin.get("boot"), origin["commit"]) == (boot(), commit())
