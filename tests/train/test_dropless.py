@@ -51,7 +51,11 @@ def redone(rows: Rows) -> float:
         pytest.param(
             1, ["train.global_batch=4", "optim.prepare_weights=true"], marks=pytest.mark.slow
         ),
-        pytest.param(2, [*EP2, "train.on_nonfinite=skip"], marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            [*EP2, "train.on_nonfinite=skip", "moe.expert_bias=true", "moe.bias_update_rate=0.5"],
+            marks=pytest.mark.slow,
+        ),
         # Timed, and traced, in runtimes of their own.
         pytest.param(
             2,
