@@ -90,7 +90,6 @@ def test_generate_completes_a_prompt(run_dir, tmp_path):
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     greedy = done.stdout.decode()
     assert greedy.startswith("def ")
-    assert run_alone(printed, generate, [str(file), "", "--tokens", "8", "--device", "cpu"])
     assert len(greedy) > 20, "longer than the context of 32 tokens with its prompt"
     assert complete("--temperature", "0", "--tokens", "40", "--path", "bf16").startswith("def ")
     drawn = complete("--temperature", "1", "--tokens", "20", "--seed", "1")
@@ -145,7 +144,7 @@ def model_file(run_dir, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_any_prompt_and_any_terminal(model_file):
-    for prompt, encoding in (("d\u00e9f \u4e16", "ascii"), ("d\udce9f", "utf-8")):
+    for prompt, encoding in (("d\u00e9f \u4e16", "ascii"), ("d\udce9f", "utf-8"), ("", "latin-1")):
         options = ("--tokens", "8", "--device", "cpu")
         code, out, err = run_generate(model_file, prompt, *options, PYTHONIOENCODING=encoding)
         assert code == 0, err

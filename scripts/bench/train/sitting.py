@@ -98,14 +98,13 @@ class Sitting:
         found = report.pop("results")
         if "machine" in report:
             origin = {name: report[name] for name in ("machine", "versions", "commit")}
-            origin["boot"] = boot()
-            before = self.content["sittings"].setdefault(self.name, origin)
+            before = self.content["sittings"].setdefault(self.name, {**origin, "boot": boot()})
             if _same(before) != _same(origin):
                 raise ConfigError(
                     f"--sitting {self.name} was measured on another machine, by other versions or "
                     "at another commit; give this one another name"
                 )
-            self.content |= {name: origin[name] for name in origin if name != "boot"}
+            self.content |= origin
         sizes = [one["micro_batch"] for one in found]
         missing = [size for size in process.task.sizes if size not in sizes]
         found += [{"micro_batch": size, "error": ended} for size in missing[:1]]
@@ -152,10 +151,10 @@ def _same(origin: dict[str, Any]) -> dict[str, Any]:
 
 def continued(content: dict[str, Any]) -> str | None:
     """The file's last sitting, if it is of this machine since its start, and at this commit."""
-    for name, origin in reversed(content["sittings"].items()):
-        same = boot() and (origin.get("boot"), origin["commit"]) == (boot(), commit())
-        return name if same else None
-    return None
+    if not content["sittings"] or (now := boot()) is None:
+        return None
+    name, last = next(reversed(content["sittings"].items()))
+    return name if (last.get("boot"), last["commit"]) == (now, commit()) else None
 
 
 def boot() -> str | None:
