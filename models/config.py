@@ -1,6 +1,6 @@
 """The keys that shape the model: sections `model` and `moe` of a config file."""
 
-import math
+import sys
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
@@ -169,7 +169,7 @@ class MoEConfig(Section):
     experts are chosen and nowhere else (Wang et al., arXiv:2408.15664): after each step it rises
     where an expert got less than the mean of all ranks' tokens, and falls where it got more.
     It replaces the load-balancing loss if `aux_loss_coeff` is 0, and otherwise adds to it."""
-    bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0)
+    bias_update_rate: SaidOnResume[float] = Field(default=1e-3, ge=0, le=1e6)
     """With `expert_bias`: how much a bias changes in a step, so a short run needs a larger value
     than a long one; 0 leaves the biases unchanged."""
     z_loss_coeff: float = Field(default=0.0, ge=0)
@@ -182,9 +182,9 @@ class MoEConfig(Section):
     def _check_capacity(cls, value: Any) -> Any:
         """Checked here, or the error would name every type that the value is not."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value in DROPLESS or (is_number and math.isfinite(value) and value >= 1):
+        if value in DROPLESS or (is_number and 1 <= value <= sys.float_info.max):
             return value
-        raise ValueError(f"{value!r} is neither auto, null nor a number from 1 on")
+        raise ValueError(f"{value!r} is neither default, auto, null nor a number from 1 on")
 
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":

@@ -7,6 +7,7 @@ micro-batches and ranks, kept on the device, so that nothing waits to find out a
 Where room would not fit into a GPU's memory (room_memory.py), every layer of the step waits too.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.config import MoEConfig
+from models.fp8.reference.plan_rows import most_rows
 from models.fp8.tensor import ceil_div
 from models.moe.room_memory import Memory, RoomMemory, RowBytes, memory_of
 
@@ -38,6 +40,19 @@ In seven records of natural routing (docs/results/room_needs*.json: 2, 4 and 8 r
 steps), an eighth always would have repeated 44 of 1,080 steps, 16 of them after the twentieth; this
 would have repeated 20 and 2, in 0.02 to 0.06 shares more at 2 ranks and 0.1 to 0.12 at 4 and 8,
 where needs leap further. On two H100s an eighth repeated 3 of 30 (docs/performance.md)."""
+
+
+def most_needed(tokens: int, top_k: int, local_experts: int, alignment: int) -> int:
+    """P of a layer for the worst routing of `tokens`, those of all ranks of the group."""
+    slots = tokens * min(top_k, local_experts)
+    return most_rows(slots, local_experts, alignment) // alignment * alignment
+
+
+def fixed_rows(capacity: float, even: int, most: int, local_experts: int, alignment: int) -> int:
+    """P of a layer by a number of `moe.capacity`: so many times a rank's even share, and what
+    rounding up each expert's rows may take; no more than `most`, which no routing exceeds."""
+    share = math.ceil(min(even * capacity, most) / alignment)
+    return min((share + local_experts) * alignment, most)
 
 
 class Asked(NamedTuple):

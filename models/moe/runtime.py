@@ -14,12 +14,11 @@ from models.config import ModelConfig, MoEConfig
 from models.fp8 import operations
 from models.fp8.linear import AnyLinear, Fp8Linear
 from models.fp8.operations import Operations
-from models.fp8.reference.plan_rows import most_rows
 from models.moe import dispatch
 from models.moe.counts import Counts
 from models.moe.dispatch import Dispatcher
 from models.moe.paths import PATHS, Path
-from models.moe.room import Room, settle
+from models.moe.room import Room, fixed_rows, most_needed, settle
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,17 @@ class Runtime:
     counts: Counts = field(default_factory=Counts)
 
     def max_rows(self, layer: int, tokens: int, top_k: int, local_experts: int) -> int | None:
-        """P of a layer, counted from 0, where room is reserved: the even share of `tokens` on every
-        rank times `capacity`, and what rounding up each expert's rows may take; or what `room`
-        says. None where P is what arrives.
+        """P of a layer, counted from 0, where room is reserved for `tokens` on every rank: by
+        `capacity` or `room`. None where P is what arrives.
 
         A number drops the same rows on each machine, so only `room` honours the operations'
         `rows_step`."""
         step, even = self.path.ROW_ALIGNMENT, tokens * top_k
+        most = most_needed(tokens * self.dispatcher.ranks, top_k, local_experts, step)
         if self.capacity is not None:
-            return (math.ceil(even * self.capacity / step) + local_experts) * step
+            return fixed_rows(self.capacity, even, most, local_experts, step)
         if self.room is None:
             return None
-        slots = tokens * self.dispatcher.ranks * min(top_k, local_experts)
-        most = most_rows(slots, local_experts, step) // step * step
         return self.room.max_rows(layer, even, most, math.lcm(step, self.ops.rows_step()))
 
     def __deepcopy__(self, memo: dict) -> "Runtime":

@@ -190,6 +190,17 @@ def test_nan_in_another_row_does_not_leak():
     assert ops.unpermute_probs(torch.tensor([NAN]), plan)[1].item() == 0
 
 
+def test_what_came_from_nowhere_has_bytes_to_send_back():
+    """Where room is reserved and no row has come: dispatch sends tensors as bytes."""
+    ids = torch.empty(0, 1, dtype=torch.int64)
+    plan = ops.plan_rows(ids, 2, max_rows=256)
+    for sent in (
+        ops.unpermute(torch.ones(256, 8), plan),
+        ops.unpermute_probs(torch.ones(256), plan),
+    ):
+        assert sent.view(torch.uint8).shape[0] == 0
+
+
 def test_permute_and_unpermute_are_each_others_transpose(gen):
     """<permute(x), y> = <x, unpermute(y)>: what makes one the backward of the other."""
     ids, experts = routing("random", gen)

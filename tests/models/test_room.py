@@ -197,6 +197,7 @@ def test_room_heeds_what_the_gemm_wants_and_a_number_does_not(step):
     assert rows == {1: 2432, 384: 2688, 10_000: most}[step]
     # In blocks of 128: 1.25 of 2048, and one for each expert.
     assert replace(runtime, capacity=1.25, room=None).max_rows(0, 1024, 2, 4) == (20 + 4) * 128
+    assert replace(runtime, capacity=1e308, room=None).max_rows(0, 1024, 2, 4) == most
 
 
 def moe(capacity: Any, path: str = "bf16") -> MoEConfig:

@@ -73,6 +73,17 @@ def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, ranks, keys):
     assert not any(key in row for row in want for key in ("moe/room", "moe/redone_steps"))
 
 
+def test_a_rank_to_which_no_row_comes(tmp_path):
+    """One token on each of two ranks, and one expert for each token."""
+    keys = ["parallel.expert_parallel=2", "train.global_batch=2", "train.micro_batch=1"]
+    keys += ["model.seq_len=1", "moe.top_k=1", "train.steps=20"]
+    want, got = (
+        train(tmp_path, name, 2, f"moe.capacity={name}", *keys) for name in ("null", "auto")
+    )
+    assert computed(got) == computed(want)
+    assert max(row["moe/max_expert_load"] for row in got) == 4, "an expert of four got all"
+
+
 STEP = 384
 
 

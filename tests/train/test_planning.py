@@ -133,8 +133,8 @@ def test_what_room_takes_a_row_to_need_is_no_less_than_what_is_planned(path, rec
     for ffn in (768, 4096, 14336):
         keys = [f"moe.path={path}", f"moe.recompute={recompute}", f"moe.ffn_hidden_size={ffn}"]
         some, more = (
-            shape_of(configure(*keys, *ONE_RANK, "model.hidden_size=2048", f"moe.capacity={n}"), 1)
-            for n in (1.0, 2.0)
+            shape_of(configure(*keys, "model.hidden_size=2048", f"moe.capacity={n}"), 2)
+            for n in (1.0, 1.5)
         )
         found = row_bytes(some.rows, saved_bytes(some), 2048, ffn, 2, recompute)
         rows = more.rows - some.rows
@@ -235,7 +235,9 @@ def test_rows_by_what_the_config_sets_aside():
 
     even = 4 * 4096 * 8
     assert rows() == (-(-int(even * 1.02) // 64) + 64) * 64
-    assert rows("moe.capacity=2") == (even * 2 // 64 + 64) * 64
+    assert rows("moe.capacity=1.5") == (even * 3 // 2 // 64 + 64) * 64
+    worst = even * 2 + 64 * 63  # all copies, and 63 rows for each expert, in whole steps
+    assert rows("moe.capacity=2") == rows("moe.capacity=1e308") == worst
     assert rows("moe.capacity=null") == even + 64 * 64 / 2
     natural = rows("moe.capacity=null", "moe.force_balance=false")
     assert natural == pytest.approx(1.2 * even, rel=0.02)

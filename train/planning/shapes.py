@@ -6,9 +6,8 @@ from typing import Literal
 
 from models.config import ModelConfig, MoEConfig
 from models.fp8.linear import DirectLinear, HighPrecisionLinear
-from models.fp8.reference.plan_rows import most_rows
 from models.moe.paths import PATHS
-from models.moe.room import MOST_SPARE, PARTS, SPARE
+from models.moe.room import MOST_SPARE, PARTS, SPARE, fixed_rows, most_needed
 from train.config import Config
 
 UNEVEN = 1.2
@@ -154,7 +153,7 @@ class Shape:
         step = PATHS[self.moe.path].ROW_ALIGNMENT
         capacity, local = self.moe.capacity, self.local_experts
         if isinstance(capacity, int | float) and not isinstance(capacity, bool):
-            return (math.ceil(self.even * capacity / step) + local) * step
+            return fixed_rows(capacity, self.even, self._most, local, step)
         if self.waits:
             return self._needed
         part = math.ceil(math.ceil(self.even / PARTS) / step) * step
@@ -188,8 +187,7 @@ class Shape:
     def _most(self) -> int:
         """Rows that any routing can need."""
         step, local = PATHS[self.moe.path].ROW_ALIGNMENT, self.local_experts
-        slots = self.tokens * self.expert_ranks * min(self.moe.top_k, local)
-        return most_rows(slots, local, step) // step * step
+        return most_needed(self.tokens * self.expert_ranks, self.moe.top_k, local, step)
 
     @property
     def sent_share(self) -> float:

@@ -66,7 +66,8 @@ def _gather(y: Tensor, rows: Tensor) -> Tensor:
     ours = (rows >= 0)[:, None]
     if y.shape[0] == 0:  # nothing was for us, and -1 has no row to stand in for it
         return y.new_zeros(rows.shape[0], y.shape[1])
-    return torch.where(ours, y[rows.clamp(min=0)], 0.0)
+    # Not `torch.where`: without rows its result has a stride of 0, and no bytes to view.
+    return y[rows.clamp(min=0)].masked_fill(~ours, 0.0)
 
 
 def _check_length(x: Tensor, rows: int) -> None:
