@@ -49,7 +49,7 @@ def most_needed(tokens: int, top_k: int, local_experts: int, alignment: int) -> 
 
 
 def fixed_rows(capacity: float, even: int, most: int, local_experts: int, alignment: int) -> int:
-    """P of a layer by a number of `moe.capacity`: so many times a rank's even share, and what
+    """P of a layer by a number of `moe.capacity`: that many times a rank's even share, and what
     rounding up each expert's rows may take; no more than `most`, which no routing exceeds."""
     share = math.ceil(min(even * capacity, most) / alignment)
     return min((share + local_experts) * alignment, most)

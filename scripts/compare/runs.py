@@ -234,6 +234,14 @@ def largest(metric: str) -> Callable[[Run], float | None]:
     return lambda run: max(run.series(metric).values(), default=None)
 
 
+def total(metric: str) -> Callable[[Run], float | None]:
+    def summed(run: Run) -> float | None:
+        values = run.series(metric).values()
+        return sum(values) if values else None
+
+    return summed
+
+
 def last(metric: str) -> Callable[[Run], float | None]:
     return lambda run: next(reversed(run.series(metric).values()), None)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scripts.compare.arms import Arm
 from scripts.compare.noise import centre, quartiles
 from scripts.compare.reading import on_cpu, partner
-from scripts.compare.runs import TAIL, Run, final, largest, last, loss_gap, median
+from scripts.compare.runs import TAIL, Run, final, largest, last, loss_gap, median, total
 
 ABSENT = "–"  # noqa: RUF001
 END = f"mean of the last {TAIL:.0%}"
@@ -102,6 +102,8 @@ def make_table(runs: Sequence[Run], baseline: Arm) -> list[Row]:
             "{:,.0f}",
             "moe/dropped_rows, largest",
         ),
+        _count(runs, "repeated steps", "moe/redone_steps"),
+        _count(runs, "steps that waited", "moe/waited_steps"),
     ]
     return [row for row in rows if any(cell.text != ABSENT for cell in row.cells)]
 
@@ -122,6 +124,10 @@ def _final(runs: Sequence[Run], label: str, metric: str, form: str) -> Row:
 
 def _largest(runs: Sequence[Run], label: str, metric: str) -> Row:
     return _row(runs, label, largest(metric), "{:.2f}", f"{metric}, largest")
+
+
+def _count(runs: Sequence[Run], label: str, metric: str) -> Row:
+    return _row(runs, label, total(metric), "{:,.0f}", f"{metric}, sum")
 
 
 def _median(runs: Sequence[Run], label: str, metric: str, form: str, times: float = 1) -> Row:

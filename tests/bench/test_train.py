@@ -87,6 +87,9 @@ class Uneven:
     def waited_steps(self) -> int:
         return 1
 
+    def room(self) -> float:
+        return 1.25
+
     def close(self) -> None: ...
 
 
@@ -104,7 +107,7 @@ def test_the_slowest_rank_counts():
     assert windows[0].first_loss == pytest.approx(0.07), "the ranks' shares add up"
     assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
-    assert (windows[0].redone_steps, windows[0].waited_steps) == (3, 1)
+    assert (windows[0].redone_steps, windows[0].waited_steps, windows[0].room) == (3, 1, 1.25)
 
 
 def dropping(rank: int, steps: list[int]) -> list[int]:

@@ -28,7 +28,7 @@ from scripts.compare.runs import (
     read_runs,
     step_parts,
 )
-from scripts.compare.table import make_table
+from scripts.compare.table import ABSENT, make_table
 from tests.support.made_up_runs import STEPS, write_run
 from train.metrics.recorder import record_changes
 
@@ -648,3 +648,13 @@ def test_a_terminal_that_is_not_utf_8(three: list[Path]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compare.html" in done.stdout
+
+
+def test_steps_that_were_repeated_or_waited_are_counted(tmp_path: Path) -> None:
+    counted = {"moe/redone_steps": 2.0, "moe/waited_steps": 0.0}
+    folder = write_run(tmp_path / "a", "bf16", metrics=counted)
+    other = write_run(tmp_path / "b", "fp8_direct")
+    lines = table_of([folder, other])
+    logged = len(read_runs([folder])[0].series("moe/redone_steps"))
+    assert lines["repeated steps"] == [str(2 * logged), ABSENT]
+    assert lines["steps that waited"] == ["0", ABSENT]

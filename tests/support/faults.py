@@ -152,3 +152,11 @@ def crowd(*steps: int):
         Router.gating = crowded  # type: ignore[method-assign]
 
     return plant
+
+
+def full(rank: int) -> None:
+    """As if rank 1's GPU had no memory for room, though all tensors fit."""
+    from models.moe.room_memory import GpuMemory
+
+    if rank == 1:
+        GpuMemory.limit = lambda self: 1  # type: ignore[method-assign]

@@ -5,13 +5,14 @@
 
 What is forked cannot use a GPU that its parent has used, so these start again. FAULT is `none`,
 `poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 4,
-5 and 7 have no room for the experts' rows) or `crowd` (in steps 4 and 7 all tokens go to two).
+5 and 7 have no room for the experts' rows), `crowd` (in steps 4 and 7 all tokens go to two) or
+`full` (rank 1's memory has no space for such room).
 """
 
 import os
 import sys
 
-from tests.support.faults import cramp, crowd, hang, poison
+from tests.support.faults import cramp, crowd, full, hang, poison
 from train.__main__ import run
 
 FAULTS = {
@@ -20,6 +21,7 @@ FAULTS = {
     "hang": hang,
     "cramp": cramp(3, 4, 6),  # on a GPU the first three wait
     "crowd": crowd(3, 6),
+    "full": full,
 }
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_a_file_of_another_encoding(tmp_path):
         ("model.num_kv_heads=3", "num_kv_heads=3 does not divide num_heads=2"),
         ("model.num_heads=3 model.num_kv_heads=2", "num_kv_heads=2 does not divide num_heads=3"),
         ("model.num_heads=3", "num_heads=3 does not divide hidden_size=128"),
-        ("moe.capacity=0.5", "moe.capacity: 0.5 is neither default, auto, null nor a number from 1 on"),
+        ("moe.capacity=0.5", "capacity: 0.5 is neither default, auto, null nor a number from 1 on"),
         ("moe.capacity=.nan", "moe.capacity: nan is neither default, auto"),
         (f"moe.capacity={10**400}", "moe.capacity: 1"),
         ("moe.bias_update_rate=1e39", "config key moe.bias_update_rate=1e+39"),

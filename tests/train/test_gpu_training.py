@@ -145,6 +145,19 @@ def test_a_step_that_is_done_again_leaves_no_trace(tmp_path, count, path, fault,
     assert sum(row["moe/redone_steps"] for row in read_metrics(got)[1:]) == redone
 
 
+@pytest.mark.parametrize("path", ["bf16", "fp8_fused"])
+def test_steps_for_whose_room_one_gpu_lacks_memory_wait_on_all(tmp_path, path):
+    """By the allocator's own counts, on both ranks."""
+    keys = ["model.hidden_size=256", "model.seq_len=128", f"moe.path={path}"]
+    keys += ["moe.force_balance=false", "train.log_every=1"]
+    want = Ranks(2, tmp_path, "null", *keys, "moe.capacity=null").finished()
+    got = Ranks(2, tmp_path, "auto", *keys, "moe.capacity=auto", fault="full").finished()
+    rows = read_metrics(got)
+    assert computed(rows) == computed(read_metrics(want))
+    # In the first three what a step takes beside room is not known yet.
+    assert [row["moe/waited_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("balance", ["true", "false"])
 def test_direct_and_fused_train_to_the_same_bits(tmp_path, balance):
     """Two ranks: by NCCL and the permute, and by DeepEP v2, where it is installed, in one call."""

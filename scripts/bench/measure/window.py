@@ -45,6 +45,9 @@ class Window:
     included."""
     waited_steps: int = 0
     """Steps of the window that waited because that room would not have fitted into memory."""
+    room: float | None = None
+    """That room in the window's last step, in even shares of a rank, the mean of the layers; None
+    where the layers waited."""
     step_joules: float | None = None
     """Energy of all GPUs, per step; None where it is not measured."""
     outside_allocator_gib: float | None = None
@@ -97,7 +100,8 @@ def measure(
     dist.all_reduce(summed)
     step_ms, peak, outside, *singles = largest.tolist()
     first_loss, final_loss, dropped, joules = summed.tolist()
-    redone, waited = stack.redone_steps(), stack.waited_steps()  # the same on all ranks
+    # The same on all ranks.
+    redone, waited, room = stack.redone_steps(), stack.waited_steps(), stack.room()
     busiest = busiest_rank(stack.model, lambda: stack.step(queue), ranks)
     return Window(
         step_ms=step_ms,
@@ -108,6 +112,7 @@ def measure(
         dropped_rows=int(dropped),
         redone_steps=redone,
         waited_steps=waited,
+        room=room,
         step_joules=None if math.isnan(joules) else joules,
         outside_allocator_gib=outside if on_gpu else None,
         busiest_rank=busiest,

@@ -42,6 +42,10 @@ class Stack(Protocol):
     def waited_steps(self) -> int:
         """Steps that waited because room would not have fitted into memory, since the last call."""
 
+    def room(self) -> float | None:
+        """Room for the experts' rows in the last step, in even shares of a rank; None where every
+        layer waits."""
+
     def close(self) -> None:
         """Release what outlives the model. All ranks together."""
 

@@ -66,6 +66,10 @@ class Ours:
         waited, metrics.waited = metrics.waited, 0
         return waited
 
+    def room(self) -> float | None:
+        room = self.model.runtime.room
+        return room.share if room is not None and any(room.rows) else None
+
     def close(self) -> None:
         self.model.runtime.dispatcher.close()
 

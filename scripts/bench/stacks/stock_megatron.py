@@ -126,6 +126,10 @@ class StockMegatron:
         """None: that counts exceptions."""
         return 0
 
+    def room(self) -> float | None:
+        """None: its layers always wait."""
+        return None
+
     def _capture(self) -> None:
         """Capture graphs of every layer, as megatron's own training loop does after warming up."""
         from megatron.core.transformer.cuda_graphs import TECudaGraphHelper

@@ -45,6 +45,7 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 MEASURED = (
     "ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "outside GiB",
     "kJ/Mtoken", "rows dropped", "repeated steps", "steps that waited", "busiest rank",
+    "room",
     "speed / best stock",
 )  # fmt: skip
 RARE = ("repeated steps", "steps that waited")
@@ -71,6 +72,8 @@ def _figures(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     }
     if load := row.get("busiest_rank"):
         cells["busiest rank"] = f"{load['median']:.2f}"
+    if room := row.get("room"):
+        cells["room"] = f"{room['median']:.2f}"
     if energy:
         cells["kJ/Mtoken"] = f"{energy['median'] / 1e3:,.1f}"
     if stock:

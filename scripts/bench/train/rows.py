@@ -79,6 +79,7 @@ class TrainingRow(TypedDict, total=False):
     peak_allocated_gib: Spread
     outside_allocator_gib: Spread
     busiest_rank: Spread
+    room: Spread
     seconds_per_mtoken: Spread
     """Seconds for a million tokens, on all GPUs together."""
     joules_per_mtoken: Spread
@@ -184,6 +185,8 @@ def add(row: TrainingRow, window: dict[str, Any], config: Config, device_name: s
         row["outside_allocator_gib"] = spread(outside)
     if loads := measured("busiest_rank"):
         row["busiest_rank"] = spread(loads)
+    if rooms := measured("room"):
+        row["room"] = spread(rooms)
     row["seconds_per_mtoken"] = spread([s / tokens * 1e6 for s in seconds])
     if joules := measured("step_joules"):
         row["joules_per_mtoken"] = spread([j / tokens * 1e6 for j in joules])
