@@ -3,8 +3,9 @@
     python -m scripts.bench.plots docs/results/train_NAME.json [--picture FILE.svg]
     python -m scripts.bench.plots docs/results/moe_layer.json
 
-Training steps: TFLOP/s per GPU, ours against stock. A bar is the median over the repeats, its
-whisker goes from the slowest to the fastest. One layer: where its time goes, by path.
+Training steps: TFLOP/s per GPU, ours against stock; of one sitting on several numbers of GPUs, by
+them. A bar is the median over the repeats, its whisker goes from the slowest to the fastest. One
+layer: where its time goes, by path.
 """
 
 import argparse
@@ -26,6 +27,10 @@ from scripts.compare.curves import PAPER, Spec, config
 from train.whole_file import whole
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
+PEER = "#c9c9d1"
+"""Stock beside paths in their own colors, of which one is gray."""
+ONE_COLUMN = {"columns": 1, "labelLimit": 0}
+LEVEL = {"labelAngle": 0, "labelLimit": 0}
 LINE = 13
 """Height of a line of a bar's name, in pixels."""
 PART_COLORS = {
@@ -81,9 +86,12 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
 
 
 def _training(result: Result) -> list[Spec]:
-    """A panel for each number of GPUs, routing and sitting, a bar for each row."""
+    """A panel for each number of GPUs, routing and sitting, a bar for each row; or one by GPUs."""
     rows = rows_to_show(result)
     measured = [row for row in rows if "step_ms" in row]
+    if comparable := _on_all(measured):
+        origin = sitting_of(result, comparable[0])
+        return [_by_gpus([row | {"on": machine_name(origin, row["gpus"])} for row in comparable])]
     kinds = list(dict.fromkeys(_kind(row) for row in measured))
     most = max(row["tflops_per_gpu"]["max"] for row in measured)
     panels = []
@@ -106,6 +114,57 @@ def _training(result: Result) -> list[Spec]:
             title += [f"micro-batch {min(sizes)}"]
         panels.append({"title": ", ".join(title), "width": 400, "height": {"step": 28}} | layers)
     return panels
+
+
+def _on_all(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the stacks that one sitting measured on every number of its GPUs, at one micro-batch;
+    none where there are several sittings or micro-batches, or one number of GPUs."""
+    gpus = {row.get("gpus") for row in rows}
+    alike = {(row.get("routing"), row.get("sitting"), row["micro_batch"]) for row in rows}
+    if len(gpus) == 1 or len(alike) != 1:
+        return []
+    seen: dict[str, set[int]] = {}
+    for row in rows:
+        seen.setdefault(training_name(row), set()).add(row["gpus"])
+    return [row for row in rows if seen[training_name(row)] == gpus]
+
+
+def _by_gpus(rows: Sequence[Row]) -> Spec:
+    """Groups of bars, one for each machine that rows were measured `on`."""
+    names = list(dict.fromkeys(map(training_name, rows)))
+    ours = {training_name(row): row["path"] for row in rows if row["stack"] == "ours"}
+    colors = [PAPER.color(ours[name]) if name in ours else PEER for name in names]
+    values = [
+        {"on": row["on"], "name": training_name(row), **row["tflops_per_gpu"]} for row in rows
+    ]
+
+    def y(field: str) -> Spec:
+        return {"field": field, "type": "quantitative", "title": "TFLOP/s per GPU"}
+
+    same = {"field": "name", "type": "nominal", "scale": {"domain": names, "range": colors}}
+    figure = {"field": "median", "format": ",.0f"}
+    first = rows[0]
+    return {
+        "title": f"{first['routing']} routing, micro-batch {first['micro_batch']}",
+        "width": 560,
+        "height": 220,
+        "data": {"values": values},
+        "encoding": {
+            "x": {"field": "on", "type": "nominal", "title": None, "sort": None, "axis": LEVEL},
+            "xOffset": {"field": "name", "sort": names},
+        },
+        "layer": [
+            {"mark": "bar", "encoding": {"y": y("median"), "color": same | {"legend": ONE_COLUMN}}},
+            {
+                "mark": {"type": "errorbar", "color": "black"},
+                "encoding": {"y": y("min"), "y2": {"field": "max"}},
+            },
+            {
+                "mark": {"type": "text", "dy": -8, "fontSize": 11},
+                "encoding": {"y": y("max"), "text": figure},
+            },
+        ],
+    }
 
 
 def _kind(row: Row) -> tuple:

@@ -307,6 +307,33 @@ def test_a_picture_dots_the_best_stock_that_there_is(tmp_path: Path, dispatch: s
     assert ("dotted: best stock" in shown) == (dispatch == "deepep")
 
 
+def test_a_picture_by_numbers_of_gpus(tmp_path: Path) -> None:
+    """Of stacks that one sitting measured on each."""
+    few = [row("bf16", 11100), row("fp8_direct", 12200), row("fp8_fused", 13300)]
+    peer = row("bf16", 9900, "megatron-core")
+    rows = [one | {"gpus": 2} for one in [*few, peer]] + [row("bf16", 11000), peer, few[1]]
+    write_results(tmp_path, rows)
+    assert run(tmp_path, PICTURE)[0] == 0
+    picture = ElementTree.parse(tmp_path / "images" / "train_x.svg")
+    shown = [text for text in picture.getroot().itertext() if text.strip()]
+    for words in (
+        "2 x NVIDIA H200",
+        "4 x NVIDIA H200",
+        "ours fp8_direct",
+        "111",
+        "110",
+        "TFLOP/s per GPU",
+    ):
+        assert words in shown
+    assert shown.count("99") == shown.count("122") == 2
+    assert "ours fp8_fused" not in shown, "which four GPUs have not run"
+    # In two sittings nothing stands side by side.
+    write_results(tmp_path, [*rows, row("fp8_fused", 13300, sitting="b")])
+    assert run(tmp_path, PICTURE)[0] == 0
+    picture = ElementTree.parse(tmp_path / "images" / "train_x.svg")
+    assert "4 GPUs, balanced routing, sitting b" in " ".join(picture.getroot().itertext())
+
+
 def test_a_picture_of_some_rows(tmp_path: Path) -> None:
     rows = [
         row("bf16", 12500) | {"routing": "balanced"},
