@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scripts.bench.measure import __main__ as measure
 from scripts.bench.stacks.rungs import RUNG_ENVIRONMENT, RUNGS
 from scripts.bench.stacks.spec import STOCK_PATHS, Spec, config_of, parse, parse_all
 from scripts.bench.stacks.stock_settings import (
@@ -39,6 +40,25 @@ def test_names_of_stacks():
         "stack": "ours", "path": "fp8_direct", "operations": "triton", "flags": ["prepare"],
     }  # fmt: skip
     assert [Spec.of(spec.columns()) for spec in specs] == specs
+
+
+def test_what_is_started_by_hand_says_what_it_lacks(monkeypatch, capsys):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NVTE_USE_CUTLASS_GROUPED_GEMM"):
+        monkeypatch.delenv(name, raising=False)
+    (ours, stock) = parse_all("bf16:prepare,stock:bf16:cutlass")
+    measure.say_unset(ours)
+    assert capsys.readouterr().err == (
+        "bf16:prepare is measured without PYTORCH_ALLOC_CONF=expandable_segments:True, "
+        "which scripts.bench.train sets\n"
+    )
+    measure.say_unset(stock)
+    assert "without NVTE_USE_CUTLASS_GROUPED_GEMM=1, which" in capsys.readouterr().err
+    # As in a run: whoever configures the allocator decides.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
+    measure.say_unset(ours)
+    measure.say_unset(stock)
+    assert not capsys.readouterr().err
 
 
 CHOOSES = """

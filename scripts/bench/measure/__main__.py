@@ -10,7 +10,8 @@ waits for the GPU between steps, since training does not; single steps are timed
 GPU. Peak memory is the window's, on the rank with the most; energy is NVML's, of all GPUs together.
 
 The variables that a stack's flags ask for, such as stock megatron-core's `cutlass`, are set by
-scripts.bench.train (`Spec.environment`): started by hand, this has the shell's.
+scripts.bench.train (`Spec.environment`): started by hand, this has the shell's, and says on a GPU
+which it lacks.
 
 Writes one JSON object: where it ran, and a result a micro-batch. One that fails has an `error`, and
 the next is tried, except for an error that leaves the GPU or NCCL unusable. A rank that fails alone
@@ -88,6 +89,8 @@ def measure_all(arguments: argparse.Namespace) -> int:
         _load_libraries(spec)
         waiting.wait_for(arguments.wait_for)
     ranks = start(configs[0])
+    if ranks.is_first and ranks.device.type == "cuda":
+        say_unset(spec)
     report: dict[str, Any] = {
         **describe_machine(ranks.device, ranks.world_size),
         "gpus": ranks.world_size,
@@ -106,6 +109,14 @@ def measure_all(arguments: argparse.Namespace) -> int:
         dist.barrier()
         parallel.stop()
     return 1 if fatal else 0
+
+
+def say_unset(spec: Spec) -> None:
+    """Say which variables would have been set by scripts.bench.train."""
+    if unset := " ".join(f"{name}={value}" for name, value in spec.unset.items()):
+        print(
+            f"{spec} is measured without {unset}, which scripts.bench.train sets", file=sys.stderr
+        )
 
 
 def _load_libraries(spec: Spec) -> None:

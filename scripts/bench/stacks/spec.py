@@ -69,6 +69,11 @@ class Spec:
             found |= RUNG_ENVIRONMENT.get(flag, {})
         return found
 
+    @property
+    def unset(self) -> dict[str, str]:
+        """Those of `environment` that this process, and so a GPU's libraries, lack."""
+        return {k: v for k, v in self.environment.items() if os.environ.get(k) != v}
+
     @classmethod
     def of(cls, row: Row) -> "Spec":
         """The stack of a results row: `columns` backward."""
