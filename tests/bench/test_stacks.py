@@ -53,7 +53,7 @@ def test_what_is_started_by_hand_says_what_it_lacks(monkeypatch, capsys):
     )
     measure.say_unset(stock)
     assert "without NVTE_USE_CUTLASS_GROUPED_GEMM=1, which" in capsys.readouterr().err
-    # As in a run: whoever configures the allocator decides.
+    # As in a run: who configures the allocator decides.
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     monkeypatch.setenv("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
     measure.say_unset(ours)
