@@ -429,9 +429,14 @@ def is_said(section: str, key: str) -> bool:
 
 def is_same_training(section: str, key: str, one: object, other: object) -> bool:
     """Whether two values of `section.key` train to the same bits; it is marked at the key."""
-    marks = _section(section).model_fields[key].metadata
-    same = [value for mark in marks if isinstance(mark, SameTraining) for value in mark.values]
+    same = same_training(section, key)
     return one in same and other in same
+
+
+def same_training(section: str, key: str) -> list[object]:
+    """Values of `section.key` that train to the same bits as each other; often there are none."""
+    marks = _section(section).model_fields[key].metadata
+    return [value for mark in marks if isinstance(mark, SameTraining) for value in mark.values]
 
 
 def mark_of(section: str, key: str) -> str | None:

@@ -243,8 +243,10 @@ def settle(
         if why is None:
             said += f": {moe.path} drops rows beyond it, another function than with auto or null"
             return Settled(wanted, None, said)
-        said += f" is ignored, as {why}: {moe.path} drops nothing, another function than a path "
-        return Settled(None, None, f"{said}to which it applies")
+        said += f" is ignored, as {why}: {moe.path} drops nothing, as with null"
+        if device == "cuda":
+            said += ", another function than a path to which it applies"
+        return Settled(None, None, said)
     why = why_linear_waits
     if wanted == "default":  # asked for by name, it applies although something else waits
         why = why or why_dispatch_waits

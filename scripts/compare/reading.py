@@ -19,6 +19,7 @@ from scripts.compare.runs import (
     step_parts,
     tail,
 )
+from train.config import same_training
 
 PERCENT = f"{CONFIDENCE:.0%}".replace("%", " %")
 
@@ -94,7 +95,10 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     for key, values in config_differences(runs):
         if key.startswith(EQUAL_BY_DESIGN) or (key == "train.seed" and _seeds_are_equal(runs)):
             continue
-        found.append(f"The runs differ in more than the path: {key} is {_each(runs, values)}.")
+        same = ", which train to the same bits" if _train_alike(key, values) else ""
+        found.append(
+            f"The runs differ in more than the path: {key} is {_each(runs, values)}{same}."
+        )
     steps = [run.rows[-1]["progress/step"] for run in runs]
     if len(set(steps)) > 1:
         found.append(
@@ -102,6 +106,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             "steps that both runs have."
         )
     return found
+
+
+def _train_alike(key: str, values: Sequence[str]) -> bool:
+    """Whether values of a key, as they are shown, train to the same bits."""
+    section, _, name = key.partition(".")
+    return set(values) <= {str(value) for value in same_training(section, name)}
 
 
 def _other_functions(runs: Sequence[Run]) -> str | None:

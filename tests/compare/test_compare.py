@@ -658,3 +658,15 @@ def test_steps_that_were_repeated_or_waited_are_counted(tmp_path: Path) -> None:
     logged = len(read_runs([folder])[0].series("moe/redone_steps"))
     assert lines["repeated steps"] == [str(2 * logged), ABSENT]
     assert lines["steps that waited"] == ["0", ABSENT]
+
+
+def test_values_that_train_alike_are_said_to(tmp_path: Path) -> None:
+    capacities = (None, "auto", 1.25)
+    folders = [
+        write_run(tmp_path / str(value), "bf16", config={"moe": {"capacity": value}})
+        for value in capacities
+    ]
+    (said,) = [line for line in warnings_of(folders[:2]) if "moe.capacity" in line]
+    assert said.endswith("None (None), auto (auto), which train to the same bits.")
+    (said,) = [line for line in warnings_of(folders[1:]) if "moe.capacity is" in line]
+    assert "same bits" not in said

@@ -221,7 +221,7 @@ GEMMS, SPLITS = "its GEMMs want it", "all_to_all wants it"
         ("auto", "cuda", GEMMS, None, None, False, f"every layer waits .* as {GEMMS}"),
         (1.5, "cuda", None, None, 1.5, False, r"capacity=1.5: bf16 drops rows .* another function"),
         (1.5, "cuda", GEMMS, None, None, False, f"ignored, as {GEMMS}: .* another function"),
-        (1.5, "cpu", None, None, None, False, "ignored, as a CPU .* another function"),
+        (1.5, "cpu", None, None, None, False, "ignored, as a CPU .* drops nothing, as with null$"),
     ],
 )
 def test_who_gets_room_and_who_waits(wanted, device, gemms, splits, capacity, has_room, says):

@@ -91,6 +91,7 @@ def use_gemms_per_expert(model: GPT) -> None:
     runtime = model.runtime
     linear = TELinear(runtime.ops)
     description = runtime.description.replace(runtime.linear.DESCRIPTION, linear.DESCRIPTION)
+    description += "; every layer waits for the count of its rows"
     use_runtime(model, replace(runtime.waiting(), linear=linear, description=description))
 
 
