@@ -450,6 +450,10 @@ CHECKS: list[Check] = [
 """For the stand-in and for the package."""
 
 
+ON_ONE_SIZE = (a_layer_is_timed, few_kernels_are_launched, between_nodes_it_plans_for_itself)
+"""What does not depend on how many ranks there are."""
+
+
 def on_cpu(rank: int, check: Check, seed: int) -> None:
     check(Ranks("cpu"), seed)
 
@@ -457,16 +461,9 @@ def on_cpu(rank: int, check: Check, seed: int) -> None:
 @pytest.mark.parametrize(
     ("check", "ranks"),
     [
-        (check, ranks)
-        for ranks in (2, 4)
-        for check in (
-            *CHECKS,
-            a_layer_is_timed,
-            few_kernels_are_launched,
-            between_nodes_it_plans_for_itself,
-        )
-        # It repeats two others, which run on four as well.
-        if (check, ranks) != (rows_come_in_steps, 4)
+        *((check, 2) for check in (*CHECKS, *ON_ONE_SIZE)),
+        # Without one that repeats two others.
+        *((check, 4) for check in CHECKS if check is not rows_come_in_steps),
     ],
 )
 def test_with_a_stand_in(check, ranks):
