@@ -63,7 +63,7 @@ def wait_until(number: int, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch):
+def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch, capfd):
     """Also while they load their libraries: then they do not know yet whose ranks they are."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     one = start()
@@ -73,6 +73,7 @@ def test_the_ranks_of_one_that_waits_end_with_it(tmp_path, monkeypatch):
         wait_until(0, tmp_path)
         assert not list(tmp_path.glob("*")), "its folder is left"
         one.end()  # a second time does nothing
+        assert "Traceback" not in capfd.readouterr().err
     finally:
         for left in those_of(tmp_path):
             os.kill(left, signal.SIGKILL)
