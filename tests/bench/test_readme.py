@@ -327,6 +327,15 @@ def test_a_picture_by_numbers_of_gpus(tmp_path: Path) -> None:
         assert words in shown
     assert shown.count("99") == shown.count("122") == 2
     assert "ours fp8_fused" not in shown, "which four GPUs have not run"
+    # Other flags of a path have another color, also where no routing is known.
+    flagged = [one | {"flags": ["prepare"]} for one in rows]
+    both = [{k: v for k, v in one.items() if k != "routing"} for one in [*rows, *flagged]]
+    write_results(tmp_path, both)
+    assert run(tmp_path, PICTURE)[0] == 0
+    svg = (tmp_path / "images" / "train_x.svg").read_text()
+    bars = re.findall(r'aria-roledescription="bar" d="[^"]*" fill="([^"]*)"', svg)
+    assert len(bars) == 12
+    assert len(set(bars)) == 6
     # In two sittings nothing stands side by side.
     write_results(tmp_path, [*rows, row("fp8_fused", 13300, sitting="b")])
     assert run(tmp_path, PICTURE)[0] == 0

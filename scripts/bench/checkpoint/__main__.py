@@ -44,7 +44,7 @@ def measure_stops(steps: int, out: Path) -> int:
     if steps < (fewest := (WARMUP + 1) * EVERY):
         raise ConfigError(f"--steps {steps}: the saves of {fewest} steps are the fewest to measure")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [sys.executable, "-m", "scripts.bench.torchrun", "--standalone"]
         command += ["--nproc-per-node=2", "-m", "train", "configs/demo_cpu.yaml"]
         command += [f"run.dir={folder}", "run.name=a", f"train.steps={steps}"]
         command += ["train.device=cpu", "train.valid_every=0", "tracking.mode=disabled"]

@@ -45,8 +45,7 @@ def training_table(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 MEASURED = (
     "ms a step", "median step", "TFLOP/s/GPU", "tokens/s/GPU", "peak GiB", "outside GiB",
     "kJ/Mtoken", "rows dropped", "repeated steps", "steps that waited", "busiest rank",
-    "room",
-    "speed / best stock",
+    "room", "speed / best stock",
 )  # fmt: skip
 RARE = ("repeated steps", "steps that waited")
 """Left out where there are none."""

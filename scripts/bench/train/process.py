@@ -59,7 +59,7 @@ class Process:
         self._lock = waiting.hold(self._folder)
         self._minutes = arguments.process_minutes
         command = [
-            sys.executable, "-m", "scripts.bench.train.torchrun", "--standalone",
+            sys.executable, "-m", "scripts.bench.torchrun", "--standalone",
             "--nproc-per-node", str(arguments.gpus), "-m", MEASURE,
             arguments.config, str(task.spec), "--micro-batches", ",".join(map(str, task.sizes)),
             "--routing", task.routing, "--steps", str(task.steps), "--warmup", str(task.warmup),

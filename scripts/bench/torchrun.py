@@ -1,6 +1,8 @@
-"""torchrun as the benchmark starts it: ended by a signal, it shows no traceback of its own.
+"""torchrun as benchmarks start it: ended by a signal, it shows no traceback of its own.
 
-python -m scripts.bench.train.torchrun [torchrun's arguments]
+    python -m scripts.bench.torchrun ARGUMENTS
+
+ARGUMENTS are torchrun's.
 """
 
 import sys
