@@ -23,6 +23,7 @@ from scripts import terminal
 from scripts.bench.results import Result, Row, rows_to_show
 from scripts.bench.tables import Filters, chosen, machine_name, sitting_of
 from scripts.bench.tables.training import best_stock, failure, training_name
+from scripts.compare.colors import CHOSEN, nth_color
 from scripts.compare.curves import PAPER, Spec, config
 from train.whole_file import whole
 
@@ -133,7 +134,11 @@ def _by_gpus(rows: Sequence[Row]) -> Spec:
     """Groups of bars, one for each machine that rows were measured `on`."""
     names = list(dict.fromkeys(map(training_name, rows)))
     ours = {training_name(row): row["path"] for row in rows if row["stack"] == "ours"}
-    colors = [PAPER.color(ours[name]) if name in ours else PEER for name in names]
+    colors: list[str] = []
+    for name in names:
+        color = PAPER.color(ours[name]) if name in ours else PEER
+        another = nth_color(len(CHOSEN) + len(colors)).paper  # of a path's other flags
+        colors.append(another if color in colors else color)
     values = [
         {"on": row["on"], "name": training_name(row), **row["tflops_per_gpu"]} for row in rows
     ]
@@ -144,8 +149,9 @@ def _by_gpus(rows: Sequence[Row]) -> Spec:
     same = {"field": "name", "type": "nominal", "scale": {"domain": names, "range": colors}}
     figure = {"field": "median", "format": ",.0f"}
     first = rows[0]
+    routing = [f"{first['routing']} routing"] if first.get("routing") else []
     return {
-        "title": f"{first['routing']} routing, micro-batch {first['micro_batch']}",
+        "title": ", ".join([*routing, f"micro-batch {first['micro_batch']}"]),
         "width": 560,
         "height": 220,
         "data": {"values": values},
