@@ -107,5 +107,5 @@ def test_every_command_ends_so():
     others = {str(path) for path, last in ending.items() if last != "terminal.run(main)"}
     assert others == {
         "bench/kernels/__main__.py", "bench/layer/__main__.py", "bench/measure/__main__.py",
-        "bench/pairs.py", "bench/train/__main__.py",
+        "bench/pairs.py", "bench/torchrun.py", "bench/train/__main__.py",
     }  # fmt: skip
