@@ -26,7 +26,10 @@ stamp=.venv/.installed-$(basename "$requirements" .txt)
 wanted=$(cat requirements.txt "$requirements" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing $requirements into .venv"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  # pip would compile to bytecode on one core, which takes longer than all else that it does. What
+  # cannot be compiled are templates, and files for other versions of Python.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
+  .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
   echo "$wanted" >"$stamp"
 fi
 source .venv/bin/activate

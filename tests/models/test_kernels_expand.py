@@ -1,6 +1,7 @@
 """The plan of an expanding dispatch on the device, against the reference bit for bit."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -47,8 +48,9 @@ def same(got, want, but, rank):
         assert torch.equal(one, other), f"{name} of rank {rank}"
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, CHUNK, 5, 10)])
-@pytest.mark.parametrize("part", ROOMS)
+@pytest.mark.parametrize(
+    ("shape", "part"), [*product(SHAPES, ROOMS), *product([(2, CHUNK, 5, 10)], [None, 0.5])]
+)
 def test_plan_expand(device, shape, part):
     ranks, tokens, top_k, experts = shape
     check(route(ranks, tokens, top_k, experts, generator()), experts // ranks, device, part=part)

@@ -159,7 +159,10 @@ class ElasticBuffer:
         tokens, top_k = handle.num_max_tokens_per_rank, handle.topk_idx.shape[1]
         assert handle.do_expand or len(x) == len(handle.recv_src_metadata)
         local = handle.num_experts // self.ranks
-        sends: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # What goes back, and where each sender's token is among it: a tensor each, since a message
+        # of many small ones takes long.
+        totals = torch.zeros(len(handle.recv_src_metadata), x.shape[1], dtype=torch.bfloat16)
+        kept, index = torch.zeros(len(totals), top_k), {}
         for row, sender, _ in self._arrived(handle):
             number, _, *copies = handle.recv_src_metadata[row].tolist()
             rows = [row] if not handle.do_expand else [c for c in copies if c >= 0]
@@ -172,19 +175,22 @@ class ElasticBuffer:
                     weights[place] = topk_weights[copy] if copy >= 0 else 0
             elif topk_weights is not None:
                 weights = topk_weights[row]
-            sends[sender, number % tokens] = (total.bfloat16(), weights)
+            totals[row], kept[row] = total.bfloat16(), weights
+            index[sender, number % tokens] = row
         everyones: list[Any] = [None] * self.ranks
-        dist.all_gather_object(everyones, sends, self.group)
+        dist.all_gather_object(everyones, (totals, kept, index), self.group)
         home = torch.zeros(len(handle.topk_idx), x.shape[1], dtype=torch.bfloat16)
         home_weights = torch.zeros(len(home), top_k)
         for token, ids in enumerate(handle.topk_idx.tolist()):
             last = {e // local: place for place, e in enumerate(ids)}
             total = torch.zeros(x.shape[1])
             for rank in sorted(last, key=lambda r: last[r]):
-                total += everyones[rank][self.rank, token][0].float()
+                its_totals, _, its_index = everyones[rank]
+                total += its_totals[its_index[self.rank, token]].float()
             home[token] = total.bfloat16()
             for place, e in enumerate(ids):
-                home_weights[token, place] = everyones[e // local][self.rank, token][1][place]
+                _, its_kept, its_index = everyones[e // local]
+                home_weights[token, place] = its_kept[its_index[self.rank, token]][place]
         return home, None if topk_weights is None else home_weights, None
 
     def _arrived(self, handle: Any) -> Iterator[tuple[int, int, int]]:
