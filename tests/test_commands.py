@@ -15,7 +15,7 @@ MODULE = re.compile(r"(?<!\S)-m ([a-z_][\w.]*\w)")
 PATH = re.compile(rf"(?<![\w/.<-])(?:{'|'.join(ROOMS)})/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 FILE = re.compile(r"(?<![\w/.*-])([\w-]+\.(?:py|sh|sbatch|yaml))\b")
-INSTALLED = {"pip", "pytest", "venv"}
+INSTALLED = {"compileall", "pip", "pytest", "venv"}
 """Modules of Python and of requirements-dev.txt."""
 MADE_UP = re.compile(r"NAME|[a-z]/file")
 """Instead of a name that the reader chooses."""

@@ -55,6 +55,12 @@ def fixed_rows(capacity: float, even: int, most: int, local_experts: int, alignm
     return min((share + local_experts) * alignment, most)
 
 
+def coarse_rows(rows: int, even: int, most: int, alignment: int) -> int:
+    """P of a layer with room for `rows`: whole `PARTS` of a rank's even share, `most` at most."""
+    step = ceil_div(ceil_div(even, PARTS), alignment) * alignment
+    return min(ceil_div(rows, step) * step, most)
+
+
 class Asked(NamedTuple):
     """What a layer's room follows from, in rows; see `Room.max_rows`."""
 
@@ -150,10 +156,9 @@ class Room:
 
     def _wanted(self, layer: int, asked: Asked) -> int:
         """Room by what was needed lately."""
-        even, most, alignment = asked
-        step = ceil_div(ceil_div(even, PARTS), alignment) * alignment
+        even = asked.even
         spare = min(max(self._surprise, ceil_div(even, SPARE)), ceil_div(even, MOST_SPARE))
-        return min(ceil_div(self._lately[layer] + spare, step) * step, most)
+        return coarse_rows(self._lately[layer] + spare, *asked)
 
     def note(self, layer: int, rows: Tensor) -> None:
         """Note that a layer of the attempt needed this many, int64 []; on the device, so nothing

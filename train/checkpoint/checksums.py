@@ -156,9 +156,11 @@ def damage_of(
 
 def hash_file(path: Path, read_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    found, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    view = memoryview(buffer)
+    found = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
+        # Of a small file no larger a buffer, which Python would fill with zeros first.
+        buffer = bytearray(min(max(os.fstat(file.fileno()).st_size, 1), _CHUNK))
+        view = memoryview(buffer)
         while count := file.readinto(buffer):
             found.update(view[:count])
             if read_bytes is not None:

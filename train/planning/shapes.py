@@ -7,7 +7,7 @@ from typing import Literal
 from models.config import ModelConfig, MoEConfig
 from models.fp8.linear import DirectLinear, HighPrecisionLinear
 from models.moe.paths import PATHS
-from models.moe.room import MOST_SPARE, PARTS, SPARE, fixed_rows, most_needed
+from models.moe.room import MOST_SPARE, SPARE, coarse_rows, fixed_rows, most_needed
 from train.config import Config
 
 UNEVEN = 1.2
@@ -156,11 +156,10 @@ class Shape:
             return fixed_rows(capacity, self.even, self._most, local, step)
         if self.waits:
             return self._needed
-        part = math.ceil(math.ceil(self.even / PARTS) / step) * step
         # The router's choices come as surprises, early in a run as the largest that count.
         spare = SPARE if self._uneven == 1.0 else MOST_SPARE
-        wanted = math.ceil((self._needed + math.ceil(self.even / spare)) / part) * part
-        return min(wanted, self._most)
+        wanted = self._needed + math.ceil(self.even / spare)
+        return coarse_rows(wanted, self.even, self._most, step)
 
     @property
     def computed(self) -> int:
