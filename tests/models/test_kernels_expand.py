@@ -33,7 +33,7 @@ def check(ids, local, device, alignment=128, part=None, ranks=None, step=1):
     ids = ids.to(device)
     if ranks is None:
         all_ranks = range(len(ids))
-        # The interpreter takes long: with it two of them.
+        # In the interpreter, which takes long, two of them.
         ranks = all_ranks if device == "cuda" else sorted({0, len(ids) // 2})
     for rank in ranks:
         needed = int(reference.plan_expand(ids, rank, local, alignment).rows.needed)
