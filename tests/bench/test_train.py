@@ -459,11 +459,11 @@ def test_one_micro_batch_needs_no_screening(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_plan_on_a_cpu(tmp_path):
-    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "1", "--steps", "1",
+    report = plan(tmp_path, "--stacks", "bf16", "--screen", "2", "--repeats", "2", "--steps", "1",
                   "--warmup", "1", "--routings", "balanced,natural", "--ahead")  # fmt: skip
     balanced, natural = report["rows"]
     assert (balanced["routing"], natural["routing"]) == ("balanced", "natural")
-    assert (balanced["repeats"], natural["repeats"]) == (1, 1)
+    assert (balanced["repeats"], natural["repeats"]) == (2, 2)
     assert 5 < balanced["final_loss"] < 7
     assert balanced["final_loss"] != natural["final_loss"]
     assert report["machine"]["devices"] == 2

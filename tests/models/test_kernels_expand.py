@@ -1,7 +1,6 @@
 """The plan of an expanding dispatch on the device, against the reference bit for bit."""
 
 import sys
-from itertools import product
 
 import pytest
 import torch
@@ -31,11 +30,7 @@ def prepared(monkeypatch, request):
 
 def check(ids, local, device, alignment=128, part=None, ranks=None, step=1):
     ids = ids.to(device)
-    if ranks is None:
-        all_ranks = range(len(ids))
-        # In the interpreter, which takes long, two of them.
-        ranks = all_ranks if device == "cuda" else sorted({0, len(ids) // 2})
-    for rank in ranks:
+    for rank in range(len(ids)) if ranks is None else ranks:
         needed = int(reference.plan_expand(ids, rank, local, alignment).rows.needed)
         room = room_of(needed, part, alignment)
         got = kernels.plan_expand(ids, rank, local, alignment, room, step)
@@ -52,10 +47,11 @@ def same(got, want, but, rank):
         assert torch.equal(one, other), f"{name} of rank {rank}"
 
 
-@pytest.mark.parametrize(
-    ("shape", "part"), [*product(SHAPES, ROOMS), *product([(2, CHUNK, 5, 10)], [None, 0.5])]
-)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, CHUNK, 5, 10)])
+@pytest.mark.parametrize("part", ROOMS)
 def test_plan_expand(device, shape, part):
+    if device == "cpu" and shape[1] == CHUNK and part not in (None, 0.5):
+        pytest.skip("ten seconds in the interpreter, for what smaller shapes show")
     ranks, tokens, top_k, experts = shape
     check(route(ranks, tokens, top_k, experts, generator()), experts // ranks, device, part=part)
 

@@ -252,7 +252,7 @@ def test_what_was_tokenized_is_not_tokenized_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer):
-    """kill -9 of the command, its processes with it, at 6 random moments."""
+    """kill -9 of the command, its processes with it, at 10 random moments."""
     text = tmp_path / "text"
     text.mkdir()
     for number in range(4):
@@ -271,7 +271,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer):
     expected = bytes_of(tmp_path / "whole")
     chance = random.Random(0)
     kills = folders = 0
-    while kills < 6:
+    while kills < 10:
         out = tmp_path / f"out{folders}"
         begun = time.monotonic()
         process = subprocess.Popen(
