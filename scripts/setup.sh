@@ -27,7 +27,7 @@ wanted=$(cat requirements.txt "$requirements" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing $requirements into .venv"
   # pip would compile to bytecode on one core, which takes longer than all else that it does. What
-  # cannot be compiled are templates, and files for other versions of Python.
+  # cannot be compiled is for a newer Python.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
   .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
   echo "$wanted" >"$stamp"
