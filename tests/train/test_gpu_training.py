@@ -175,6 +175,20 @@ def test_direct_and_fused_train_to_the_same_bits(tmp_path, balance):
     )
 
 
+@pytest.mark.parametrize(("count", "ep"), [(2, 2), (4, 4), (4, 2), (8, 8), (8, 4)])
+def test_baseline_and_compact_train_to_the_same_bits(tmp_path, count, ep):
+    """Fifty steps of a real router, on GPUs with all experts and in replicas of fewer."""
+    keys = [f"parallel.expert_parallel={ep}", "moe.num_experts=16", "moe.force_balance=false"]
+    keys += ["model.hidden_size=256", "model.seq_len=128", "train.steps=50", "optim.lr=0.01"]
+    baseline, compact = (
+        repeated(Ranks(count, tmp_path, path, *keys, f"moe.path={path}").finished())
+        for path in ("fp8_baseline", "fp8_compact")
+    )
+    assert len(baseline) == 50
+    assert differences(baseline, compact) == []
+    assert baseline[50]["loss/train"] < baseline[1]["loss/train"]
+
+
 @pytest.mark.parametrize("capacity", ["null", "auto"])
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct"])
 def test_recomputed_activations_change_no_bit(tmp_path, path, capacity):
