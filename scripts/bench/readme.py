@@ -17,6 +17,7 @@ How a table looks depends on the script that wrote the file:
     compare.json     scripts.compare          a column per run; what holds on any machine. Of
                                               repeats, a row per configuration
     step_kernels.json  scripts.bench.trace     a column per traced step, a row per kind of kernel
+    deep_ep_*.json   scripts.bench.deep_ep_tests   a row per call, version and layer
     plan_fit.json    scripts.plan.fit         a row per measured step that a plan was compared with
 
 Rows can be chosen by their keys. A key given twice takes either value:

@@ -134,6 +134,26 @@ def _step_kernels(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return table(["ms of one traced step", *(f"`{row['traced']}`" for row in shown)], body)
 
 
+# Dispatch and combine beside DeepEP's own tests: scripts/bench/deep_ep_tests.py
+
+
+def _calls(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    head = ["call", "by", "its own test, µs", "GB/s", "in a layer of", "forward µs", "backward µs"]
+    body = [
+        [
+            row["call"],
+            row["dispatcher"],
+            f"{row['own_test']['us']:,.0f}",
+            f"{row['own_test']['gb_per_s']:,.0f}",
+            f"`{row['path']}`",
+            f"{row['forward_us']:,.0f}",
+            f"{row['backward_us']:,.0f}",
+        ]
+        for row in shown
+    ]
+    return table(head, body, left=2)
+
+
 # Plans against what was measured: scripts/plan/fit.py
 
 
@@ -155,6 +175,7 @@ def _planned(shown: Sequence[Row], rows: Sequence[Row]) -> list[str]:
 
 KINDS: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "planned": _planned,
+    "call": _calls,
     "pair": _pairs,
     "stack": training_table,
     "kernel": _kernels,
@@ -199,7 +220,7 @@ def _origin(path: Path, result: Result, shown: Sequence[Row]) -> str:
         parts.append("mean ± 95% interval")
     elif has_repeats(shown):
         parts.append(f"mean [least to most] of {_range(repeats(shown))} runs")
-    elif not {"run", "traced", "planned"} & set(result["rows"][0]):
+    elif not {"run", "traced", "planned", "call"} & set(result["rows"][0]):
         parts.append("median [least to most]")
     return "; ".join([*filter(None, parts), f"[{path.name}](RESULTS/{path.name})"])
 
