@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts import terminal
 from scripts.bench.results import Row, write_json
 
 V1 = re.compile(r"Best (dispatch \(FP8\)|combine): .*?([\d.]+) GB/s \(NVL\), t: ([\d.]+) us")
@@ -100,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)
