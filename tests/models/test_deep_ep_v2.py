@@ -47,18 +47,18 @@ Check = Callable[["Ranks", int], None]
 class Ranks:
     """A rank of a group, on a CPU with the stand-in or on a GPU with the package."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, top_k: int = TOP_K, local: int = LOCAL) -> None:
+        self.device, self.top_k, self.local = device, top_k, local
         self.group = dist.distributed_c10d._get_default_group()
         self.rank, self.size = self.group.rank(), self.group.size()
-        self.experts = self.size * LOCAL
+        self.experts = self.size * local
         self.ops = operations.choose("fp8_direct", device).operations
         if device == "cpu":
             elastic.install()
 
     def v2(self, tokens: int = TOKENS, nodes: int = 1) -> DeepEPv2:
         return DeepEPv2(
-            self.group, self.ops, self.experts, HIDDEN, TOP_K, tokens, 20, nodes, self.device
+            self.group, self.ops, self.experts, HIDDEN, self.top_k, tokens, 20, nodes, self.device
         )
 
     def all_to_all(self) -> AllToAll:
@@ -78,9 +78,9 @@ class Batch:
         x = torch.randn(tokens, HIDDEN, generator=gen).bfloat16()
         order = torch.rand(tokens, ranks.experts, generator=gen)
         if only is not None:
-            order[:, only * LOCAL : (only + 1) * LOCAL] -= 1
-        ids = order.argsort(1)[:, :TOP_K].contiguous()
-        weights = torch.rand(tokens, TOP_K, generator=gen)
+            order[:, only * ranks.local : (only + 1) * ranks.local] -= 1
+        ids = order.argsort(1)[:, : ranks.top_k].contiguous()
+        weights = torch.rand(tokens, ranks.top_k, generator=gen)
         everything = [t.to(ranks.device) for t in (data, scales, x, ids, weights)]
         data, self.scales, self.x, self.ids, self.weights = everything
         self.data = data.view(torch.float8_e4m3fn)
@@ -173,14 +173,15 @@ def what_is_not_waited_for_is_the_same(ranks: Ranks, seed: int) -> None:
         same(got[:came], want, "what came")
     (x,) = v2.dispatch_again((batch.x,), handle)
     home, _ = v2.combine(x.where(wide_ids.amax(1, keepdim=True) >= 0, torch.nan), handle)
-    away = (batch.ids // LOCAL)[:, :, None] == torch.arange(ranks.size, device=ranks.device)
+    away = (batch.ids // ranks.local)[:, :, None] == torch.arange(ranks.size, device=ranks.device)
     want = batch.x.float() * away.any(1).sum(1, keepdim=True)
     torch.testing.assert_close(home.float(), want, rtol=2**-7, atol=0)
     v2.close()
 
 
 def trip_of(ranks: Ranks, dispatcher: Dispatcher, batch: Batch, alignment: int, room: int | None):
-    return Trip(dispatcher, ranks.ops, Counts(), batch.ids, batch.weights, LOCAL, alignment, room)
+    ids, weights = batch.ids, batch.weights
+    return Trip(dispatcher, ranks.ops, Counts(), ids, weights, ranks.local, alignment, room)
 
 
 Trips = tuple[Trip, Trip]
@@ -325,8 +326,8 @@ def layer(
     linear = build_linear(PATHS[path], ops, ranks.device)
     runtime = replace(Runtime(PATHS[path], ops, linear, dispatcher), **settings)
     gen = torch.Generator().manual_seed(seed)
-    up = torch.randn(LOCAL, 2 * FFN, HIDDEN, generator=gen) / 16
-    down = torch.randn(LOCAL, HIDDEN, FFN, generator=gen) / 16
+    up = torch.randn(ranks.local, 2 * FFN, HIDDEN, generator=gen) / 16
+    down = torch.randn(ranks.local, HIDDEN, FFN, generator=gen) / 16
     batch = ranks.batch(64, seed)
     grad = torch.randn(64, HIDDEN, generator=gen).bfloat16().to(ranks.device)
     leaves = [batch.x, batch.weights, up.bfloat16(), down.bfloat16()]
@@ -450,12 +451,21 @@ CHECKS: list[Check] = [
 """For the stand-in and for the package."""
 
 
+ONE_EXPERT_EACH = (expanding_is_dispatch_and_permute, layers_compute_the_same)
+"""Again with an expert on each rank and fewer places than ranks: no rank has two copies of a token,
+and combine sums by place."""
+
+
 ON_ONE_SIZE = (a_layer_is_timed, few_kernels_are_launched, between_nodes_it_plans_for_itself)
 """What does not depend on how many ranks there are."""
 
 
 def on_cpu(rank: int, check: Check, seed: int) -> None:
     check(Ranks("cpu"), seed)
+
+
+def on_cpu_one_expert_each(rank: int, check: Check, seed: int) -> None:
+    check(Ranks("cpu", top_k=2, local=1), seed)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +479,12 @@ def on_cpu(rank: int, check: Check, seed: int) -> None:
 def test_with_a_stand_in(check, ranks):
     seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
     run_ranks(ranks, on_cpu, check, seed)
+
+
+@pytest.mark.parametrize("check", ONE_EXPERT_EACH)
+def test_one_expert_each_with_a_stand_in(check):
+    seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
+    run_ranks(4, on_cpu_one_expert_each, check, seed)
 
 
 @pytest.mark.gpu
@@ -487,6 +503,8 @@ def on_gpu(rank: int, ranks: int) -> None:
         torch.cuda.synchronize()
         if rank == 0:
             print(f"{check.__name__}: {time.monotonic() - started:.1f} s", flush=True)
+    for check in (*ONE_EXPERT_EACH, a_layer_is_the_same_each_time):
+        check(Ranks("cuda", top_k=2, local=1), 7)
 
 
 def nothing_waits(ranks: Ranks, seed: int) -> None:

@@ -23,6 +23,7 @@ COUNTS = {  # rows of each expert, padding left out
     "ragged": [100, 0, 300, 128, 1],
     "one gets all": [0, 0, 257, 0],
     "one expert": [130],
+    "one with several blocks": [500],
     "no rows": [0, 0, 0],
     "last ones empty": [128, 129, 0, 0],
 }
