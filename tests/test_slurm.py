@@ -140,7 +140,7 @@ def rank_of(run_dir: Path) -> int:
 @pytest.mark.slow
 def test_a_requeued_job_goes_on(cluster, tmp_path):
     log, run_dir = tmp_path / "out", tmp_path / "a"
-    keys = ["train.steps=150", "checkpoint.every=100", "tracking.mode=offline"]
+    keys = ["train.steps=300", "checkpoint.every=200", "tracking.mode=offline"]
     job = submitted(
         cluster,
         *("sbatch", "--parsable", "--nodes=2", f"--output={log}", "slurm/train.sbatch"),
@@ -155,7 +155,7 @@ def test_a_requeued_job_goes_on(cluster, tmp_path):
     wait(cluster, log, lambda: "back into the queue" in log.read_text())
     (saved,) = checkpoints(run_dir)
     assert saved >= len(before)
-    assert f"stopped by TRAIN_STOP_FILE after step {saved} of 150" in log.read_text()
+    assert f"stopped by TRAIN_STOP_FILE after step {saved} of 300" in log.read_text()
     # A rank that dies takes none of the queue's time: torchrun on both nodes starts all again.
     wait(cluster, log, lambda: max(repeated(run_dir)) >= saved + 5)
     os.kill(rank_of(run_dir), signal.SIGKILL)
@@ -167,11 +167,11 @@ def test_a_requeued_job_goes_on(cluster, tmp_path):
     assert f"job {job}, start 0 on 2 node(s): n[1-2]" in said
     assert f"job {job}, start 1 on 2 node(s): n[1-2]" in said
     assert "machine   2 x" in said
-    assert said.count(f"start     step {saved} of 150, from") in (1, 2)
+    assert said.count(f"start     step {saved} of 300, from") in (1, 2)
     rows = repeated(run_dir)
-    assert sorted(rows) == list(range(1, 151))
+    assert sorted(rows) == list(range(1, 301))
     assert {step: rows[step] for step in before} == before
-    assert checkpoints(run_dir)[-1] == 150
+    assert checkpoints(run_dir)[-1] == 300
     # Three parts of one W&B run.
     assert (run_dir / "wandb_id").read_text() == identity
     assert len(list(run_dir.glob(f"wandb/offline-run-*-{identity}"))) == 3
