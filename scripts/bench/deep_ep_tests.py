@@ -2,16 +2,20 @@
 
     python -m scripts.bench.deep_ep_tests LOG,LAYER.json LOG,LAYER.json --out FILE.json
 
-Run on one machine, one after the other, with as many GPUs and tokens as the layer:
+LOG is what a test of DeepEP's printed, LAYER.json a layer by the same version of it, with as many
+GPUs, tokens, experts and places, on the same machine. For Qwen3's layer on four GPUs:
 
-    python tests/legacy/test_intranode.py --num-tokens 16384 --hidden 2048 ... >LOG    # DeepEP v1
-    python tests/elastic/test_ep.py --num-tokens 16384 --hidden 2048 ... >LOG          # DeepEP v2
-    torchrun ... -m scripts.bench.layer --dispatch deep_ep_v2 --out LAYER.json
+    like="--num-processes 4 --num-tokens 16384 --hidden 2048 --num-topk 8 --num-experts 128"
+    python tests/legacy/test_intranode.py $like                                  # version 1
+    python tests/elastic/test_ep.py $like --test-first-only --skip-check         # version 2
+    torchrun --nproc-per-node 4 -m scripts.bench.layer --shapes qwen3_30b_a3b \\
+        --dispatch deep_ep_v2 --out LAYER.json
 
-Its tests time kernels alone, routing known; of v1 they print the best of the settings that they
-try. A part of our layer also has the host's launches in it and, in its forward pass, who goes
-where. Their tokens are routed at random, so about one in twenty sends nothing to one rank of four;
-those of our layer go to all.
+Version 1 prints the best of the settings that it tries, with the routing known; version 2 the two
+kernels of a first dispatch that expands, and of a combine that sums. A part of our layer also has
+its launches in it, and in the forward pass who goes where.
+
+Exit status: 0 done, 2 bad input, said in one line.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +31,36 @@ from scripts import terminal
 from scripts.bench.results import Row, write_json
 
 V1 = re.compile(r"Best (dispatch \(FP8\)|combine): .*?([\d.]+) GB/s \(NVL\), t: ([\d.]+) us")
+"""A call, its GB/s, and its microseconds."""
 V2 = re.compile(
     r"\| (expanded dispatch|reduced combine): .*? (\d+) GB/s \(SU\), ([\d.]+) us,"
     r".*? (?:copy|reduce): \d+ GB/s, ([\d.]+) us"
 )
+"""A call; GB/s and microseconds of its first kernel, which sends; microseconds of the second."""
+V2_MODE = "> Testing with "
+"""Version 2 prints it before each mode."""
 PATHS = {"deep_ep_v1": "fp8_direct", "deep_ep_v2": "fp8_fused"}
-"""The path of our layer that makes the calls which its test times."""
+"""The path whose layer makes the calls that this version's test times."""
 
 
 def own_test(log: str) -> dict[str, dict[str, float]]:
-    """From what a test of either version printed: `dispatch` and `combine`, each with `gb_per_s`
-    and microseconds, `us`, of its kernels; the median of the ranks that say. Empty for other texts.
-    """
+    """From what a test of either version printed: `dispatch` and `combine`, each with microseconds,
+    `us`, of all its kernels, and the `gb_per_s` of what is sent in that time; medians of the ranks
+    that say. Empty for other texts. Raises ValueError where version 2 printed several modes."""
+    if log.count(V2_MODE) > 1:
+        raise ValueError("several modes in one log: run that test with --test-first-only")
     found: dict[str, list[tuple[float, float]]] = {}
     for name, rate, us in V1.findall(log):
         found.setdefault(name.split()[0], []).append((float(rate), float(us)))
-    for name, rate, first, second in V2.findall(log):
-        found.setdefault(name.split()[1], []).append((float(rate), float(first) + float(second)))
+    for name, rate, sending, second in V2.findall(log):
+        us = float(sending) + float(second)
+        found.setdefault(name.split()[1], []).append((float(rate) * float(sending) / us, us))
     return {
         name: {
-            "gb_per_s": statistics.median(rate for rate, _ in ranks),
-            "us": statistics.median(us for _, us in ranks),
+            "gb_per_s": statistics.median(rate for rate, _ in said),
+            "us": statistics.median(us for _, us in said),
         }
-        for name, ranks in found.items()
+        for name, said in found.items()
     }
 
 
@@ -60,18 +72,18 @@ def compare(log: str, layer: dict[str, Any]) -> list[Row]:
     tested = own_test(log)
     if tested.keys() != {"dispatch", "combine"}:
         raise ValueError("the log has no figures of dispatch and combine")
-    parts = next((row for row in layer["rows"] if row.get("path") == PATHS[dispatch]), None)
-    if parts is None:
+    row = next((row for row in layer["rows"] if row.get("path") == PATHS[dispatch]), None)
+    if row is None:
         raise ValueError(f"the layer was not run in {PATHS[dispatch]}")
     return [
         {
             "call": name,
             "dispatcher": dispatch,
             "path": PATHS[dispatch],
-            "gpus": parts["gpus"],
+            "gpus": row["gpus"],
             "own_test": tested[name],
             **{
-                f"{way}_us": 1000 * parts[f"{way}_parts_ms"][name]["median"]
+                f"{way}_us": 1000 * row[f"{way}_parts_ms"][name]["median"]
                 for way in ("forward", "backward")
             },
         }
@@ -79,23 +91,39 @@ def compare(log: str, layer: dict[str, Any]) -> list[Row]:
     ]
 
 
-def main() -> int:
-    summary = "Dispatch and combine in a layer, beside what DeepEP's own tests print."
-    parser = argparse.ArgumentParser(description=summary)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the file; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench.deep_ep_tests",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("pairs", nargs="+", metavar="LOG,LAYER.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rows: list[Row] = []
+    origins: list[dict[str, Any]] = []
     for pair in args.pairs:
-        log, _, layer = pair.rpartition(",")
+        log, _, name = pair.rpartition(",")
         try:
-            measured = json.loads(Path(layer).read_text(encoding="utf-8"))
-            rows += compare(Path(log).read_text(encoding="utf-8"), measured)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"error: {pair}: {error}", file=sys.stderr)
+            if not log:
+                raise ValueError("no log for this layer")
+            layer = json.loads(Path(name).read_text(encoding="utf-8"))
+            rows += compare(Path(log).read_text(encoding="utf-8"), layer)
+            origins.append({key: layer[key] for key in ("machine", "versions", "commit")})
+            if origins[-1] != origins[0]:
+                raise ValueError("the layers are of different machines, versions or commits")
+        except KeyError as error:
+            print(f"{pair}: {name} has no {error}; give LOG,LAYER.json", file=sys.stderr)
             return 2
-    origin = {key: measured[key] for key in ("machine", "versions", "commit")}
-    write_json(args.out, {**origin, "rows": rows})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            print(f"{pair}: {error}; give LOG,LAYER.json", file=sys.stderr)
+            return 2
+    try:
+        write_json(args.out, {**origins[0], "rows": rows})
+    except OSError as error:
+        print(f"--out {args.out} cannot be written: {error}", file=sys.stderr)
+        return 2
     print(f"{args.out}: {len(rows)} rows")
     return 0
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from scripts.bench import deep_ep_tests
-from scripts.bench.deep_ep_tests import compare, own_test
+from scripts.bench.deep_ep_tests import main, own_test
 
 V1 = """
 [tuning] SMs 24, NVL chunk default: 102.30 GB/s (NVL), 1225.73 us
@@ -34,15 +33,21 @@ def test_the_figures_that_each_version_prints():
         "dispatch": {"gb_per_s": 172.95, "us": 725.01},
         "combine": {"gb_per_s": 326.22, "us": 745.47},
     }
-    assert own_test(V2) == {
-        "dispatch": {"gb_per_s": 405, "us": 520.5},
-        "combine": {"gb_per_s": 393, "us": 741.5},
-    }
+    found = own_test(V2)
+    assert {name: one["us"] for name, one in found.items()} == {"dispatch": 520.5, "combine": 741.5}
+    # What is sent, in the time of both kernels.
+    assert found["combine"]["gb_per_s"] == pytest.approx(393 * 623.5 / 741.5)
     assert own_test("nothing of that") == {}
 
 
-def test_a_row_for_each_call():
-    dispatch, combine = compare(V2, layer())
+def test_a_row_for_each_call(tmp_path):
+    out = tmp_path / "out.json"
+    (tmp_path / "log").write_text(V2)
+    (tmp_path / "layer.json").write_text(json.dumps(layer()))
+    assert main([f"{tmp_path / 'log'},{tmp_path / 'layer.json'}", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    dispatch, combine = written["rows"]
+    assert (written["commit"], dispatch["gpus"], dispatch["path"]) == ("abc", 2, "fp8_fused")
     assert (dispatch["call"], dispatch["forward_us"]) == ("dispatch", 1500)
     assert (combine["call"], combine["backward_us"]) == ("combine", 750)
     assert combine["own_test"]["us"] == 741.5
@@ -54,15 +59,40 @@ def test_a_row_for_each_call():
         (V2, layer(dispatch="all_to_all"), "dispatched by all_to_all"),
         (V1, layer(dispatch="deep_ep_v1"), "not run in fp8_direct"),
         ("killed", layer(), "no figures of dispatch and combine"),
+        (2 * (" > Testing with a\n" + V2), layer(), "several modes in one log"),
+        (V2, [], "list indices"),
+        (V2, {key: value for key, value in layer().items() if key != "commit"}, "no 'commit'"),
+        (V2, {**layer(), "rows": None}, "NoneType"),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(log, measured, said, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_together_is_one_line(log, measured, said, tmp_path, capsys):
     (tmp_path / "log").write_text(log)
     (tmp_path / "layer.json").write_text(json.dumps(measured))
     out = tmp_path / "out.json"
-    pair = f"{tmp_path / 'log'},{tmp_path / 'layer.json'}"
-    monkeypatch.setattr("sys.argv", ["deep_ep_tests", pair, "--out", str(out)])
-    assert deep_ep_tests.main() == 2
+    assert main([f"{tmp_path / 'log'},{tmp_path / 'layer.json'}", "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not out.exists()
+
+
+def test_layers_of_two_commits_are_not_mixed(tmp_path, capsys):
+    (tmp_path / "log").write_text(V2)
+    for name, commit in (("a", "abc"), ("b", "def")):
+        (tmp_path / name).write_text(json.dumps({**layer(), "commit": commit}))
+    pairs = [f"{tmp_path / 'log'},{tmp_path / name}" for name in "ab"]
+    assert main([*pairs, "--out", str(tmp_path / "out.json")]) == 2
+    assert "of different machines, versions or commits" in capsys.readouterr().err
+
+
+def test_what_is_missing_or_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "log").write_text(V2)
+    (tmp_path / "layer.json").write_text(json.dumps(layer()))
+    pair = f"{tmp_path / 'log'},{tmp_path / 'layer.json'}"
+    for arguments, said in (
+        ([str(tmp_path / "layer.json"), "--out", str(tmp_path / "o")], "no log for this layer"),
+        ([f"{tmp_path / 'none'},{tmp_path / 'layer.json'}", "--out", str(tmp_path / "o")], "none"),
+        ([pair, "--out", str(tmp_path)], "cannot be written"),
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
