@@ -15,7 +15,7 @@ Version 1 prints the best of the settings that it tries, with the routing known;
 kernels of a first dispatch that expands, and of a combine that sums. A part of our layer also has
 its launches in it, and in the forward pass who goes where.
 
-Exit status: 0 done, 2 bad input, said in one line.
+Exit status: 0 done, 2 bad input, reported in one line.
 """
 
 import argparse
