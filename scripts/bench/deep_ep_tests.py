@@ -22,13 +22,15 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts import terminal
+from scripts.bench.command import or_one_line
 from scripts.bench.results import Row, write_json
+from train.config import ConfigError
+from train.whole_file import check_out
 
 V1 = re.compile(r"Best (dispatch \(FP8\)|combine): .*?([\d.]+) GB/s \(NVL\), t: ([\d.]+) us")
 """A call, its GB/s, and its microseconds."""
@@ -92,7 +94,7 @@ def compare(log: str, layer: dict[str, Any]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file; the exit status."""
+    """The exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.deep_ep_tests",
         description=__doc__,
@@ -101,30 +103,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pairs", nargs="+", metavar="LOG,LAYER.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args(arguments)
+    return or_one_line(lambda: run(args.pairs, args.out))
+
+
+def run(pairs: Sequence[str], out: Path) -> int:
+    """Compare each LOG,LAYER.json and write the file. Raises ConfigError."""
+    check_out(out)
     rows: list[Row] = []
     origins: list[dict[str, Any]] = []
-    for pair in args.pairs:
+    for pair in pairs:
         log, _, name = pair.rpartition(",")
+        if not log:
+            raise ConfigError(f"{pair}: no log for this layer; give LOG,LAYER.json")
         try:
-            if not log:
-                raise ValueError("no log for this layer")
             layer = json.loads(Path(name).read_text(encoding="utf-8"))
             rows += compare(Path(log).read_text(encoding="utf-8"), layer)
             origins.append({key: layer[key] for key in ("machine", "versions", "commit")})
-            if origins[-1] != origins[0]:
-                raise ValueError("the layers are of different machines, versions or commits")
         except KeyError as error:
-            print(f"{pair}: {name} has no {error}; give LOG,LAYER.json", file=sys.stderr)
-            return 2
+            raise ConfigError(f"{pair}: the layer has no {error}") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            print(f"{pair}: {error}; give LOG,LAYER.json", file=sys.stderr)
-            return 2
-    try:
-        write_json(args.out, {**origins[0], "rows": rows})
-    except OSError as error:
-        print(f"--out {args.out} cannot be written: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {len(rows)} rows")
+            raise ConfigError(f"{pair}: {error}") from None
+    if any(origin != origins[0] for origin in origins):
+        raise ConfigError("the layers are of different machines, versions or commits")
+    write_json(out, {**origins[0], "rows": rows})
+    print(f"{out}: {len(rows)} rows")
     return 0
 
 

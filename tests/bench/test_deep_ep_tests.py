@@ -91,7 +91,7 @@ def test_what_is_missing_or_cannot_be_written_is_one_line(tmp_path, capsys):
     for arguments, said in (
         ([str(tmp_path / "layer.json"), "--out", str(tmp_path / "o")], "no log for this layer"),
         ([f"{tmp_path / 'none'},{tmp_path / 'layer.json'}", "--out", str(tmp_path / "o")], "none"),
-        ([pair, "--out", str(tmp_path)], "cannot be written"),
+        ([pair, "--out", str(tmp_path)], "is a folder; name the file to write"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
