@@ -451,40 +451,33 @@ CHECKS: list[Check] = [
 """For the stand-in and for the package."""
 
 
-ONE_EXPERT_EACH = (expanding_is_dispatch_and_permute, layers_compute_the_same)
-"""Again with an expert on each rank and fewer places than ranks: no rank has two copies of a token,
+ONE_EACH = {"top_k": 2, "local": 1}
+"""An expert on each rank and, on four, fewer places than ranks: no rank has two copies of a token,
 and combine sums by place."""
+WITH_ONE_EACH = (expanding_is_dispatch_and_permute, layers_compute_the_same)
+"""What is checked so too."""
 
 
 ON_ONE_SIZE = (a_layer_is_timed, few_kernels_are_launched, between_nodes_it_plans_for_itself)
 """What does not depend on how many ranks there are."""
 
 
-def on_cpu(rank: int, check: Check, seed: int) -> None:
-    check(Ranks("cpu"), seed)
-
-
-def on_cpu_one_expert_each(rank: int, check: Check, seed: int) -> None:
-    check(Ranks("cpu", top_k=2, local=1), seed)
+def on_cpu(rank: int, check: Check, seed: int, shape: dict[str, int]) -> None:
+    check(Ranks("cpu", **shape), seed)
 
 
 @pytest.mark.parametrize(
-    ("check", "ranks"),
+    ("check", "ranks", "shape"),
     [
-        *((check, 2) for check in (*CHECKS, *ON_ONE_SIZE)),
+        *((check, 2, {}) for check in (*CHECKS, *ON_ONE_SIZE)),
         # Without one that repeats two others.
-        *((check, 4) for check in CHECKS if check is not rows_come_in_steps),
+        *((check, 4, {}) for check in CHECKS if check is not rows_come_in_steps),
+        *((check, 4, ONE_EACH) for check in WITH_ONE_EACH),
     ],
 )
-def test_with_a_stand_in(check, ranks):
+def test_with_a_stand_in(check, ranks, shape):
     seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
-    run_ranks(ranks, on_cpu, check, seed)
-
-
-@pytest.mark.parametrize("check", ONE_EXPERT_EACH)
-def test_one_expert_each_with_a_stand_in(check):
-    seed = int(torch.randint(10_000, ()))  # pytest prints it on failure
-    run_ranks(4, on_cpu_one_expert_each, check, seed)
+    run_ranks(ranks, on_cpu, check, seed, shape)
 
 
 @pytest.mark.gpu
@@ -497,14 +490,15 @@ def test_with_the_package(ranks, tmp_path):
 
 
 def on_gpu(rank: int, ranks: int) -> None:
-    for check in (*CHECKS, nothing_waits, a_layer_is_the_same_each_time):
+    only_here = (nothing_waits, a_layer_is_the_same_each_time)
+    checks: list[tuple[Check, dict[str, int]]] = [(check, {}) for check in (*CHECKS, *only_here)]
+    checks += [(check, ONE_EACH) for check in (*WITH_ONE_EACH, a_layer_is_the_same_each_time)]
+    for check, shape in checks:
         started = time.monotonic()
-        check(Ranks("cuda"), 7)
+        check(Ranks("cuda", **shape), 7)
         torch.cuda.synchronize()
         if rank == 0:
-            print(f"{check.__name__}: {time.monotonic() - started:.1f} s", flush=True)
-    for check in (*ONE_EXPERT_EACH, a_layer_is_the_same_each_time):
-        check(Ranks("cuda", top_k=2, local=1), 7)
+            print(f"{check.__name__} {shape}: {time.monotonic() - started:.1f} s", flush=True)
 
 
 def nothing_waits(ranks: Ranks, seed: int) -> None:

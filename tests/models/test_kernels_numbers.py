@@ -47,11 +47,6 @@ TYPES = {
 }
 
 
-def some_ranks(count, device):
-    """All on a GPU; the first and the last in the interpreter, which takes seconds for each."""
-    return range(count) if device == "cuda" else sorted({0, count - 1})
-
-
 def set_up(monkeypatch, device):
     """What every kernel test needs: memory that shows what was not written, exact conversions."""
     empty = torch.empty

@@ -41,8 +41,6 @@ def told_where_rows_end(monkeypatch) -> dict[str, bool]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["bf16", "fp8_direct", "fp8_fused"])
 def test_rows_behind_the_last_expert_change_nothing(monkeypatch, device: str, path: PathName):
-    if (device, path) == ("cpu", "fp8_fused"):
-        pytest.skip("on one rank of a CPU the same calls as fp8_direct")
     ranks = parallel.start(device, 1, 0, 60)
     told = told_where_rows_end(monkeypatch)
     try:
