@@ -54,7 +54,8 @@ def plan_expand(
     if size is None:
         size = ceil_div(most_rows(plan.ids.numel(), local_experts, alignment), step) * step
 
-    experts = triton.next_power_of_2(local_experts)
+    # With a table of one column, Triton 3.6 adds its rows up wrongly on a GPU.
+    experts = max(triton.next_power_of_2(local_experts), 2)
     warps = 8 if experts >= MANY_EXPERTS else 4
     _count_expand_kernel[(programs,)](
         *counts, copies, *sizes, CHUNK=CHUNK, WIDTH=width, EXPERTS=experts, num_warps=warps
