@@ -160,3 +160,21 @@ def full(rank: int) -> None:
 
     if rank == 1:
         GpuMemory.limit = lambda self: 1  # type: ignore[method-assign]
+
+
+def stale(rank: int) -> None:
+    """Before each step the memory that is free, and handed out next, is NaN in every dtype."""
+    import torch
+
+    from train import loop
+
+    step = loop.step
+    sizes = [*(512 << n % 8 for n in range(800)), *[1 << 19] * 400, *[1 << 26] * 24]
+
+    def spoiled(training, *args):
+        device = training.ranks.device
+        used = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes]
+        del used
+        return step(training, *args)
+
+    loop.step = spoiled

@@ -161,6 +161,18 @@ def test_steps_for_whose_room_one_gpu_lacks_memory_wait_on_all(tmp_path, path):
     assert [row["moe/waited_steps"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("count", "path"), [(2, "bf16"), (2, "fp8_compact"), (2, "fp8_fused"), (4, "fp8_fused")]
+)
+def test_what_memory_held_does_not_matter(tmp_path, count, path):
+    """All rows that are read were written before. Four ranks have an expert each."""
+    keys = ["model.hidden_size=256", "model.seq_len=128", f"moe.path={path}"]
+    keys += ["moe.force_balance=false", "train.log_every=1"]
+    want = Ranks(count, tmp_path, "clean", *keys).finished()
+    got = Ranks(count, tmp_path, "stale", *keys, fault="stale").finished()
+    assert computed(read_metrics(got)) == computed(read_metrics(want))
+
+
 @pytest.mark.parametrize("balance", ["true", "false"])
 def test_direct_and_fused_train_to_the_same_bits(tmp_path, balance):
     """Two ranks: by NCCL and the permute, and by DeepEP v2, where it is installed, in one call."""

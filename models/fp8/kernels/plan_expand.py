@@ -54,8 +54,7 @@ def plan_expand(
     if size is None:
         size = ceil_div(most_rows(plan.ids.numel(), local_experts, alignment), step) * step
 
-    # With a table of one column, Triton 3.6 adds its rows up wrongly on a GPU.
-    experts = max(triton.next_power_of_2(local_experts), 2)
+    experts = max(triton.next_power_of_2(local_experts), 2)  # see `_place_expand_kernel`
     warps = 8 if experts >= MANY_EXPERTS else 4
     _count_expand_kernel[(programs,)](
         *counts, copies, *sizes, CHUNK=CHUNK, WIDTH=width, EXPERTS=experts, num_warps=warps
@@ -123,6 +122,9 @@ def _place_expand_kernel(
         ids_ptr, coming_ptr, going_ptr, out_ids_ptr, sources_ptr, ends_ptr, slots_ptr, sent_ptr,
         rank, local_experts, ranks, tokens, chunks, top_k, CHUNK, WIDTH, SPAN,
     )  # fmt: skip
+    # A table of tokens by one expert would lie in the threads of one of tokens by places, several
+    # of them for each row, which Triton 3.6 forgets when it adds up rows: its sums are wrong.
+    tl.static_assert(EXPERTS > 1)
     program, programs = tl.program_id(0), tl.num_programs(0)
     expert = tl.arange(0, EXPERTS)
     here = expert < local_experts
