@@ -122,8 +122,8 @@ def _place_expand_kernel(
         ids_ptr, coming_ptr, going_ptr, out_ids_ptr, sources_ptr, ends_ptr, slots_ptr, sent_ptr,
         rank, local_experts, ranks, tokens, chunks, top_k, CHUNK, WIDTH, SPAN,
     )  # fmt: skip
-    # A table of tokens by one expert would lie in the threads of one of tokens by places, several
-    # of them for each row, which Triton 3.6 forgets when it adds up rows: its sums are wrong.
+    # With one column, a table of experts has several threads for each row, as that of places has.
+    # Triton 3.6 compiles a running sum over the rows of such a table wrongly.
     tl.static_assert(EXPERTS > 1)
     program, programs = tl.program_id(0), tl.num_programs(0)
     expert = tl.arange(0, EXPERTS)
