@@ -54,7 +54,7 @@ def plan_expand(
     if size is None:
         size = ceil_div(most_rows(plan.ids.numel(), local_experts, alignment), step) * step
 
-    experts = max(triton.next_power_of_2(local_experts), 2)  # see `_place_expand_kernel`
+    experts = max(triton.next_power_of_2(local_experts), 8)  # see `_place_expand_kernel`
     warps = 8 if experts >= MANY_EXPERTS else 4
     _count_expand_kernel[(programs,)](
         *counts, copies, *sizes, CHUNK=CHUNK, WIDTH=width, EXPERTS=experts, num_warps=warps
@@ -122,9 +122,9 @@ def _place_expand_kernel(
         ids_ptr, coming_ptr, going_ptr, out_ids_ptr, sources_ptr, ends_ptr, slots_ptr, sent_ptr,
         rank, local_experts, ranks, tokens, chunks, top_k, CHUNK, WIDTH, SPAN,
     )  # fmt: skip
-    # With one column, a table of experts has several threads for each row, as that of places has.
-    # Triton 3.6 compiles a running sum over the rows of such a table wrongly.
-    tl.static_assert(EXPERTS > 1)
+    # A table of fewer experts may have several threads for each element, as its layout is that of
+    # the table of places. Triton 3.6 compiles a running sum over the rows of such a table wrongly.
+    tl.static_assert(EXPERTS >= 8)
     program, programs = tl.program_id(0), tl.num_programs(0)
     expert = tl.arange(0, EXPERTS)
     here = expert < local_experts
