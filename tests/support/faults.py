@@ -163,7 +163,7 @@ def full(rank: int) -> None:
 
 
 def stale(rank: int) -> None:
-    """Before each step the memory that is free, and handed out next, is NaN in every dtype."""
+    """Before each step most of the memory that is free has all bits set: NaN in every float."""
     import torch
 
     from train import loop

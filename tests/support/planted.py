@@ -6,7 +6,7 @@
 What is forked cannot use a GPU that its parent has used, so these start again. FAULT is `none`,
 `poison` (rank 0's loss of step 5 is NaN), `hang` (rank 1 never comes to step 4), `cramp` (steps 4,
 5 and 7 have no room for the experts' rows), `crowd` (in steps 4 and 7 all tokens go to two),
-`full` (rank 1's memory has no space for such room) or `stale` (free memory is NaN).
+`full` (rank 1's memory has no space for such room) or `stale` (most free memory is NaN).
 """
 
 import os
