@@ -169,7 +169,8 @@ def stale(rank: int) -> None:
     from train import loop
 
     step = loop.step
-    sizes = [*(512 << n % 8 for n in range(800)), *[1 << 19] * 400, *[1 << 26] * 24]
+    # The largest first: what they leave of a block is filled by smaller ones.
+    sizes = [1 << n for n in range(26, 8, -1) for _ in range(24 if n > 19 else 100)]
 
     def spoiled(training, *args):
         device = training.ranks.device
