@@ -8,6 +8,8 @@ import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -115,6 +117,30 @@ def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monk
     assert time.monotonic() - begin < 120
     assert ended == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB"
     assert not report["results"]
+
+
+@pytest.mark.slow
+def test_no_step_is_timed_while_one_that_was_started_ahead_loads():
+    ahead: Any = SimpleNamespace(is_loaded=lambda: False)
+    one = start(minutes=0.4)
+    try:
+        assert not one.is_loaded()
+        assert one.measure(ahead) == ({"results": []}, "process ended: not done after 0.4 minutes")
+    finally:
+        one.end()
+    assert one.is_loaded(), "none waits for one that has ended"
+
+
+@pytest.mark.slow
+def test_one_that_was_started_ahead_says_that_it_has_loaded():
+    ahead, one = start(), start()
+    try:
+        report, _ = one.measure(ahead)
+        assert len(report["results"]) == 1
+        assert ahead.is_loaded()
+    finally:
+        ahead.end()
+        one.end()
 
 
 @pytest.mark.slow

@@ -231,7 +231,8 @@ class Planned:
         machine.left.add(self)
         machine.processes += 1
 
-    def measure(self) -> tuple[dict[str, Any], str]:
+    def measure(self, ahead: "Planned | None" = None) -> tuple[dict[str, Any], str]:
+        assert self.machine.left == {self} | {ahead} - {None}, "what is ahead goes unseen"
         self.end()
         return self.machine.measure(self.task)
 

@@ -87,6 +87,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
     prepare(configs)
     if arguments.wait_for:
         _load_libraries(spec)
+        waiting.say_loaded(arguments.wait_for.parent)
         waiting.wait_for(arguments.wait_for)
     ranks = start(configs[0])
     if ranks.is_first and ranks.device.type == "cuda":
@@ -159,6 +160,7 @@ def run_stack(
     """Build, measure and free one stack: its figures, its description, and its failure."""
     before = _allocated_gib(ranks)
     warmup, steps, trace = arguments.warmup, arguments.steps, arguments.trace
+    quiet = arguments.quiet and partial(waiting.wait_for, arguments.quiet)
     together = partial(attempt, failure_file=arguments.failure)
     if ranks.device.type == "cuda":  # room for rows follows from the peak of this stack's steps
         torch.cuda.reset_peak_memory_stats(ranks.device)
@@ -174,7 +176,7 @@ def run_stack(
     _, failure = together(make)
     if not failure:
         about = {"dispatch": built[0].dispatch, "description": built[0].description}
-        window, failure = together(lambda: measure(built[0], batches, ranks, warmup, steps))
+        window, failure = together(lambda: measure(built[0], batches, ranks, warmup, steps, quiet))
         if trace and not failure:
             _, failure = together(lambda: record(built[0], batches, ranks, trace))
         if not (failure and failure.fatal):
@@ -277,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--wait-for", type=Path, metavar="FILE",
                         help="leave the GPUs alone until it is there")  # fmt: skip
+    parser.add_argument("--quiet", type=Path, metavar="FILE",
+                        help="run no step but the first until it is there")  # fmt: skip
     parser.add_argument("--failure", type=Path, metavar="FILE",
                         help="where a rank that fails alone says why, at once")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)

@@ -1,10 +1,12 @@
-"""Ranks that are started ahead and wait until they are asked, as long as somebody lives who would.
+"""Ranks that are started ahead: they say when they have loaded, and wait until they are asked, as
+long as somebody lives who would.
 
 Signals do not tell them: a torchrun that gets one while it starts its ranks leaves them behind. So
 who asks holds a lock, which the system releases however its holder ends.
 """
 
 import fcntl
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import BinaryIO
 from train.config import ConfigError
 
 LOCK = "asks"
+LOADED = "loaded"
 
 
 def hold(folder: Path) -> BinaryIO:
@@ -34,6 +37,18 @@ def wait_for(file: Path) -> None:
         if file.exists():
             return
         time.sleep(0.05)
+
+
+def say_loaded(folder: Path) -> None:
+    """This rank has loaded what it needs: what follows until it is asked takes no time of the host
+    from others."""
+    with suppress(OSError):  # the folder is gone: `wait_for` says so
+        (folder / f"{LOADED}.{os.environ.get('RANK', '0')}").touch()
+
+
+def have_loaded(folder: Path) -> int:
+    """How many ranks have said so."""
+    return len(list(folder.glob(f"{LOADED}.*")))
 
 
 def _is_left(folder: Path) -> bool:

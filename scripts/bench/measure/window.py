@@ -4,7 +4,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -65,12 +65,23 @@ class Window:
 
 
 def measure(
-    stack: Stack, batches: Sequence[Batch], ranks: Ranks, warmup: int, steps: int
+    stack: Stack,
+    batches: Sequence[Batch],
+    ranks: Ranks,
+    warmup: int,
+    steps: int,
+    quiet: Callable[[], None] | None = None,
 ) -> Window:
-    """Warm up, at least one step, and time `steps` steps. All ranks call it."""
+    """Warm up, at least one step, and time `steps` steps. All ranks call it.
+
+    quiet: waits until nothing else keeps the host busy. It is called after the first step, in which
+    kernels are compiled, so that the rest of the warm-up comes between a wait and what is timed.
+    """
     on_gpu = ranks.device.type == "cuda"
     queue = itertools.cycle(batches)
     first = float(stack.step(queue).detach())
+    if quiet:
+        quiet()
     for _ in range(warmup - 1):
         stack.step(queue)
     stack.dropped_rows(), stack.redone_steps(), stack.waited_steps()  # of the warm-up

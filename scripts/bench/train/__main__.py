@@ -19,9 +19,9 @@ measures the anchors, and rows name their sitting: speeds are compared within a 
 row's windows have one length. The same command on the same machine continues the last sitting.
 What each field of a row is, and how to measure one row again: scripts/bench/train/rows.py.
 
-`--ahead` starts each process while the one before it still measures, so that it has its libraries
-loaded when its turn comes; until then it does not touch the GPUs. That saves the time that
-loading them takes, and wants a few cores to spare.
+`--ahead` starts each process when the one before it has its turn: it loads its libraries while the
+other builds its stack and compiles kernels, which saves that time, and does not touch the GPUs
+before its own turn. The other times no step before they are loaded.
 
 Natural routing (`--routings natural`) trains the real router on the config's text and drops
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,

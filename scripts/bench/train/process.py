@@ -55,16 +55,17 @@ class Process:
         self.task = task
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._go = self._folder / "measured.json", self._folder / "go"
+        self._quiet = self._folder / "quiet"
         self._failure = self._folder / "failure"
         self._lock = waiting.hold(self._folder)
-        self._minutes = arguments.process_minutes
+        self._minutes, self._ranks = arguments.process_minutes, arguments.gpus
         command = [
             sys.executable, "-m", "scripts.bench.torchrun", "--standalone",
             "--nproc-per-node", str(arguments.gpus), "-m", MEASURE,
             arguments.config, str(task.spec), "--micro-batches", ",".join(map(str, task.sizes)),
             "--routing", task.routing, "--steps", str(task.steps), "--warmup", str(task.warmup),
             "--out", str(self._out), "--wait-for", str(self._go),
-            "--failure", str(self._failure), *arguments.overrides,
+            "--quiet", str(self._quiet), "--failure", str(self._failure), *arguments.overrides,
         ]  # fmt: skip
         environment = {"OMP_NUM_THREADS": "8", **os.environ, **task.spec.environment}
         self._process = subprocess.Popen(
@@ -74,12 +75,20 @@ class Process:
             preexec_fn=lambda: end_with_parent(signal.SIGTERM),
         )
 
-    def measure(self) -> tuple[dict[str, Any], str]:
+    def is_loaded(self) -> bool:
+        """Whether it no longer loads libraries: it waits, measures or has ended."""
+        return waiting.have_loaded(self._folder) == self._ranks or self._process.poll() is not None
+
+    def measure(self, ahead: "Process | None" = None) -> tuple[dict[str, Any], str]:
         """What it writes, with `results`, and why it has no more: the line of the rank that failed
-        first, or how the process ended."""
+        first, or how the process ended.
+
+        ahead: one that was started ahead. Nothing is timed while that loads, which takes from the
+        host what a stack that waits for its host needs.
+        """
         self._go.touch()
         try:
-            ended = self._wait()
+            ended = self._wait(ahead)
             ended = first_failure.read(self._failure) or ended
         finally:
             report = self._report()
@@ -93,13 +102,15 @@ class Process:
             report = json.loads(self._out.read_text())
         return report
 
-    def _wait(self) -> str:
+    def _wait(self, ahead: "Process | None") -> str:
         """Return how it ended, or that it did not: in its minutes, or soon after a rank failed or
         all was measured."""
         deadline = time.monotonic() + self._minutes * 60
         failed: float | None = None
         measured: float | None = None
         while (now := time.monotonic()) < deadline:
+            if ahead is None or ahead.is_loaded():
+                self._quiet.touch()
             with suppress(subprocess.TimeoutExpired):
                 return f"process ended: exit code {self._process.wait(POLL_S)}"
             if measured is None and len(self._report()["results"]) == len(self.task.sizes):

@@ -74,7 +74,7 @@ class Sitting:
                 if self.has_failed(task):  # since this one was started ahead
                     started[0].end()
                 else:
-                    for one in self.found(started[0]):
+                    for one in self.found(*started):
                         self.note(rows, one, task)
                 started.popleft()
         finally:
@@ -91,10 +91,10 @@ class Sitting:
         """Whether it would fail again, as out of memory: at all of its micro-batches."""
         return all((task.spec, task.routing, size) in self.failed for size in task.sizes)
 
-    def found(self, process: Process) -> list[dict[str, Any]]:
-        """A result a micro-batch, with an error where it has none."""
+    def found(self, process: Process, ahead: Process | None = None) -> list[dict[str, Any]]:
+        """A result a micro-batch, with an error where it has none. `ahead` starts meanwhile."""
         begin = time.monotonic()
-        report, ended = process.measure()
+        report, ended = process.measure(ahead)
         found = report.pop("results")
         if "machine" in report:
             origin = {name: report[name] for name in ("machine", "versions", "commit")}
