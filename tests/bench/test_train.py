@@ -340,6 +340,23 @@ def test_on_the_same_machine_the_last_sitting_continues(tmp_path, monkeypatch):
     assert measured("fp8_baseline")[-1] == ("fp8_baseline", "2026-11-27 12:02", 2)
 
 
+def test_one_long_step_does_not_choose_the_micro_batch():
+    """As where a kernel is compiled in it, which happens once on a machine."""
+    spec = parse("bf16")
+
+    def row(micro_batch: int, steps: list[float]) -> Any:
+        key = {"routing": "balanced", "gpus": 2, "micro_batch": micro_batch, "sitting": "monday"}
+        made = train_rows.row_of(rows, {**spec.columns(), **key, "global_batch": 2 * micro_batch})
+        found = Window(sum(steps) / len(steps), steps, None, 6.0, 5.0).figures()
+        train_rows.add(made, found, load(TINY_MODEL[0], TINY_MODEL[1:]), "a GPU")
+
+    rows: list[Any] = []
+    row(4, [200.0] * 5)
+    row(8, [380.0, 380.0, 580.0, 380.0, 380.0])
+    row(10, [490.0] * 5)
+    assert train_rows.best_micro_batch(rows, spec, "balanced", 2) == 8
+
+
 def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):
     speeds: dict[str, dict[int, float | str]] = {
         "bf16": {2: 0.2, 4: "no"}, "fp8_compact": {2: 0.1, 4: "no"}

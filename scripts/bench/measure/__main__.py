@@ -39,7 +39,7 @@ from scripts.bench import results, stacks
 from scripts.bench.command import or_one_line, positive, positive_list, prepare, start
 from scripts.bench.machine import describe_machine
 from scripts.bench.measure import first_failure, waiting
-from scripts.bench.measure.window import Window, measure, wait
+from scripts.bench.measure.window import WARMUP, Window, measure, wait
 from scripts.bench.stacks import Stack, inputs
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse
 from train import parallel
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="default: the config's")  # fmt: skip
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--steps", type=positive, default=20, help="timed steps")
-    parser.add_argument("--warmup", type=positive, default=5, help="untimed steps before")
+    parser.add_argument("--warmup", type=positive, default=WARMUP, help="untimed steps before")
     parser.add_argument("--trace", type=Path, metavar="FILE.json.gz",
                         help="record one more step, for scripts.bench.trace")  # fmt: skip
     parser.add_argument("--wait-for", type=Path, metavar="FILE",

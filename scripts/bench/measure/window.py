@@ -20,6 +20,10 @@ from train.metrics.throughput import GIB
 from train.parallel import Ranks
 from train.profiling.timer import Timer
 
+WARMUP = 20
+"""Steps before a window. One may compile kernels long after the first: Triton compiles a kernel
+again for a count that is a multiple of 16, and how many rows arrive is another count every step."""
+
 
 @dataclass
 class Window:

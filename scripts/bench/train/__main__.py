@@ -2,7 +2,7 @@
 
     python -m scripts.bench.train configs/qwen3_30b_a3b_8l.yaml --gpus 2 \\
         [--stacks bf16,fp8_direct:prepare,stock:bf16:experimental] [--anchors bf16,stock:bf16] \\
-        [--routings balanced,natural] [--screen 1,2,4,8] [--repeats 5] [--steps 20] [--warmup 5] \\
+        [--routings balanced,natural] [--screen 1,2,4,8] [--repeats 5] [--steps 20] [--warmup 20] \\
         [--minutes 25] [--ahead] [--sitting NAME] [--out docs/results] [key=value ...]
 
 Stacks are named as scripts/bench/stacks/spec.py says. All have the same ranks, shape, batches,
@@ -49,6 +49,7 @@ from rich.table import Table
 
 from models.config import PATH_NAMES
 from scripts.bench.command import or_one_line, positive, positive_list, positive_minutes
+from scripts.bench.measure.window import WARMUP
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
 from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=5,
                         help="processes of each stack at its best micro-batch; 5")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat; 20")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them; 5")
+    parser.add_argument("--warmup", type=positive, default=WARMUP, help="steps before them; 20")
     parser.add_argument(
         "--minutes", type=positive_minutes, help="begin no process that might end later"
     )

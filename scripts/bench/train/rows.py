@@ -129,10 +129,15 @@ def is_of(row: Row, spec: Spec, routing: str, gpus: int) -> bool:
 
 
 def best_micro_batch(screening: Sequence[Row], spec: Spec, routing: str, gpus: int) -> int | None:
-    """The micro-batch at which most tokens a second were trained on; None where none ran."""
+    """The micro-batch with most sequences a second, by the median step; None where none ran.
+
+    Not by the mean of so short a window: one step in which a kernel is compiled would decide.
+    """
     ran = [row for row in screening if is_of(row, spec, routing, gpus)]
     ran = [row for row in ran if "step_ms" in row]
-    best = max(ran, key=lambda row: row["tokens_per_sec_per_gpu"]["median"], default=None)
+    best = max(
+        ran, key=lambda row: row["global_batch"] / row["single_step_ms"]["median"], default=None
+    )
     return None if best is None else best["micro_batch"]
 
 
