@@ -1,9 +1,11 @@
 """No process of a benchmark is left behind, whatever ends it and whenever; and why it ended."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from scripts.bench.measure import __main__ as measuring
 from scripts.bench.measure import waiting
 from scripts.bench.measure.__main__ import main
 from scripts.bench.stacks.spec import config_of, parse
@@ -120,27 +123,74 @@ def test_a_rank_that_fails_alone_says_why_and_the_others_are_not_waited_for(monk
 
 
 @pytest.mark.slow
-def test_no_step_is_timed_while_one_that_was_started_ahead_loads():
-    ahead: Any = SimpleNamespace(is_loaded=lambda: False)
-    one = start(minutes=0.4)
+@pytest.mark.parametrize("patience", [90.0, 1.0])
+def test_no_step_is_timed_while_one_that_was_started_ahead_loads(monkeypatch, patience):
+    """But not forever: one that hangs would else make the other fail."""
+    monkeypatch.setattr(process, "LOADING_S", patience)
+    one = start()
+    asked, timed_too_early = 0, False
+
+    def is_loaded() -> bool:
+        nonlocal asked, timed_too_early
+        asked += 1
+        timed_too_early |= one._out.exists()
+        return asked > 25
+
+    ahead: Any = SimpleNamespace(is_loaded=is_loaded)
     try:
-        assert not one.is_loaded()
-        assert one.measure(ahead) == ({"results": []}, "process ended: not done after 0.4 minutes")
+        report, _ = one.measure(ahead)
     finally:
         one.end()
-    assert one.is_loaded(), "none waits for one that has ended"
+    assert len(report["results"]) == 1
+    assert not timed_too_early
+    assert (asked > 25) == (patience > 25)
+
+
+def test_all_ranks_have_loaded_or_the_process_has_ended(tmp_path, monkeypatch):
+    one = Process.__new__(Process)
+    one._folder, one._ranks = tmp_path, 2
+    polls: Any = SimpleNamespace(poll=lambda: None)
+    one._process = polls
+    for rank in range(2):
+        assert not one.is_loaded()
+        monkeypatch.setenv("RANK", str(rank))
+        waiting.say_loaded(tmp_path)
+    assert one.is_loaded()
+    one._folder = tmp_path / "another"
+    assert not one.is_loaded()
+    polls.poll = lambda: 1
+    assert one.is_loaded(), "who waits for it would wait for nothing"
+
+
+def test_a_rank_says_that_it_has_loaded_once_it_has(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(measuring, "_load_libraries", lambda spec: said.append("loads"))
+    monkeypatch.setattr(waiting, "say_loaded", lambda folder: said.append(folder))
+
+    def wait_for(file: Path) -> None:
+        raise ConfigError(f"{file}")
+
+    monkeypatch.setattr(waiting, "wait_for", wait_for)
+    out = ["--out", str(tmp_path / "one.json"), "--wait-for", str(tmp_path / "go")]
+    assert main([TINY[0], "bf16", *TINY[1:], "parallel.expert_parallel=1", *out]) == 2
+    assert said == ["loads", tmp_path]
 
 
 @pytest.mark.slow
-def test_one_that_was_started_ahead_says_that_it_has_loaded():
-    ahead, one = start(), start()
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_folder_that_is_removed_ends_one_process_and_not_the_benchmark(asked):
+    ahead: Any = SimpleNamespace(is_loaded=lambda: False)
+    one = start()
     try:
-        report, _ = one.measure(ahead)
-        assert len(report["results"]) == 1
-        assert ahead.is_loaded()
+        if not asked:
+            shutil.rmtree(one._folder)
+        else:
+            threading.Timer(3, lambda: shutil.rmtree(one._folder)).start()
+        report, ended = one.measure(ahead)
     finally:
-        ahead.end()
         one.end()
+    assert report == {"results": []}
+    assert ended.startswith("process ended: exit code ")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,6 +108,36 @@ def test_the_slowest_rank_counts():
     assert windows[0].final_loss == pytest.approx(0.07 / 4)
     assert windows[0].dropped_rows == 4, "of all ranks"
     assert (windows[0].redone_steps, windows[0].waited_steps, windows[0].room) == (3, 1, 1.25)
+
+
+class Noting(Uneven):
+    """Writes down what happens."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.events: list[str] = []
+
+    def step(self, batches) -> torch.Tensor:
+        self.events.append("step")
+        return super().step(batches)
+
+    def dropped_rows(self) -> int:
+        self.events.append("warm" if "warm" not in self.events else "timed")
+        return super().dropped_rows()
+
+
+def noted(rank: int) -> list[str]:
+    ranks: Any = SimpleNamespace(device=torch.device("cpu"))
+    stack, batches = Noting(rank), cast(Any, [None])
+    window.measure(stack, batches, ranks, 3, 2, quiet=lambda: stack.events.append("quiet"))
+    return stack.events
+
+
+def test_the_wait_for_a_quiet_host_comes_between_the_first_step_and_the_others():
+    """Kernels are compiled in the first; the others warm up what was idle meanwhile."""
+    (events,) = run_ranks(1, noted)
+    first, others = ["step", "quiet"], ["step", "step"]
+    assert events[:8] == [*first, *others, "warm", "step", "step", "timed"]
 
 
 def dropping(rank: int, steps: list[int]) -> list[int]:
@@ -341,20 +371,32 @@ def test_on_the_same_machine_the_last_sitting_continues(tmp_path, monkeypatch):
 
 
 def test_one_long_step_does_not_choose_the_micro_batch():
-    """As where a kernel is compiled in it, which happens once on a machine."""
+    """As where a kernel is compiled in it, which happens once on a machine. Steps that are repeated
+    for lack of room come again and again, and count."""
     spec = parse("bf16")
 
-    def row(micro_batch: int, steps: list[float]) -> Any:
-        key = {"routing": "balanced", "gpus": 2, "micro_batch": micro_batch, "sitting": "monday"}
-        made = train_rows.row_of(rows, {**spec.columns(), **key, "global_batch": 2 * micro_batch})
-        found = Window(sum(steps) / len(steps), steps, None, 6.0, 5.0).figures()
-        train_rows.add(made, found, load(TINY_MODEL[0], TINY_MODEL[1:]), "a GPU")
+    def best(steps_of: dict[int, list[float]]) -> int | None:
+        rows: list[Any] = []
+        for size, steps in steps_of.items():
+            key = {"routing": "balanced", "gpus": 2, "micro_batch": size, "sitting": "monday"}
+            row = train_rows.row_of(rows, {**spec.columns(), **key, "global_batch": 2 * size})
+            found = Window(sum(steps) / len(steps), steps, None, 6.0, 5.0).figures()
+            train_rows.add(row, found, load(TINY_MODEL[0], TINY_MODEL[1:]), "a GPU")
+        return train_rows.best_micro_batch(rows, spec, "balanced", 2)
 
-    rows: list[Any] = []
-    row(4, [200.0] * 5)
-    row(8, [380.0, 380.0, 580.0, 380.0, 380.0])
-    row(10, [490.0] * 5)
-    assert train_rows.best_micro_batch(rows, spec, "balanced", 2) == 8
+    assert best({4: [200.0] * 5, 8: [380.0, 380.0, 580.0, 380.0, 380.0], 10: [490.0] * 5}) == 8
+    assert best({4: [200.0] * 5, 8: [390.0, 780.0, 390.0, 780.0, 390.0]}) == 4
+    assert best({4: [200.0], 8: [390.0]}) == 8
+
+
+def test_what_an_older_version_screened_still_counts():
+    """Those rows have no single steps."""
+    path = Path("docs/results/train_qwen3_30b_a3b_8l.json")
+    screening = json.loads(path.read_text(encoding="utf-8"))["screening"]
+    spec = parse("fp8_direct:prepare")
+    rows = [row for row in screening if train_rows.is_of(row, spec, "balanced", 2)]
+    assert {row["micro_batch"] for row in rows} == {4, 8}
+    assert train_rows.best_micro_batch(screening, spec, "balanced", 2) == 8
 
 
 def test_a_new_stack_is_measured_beside_the_anchor(tmp_path, monkeypatch):

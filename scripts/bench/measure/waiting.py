@@ -42,7 +42,7 @@ def wait_for(file: Path) -> None:
 def say_loaded(folder: Path) -> None:
     """This rank has loaded what it needs: what follows until it is asked takes no time of the host
     from others."""
-    with suppress(OSError):  # the folder is gone: `wait_for` says so
+    with suppress(OSError):  # where the folder is gone, `wait_for` says so
         (folder / f"{LOADED}.{os.environ.get('RANK', '0')}").touch()
 
 

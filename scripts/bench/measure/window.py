@@ -21,8 +21,9 @@ from train.parallel import Ranks
 from train.profiling.timer import Timer
 
 WARMUP = 20
-"""Steps before a window. One may compile kernels long after the first: Triton compiles a kernel
-again for a count that is a multiple of 16, and how many rows arrive is another count every step."""
+"""Steps before a window. Some compile kernels long after the first: Triton compiles a kernel again
+for a count that is a multiple of 16, and how many rows arrive is another count every step. The
+longer the warm-up, the fewer windows have such a step; the median step tells of those that do."""
 
 
 @dataclass
@@ -79,7 +80,7 @@ def measure(
     """Warm up, at least one step, and time `steps` steps. All ranks call it.
 
     quiet: waits until nothing else keeps the host busy. It is called after the first step, in which
-    kernels are compiled, so that the rest of the warm-up comes between a wait and what is timed.
+    kernels are compiled; the rest of the warm-up comes between that wait and what is timed.
     """
     on_gpu = ranks.device.type == "cuda"
     queue = itertools.cycle(batches)

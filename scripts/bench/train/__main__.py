@@ -9,7 +9,8 @@ Stacks are named as scripts/bench/stacks/spec.py says. All have the same ranks, 
 AdamW and routing. Each runs in processes of its own (scripts/bench/measure/), so that none is
 affected by another's memory:
 
-1. Each is screened once, at the micro-batches of `--screen`, unless that names only one.
+1. Each is screened once, at the micro-batches of `--screen`, unless that names only one: the best
+   has most tokens a second, each short window's longest step left out.
 2. At its best micro-batch, each is measured `--repeats` times. From repeat to repeat the order is
    rotated, and reversed every second time, so that it favours no stack.
 
@@ -21,7 +22,7 @@ What each field of a row is, and how to measure one row again: scripts/bench/tra
 
 `--ahead` starts each process when the one before it has its turn: it loads its libraries while the
 other builds its stack and compiles kernels, which saves that time, and does not touch the GPUs
-before its own turn. The other times no step before they are loaded.
+before its own turn. The other times no step before they are loaded, or 90 seconds have passed.
 
 Natural routing (`--routings natural`) trains the real router on the config's text and drops
 nothing: `moe.capacity` is its default, or null with the flag `waits`. Balanced routing is forced,

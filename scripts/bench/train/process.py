@@ -27,6 +27,8 @@ others would wait longer, and for nothing."""
 ENDING_S = 20.0
 """How long a process may take to end once all is measured: NCCL can wait forever for a CUDA graph
 that somebody still holds."""
+LOADING_S = 90.0
+"""How long a process waits with its timing for the one that was started ahead to load."""
 PATIENCE_S = 40
 """How long torchrun has to end its ranks: it kills those that ignore its signal after 30 s."""
 
@@ -84,9 +86,9 @@ class Process:
         first, or how the process ended.
 
         ahead: one that was started ahead. Nothing is timed while that loads, which takes from the
-        host what a stack that waits for its host needs.
+        host what a stack that waits for its host needs; for `LOADING_S` at most.
         """
-        self._go.touch()
+        _tell(self._go)
         try:
             ended = self._wait(ahead)
             ended = first_failure.read(self._failure) or ended
@@ -105,12 +107,15 @@ class Process:
     def _wait(self, ahead: "Process | None") -> str:
         """Return how it ended, or that it did not: in its minutes, or soon after a rank failed or
         all was measured."""
-        deadline = time.monotonic() + self._minutes * 60
+        patient_until = time.monotonic() + LOADING_S
+        deadline = patient_until + self._minutes * 60
+        quiet = False
         failed: float | None = None
         measured: float | None = None
         while (now := time.monotonic()) < deadline:
-            if ahead is None or ahead.is_loaded():
-                self._quiet.touch()
+            if not quiet and (ahead is None or ahead.is_loaded() or now > patient_until):
+                quiet, deadline = True, now + self._minutes * 60
+                _tell(self._quiet)
             with suppress(subprocess.TimeoutExpired):
                 return f"process ended: exit code {self._process.wait(POLL_S)}"
             if measured is None and len(self._report()["results"]) == len(self.task.sizes):
@@ -141,3 +146,9 @@ class Process:
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
+
+
+def _tell(file: Path) -> None:
+    """Ranks wait for `file`; they end by themselves where its folder has been removed."""
+    with suppress(OSError):
+        file.touch()

@@ -15,6 +15,7 @@ the `config` of the results.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -129,16 +130,26 @@ def is_of(row: Row, spec: Spec, routing: str, gpus: int) -> bool:
 
 
 def best_micro_batch(screening: Sequence[Row], spec: Spec, routing: str, gpus: int) -> int | None:
-    """The micro-batch with most sequences a second, by the median step; None where none ran.
+    """The micro-batch at which most tokens a second were trained on; None where none ran.
 
-    Not by the mean of so short a window: one step in which a kernel is compiled would decide.
+    The longest step of each window is left out: a window of screening is so short that one step in
+    which a kernel is compiled would decide.
     """
     ran = [row for row in screening if is_of(row, spec, routing, gpus)]
     ran = [row for row in ran if "step_ms" in row]
-    best = max(
-        ran, key=lambda row: row["global_batch"] / row["single_step_ms"]["median"], default=None
-    )
+
+    def tokens_per_sec(row: Row) -> float:
+        usual = statistics.median(_usual_ms(window) for window in row["windows"])
+        return row["tokens_per_sec_per_gpu"]["median"] * row["step_ms"]["median"] / usual
+
+    best = max(ran, key=tokens_per_sec, default=None)
     return None if best is None else best["micro_batch"]
+
+
+def _usual_ms(window: Row) -> float:
+    """The mean step without the longest; old windows, without single steps, count as they are."""
+    steps = sorted(window.get("single_step_ms", []))
+    return statistics.mean(steps[:-1]) if len(steps) > 1 else window["step_ms"]
 
 
 def row_of(rows: list[Row], key: Row) -> TrainingRow:
