@@ -92,6 +92,7 @@ def _training(result: Result) -> list[Spec]:
     measured = [row for row in rows if "step_ms" in row]
     if comparable := _on_all(measured):
         origin = sitting_of(result, comparable[0])
+        comparable.sort(key=lambda row: row["gpus"])
         return [_by_gpus([row | {"on": machine_name(origin, row["gpus"])} for row in comparable])]
     kinds = list(dict.fromkeys(_kind(row) for row in measured))
     most = max(row["tflops_per_gpu"]["max"] for row in measured)

@@ -149,6 +149,6 @@ class Process:
 
 
 def _tell(file: Path) -> None:
-    """Ranks wait for `file`; they end by themselves where its folder has been removed."""
+    """Ranks wait for `file`, and end where its folder has been removed."""
     with suppress(OSError):
         file.touch()
