@@ -491,6 +491,30 @@ def test_a_row_that_does_not_say_its_warm_up_is_continued(tmp_path, monkeypatch)
     assert plan(tmp_path, *argv, "2")["rows"][0]["repeats"] == 2
 
 
+def test_minutes_are_used_as_far_as_the_longest_process_tells(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sitting, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    machine = Machine(monkeypatch, {"bf16": {4: 0.1}})
+    inner = machine.measure
+
+    def measure(task: process.Task) -> tuple[dict[str, Any], str]:
+        clock[0] += 10  # seconds
+        return inner(task)
+
+    monkeypatch.setattr(machine, "measure", measure)
+    argv = ("--stacks", "bf16", "--screen", "4", "--repeats", "20", "--minutes", "2")
+    (row,) = plan(tmp_path, *argv)["rows"]
+    assert row["repeats"] == 12
+
+
+def test_minutes_in_which_nothing_could_be_measured_are_refused(tmp_path, capsys):
+    argv = [*TINY, "--gpus", "2", "--screen", "2", "--stacks", "bf16", "--out", str(tmp_path)]
+    assert train.main([*argv, "--minutes", "1.5"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --minutes 1.5: 1.5 are for the first process alone; give more\n"
+    )
+
+
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
 @pytest.mark.parametrize("flag", ["--minutes", "--process-minutes"])
 def test_minutes_are_positive(flag, minutes, capsys, tmp_path):

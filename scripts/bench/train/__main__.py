@@ -54,7 +54,7 @@ from scripts.bench.measure.window import WARMUP
 from scripts.bench.stacks.spec import ROUTINGS, Spec, config_of, parse_all
 from scripts.bench.train import rows as train_rows
 from scripts.bench.train.process import Task
-from scripts.bench.train.sitting import Sitting
+from scripts.bench.train.sitting import PROCESS_MINUTES, Sitting
 from train.config import Config, ConfigError, check_world
 from train.whole_file import check_out
 
@@ -80,11 +80,14 @@ def bench(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out: {error}") from None
     sitting = Sitting(arguments, content, path)
+    if arguments.minutes and arguments.minutes <= PROCESS_MINUTES:
+        few = f"--minutes {arguments.minutes}"
+        raise ConfigError(f"{few}: {PROCESS_MINUTES} are for the first process alone; give more")
     for routing in arguments.routings:
         sitting.check_lengths(configs[routing], routing)
     for routing in arguments.routings:
         if not measure_routing(sitting, routing, configs[routing], anchors):
-            print(f"{arguments.minutes} minutes are over; the same command continues")
+            print(f"too little is left of {arguments.minutes} minutes; the same command continues")
             break
     table(content, sitting.name, path)
     return 0

@@ -19,7 +19,7 @@ from train.config import ConfigError
 from train.metrics.environment import commit
 
 PROCESS_MINUTES = 1.5
-"""Minutes to reserve for a process that has not run yet."""
+"""Minutes to reserve for the first process."""
 
 
 class Sitting:
@@ -30,7 +30,8 @@ class Sitting:
         self.arguments, self.content, self.path = arguments, content, path
         self.name = arguments.sitting or continued(content) or f"{datetime.now():%Y-%m-%d %H:%M}"
         self.began = time.monotonic()
-        self.longest = PROCESS_MINUTES * 60
+        self.longest: float | None = None
+        """Seconds of the longest process so far."""
         self.failed: set[tuple[Spec, str, int]] = set()
         """Stack, routing and micro-batch of what failed."""
 
@@ -85,7 +86,8 @@ class Sitting:
     def is_over(self) -> bool:
         """Whether the next process may not end within the minutes."""
         minutes = self.arguments.minutes
-        return minutes and time.monotonic() - self.began + self.longest > minutes * 60
+        reserve = PROCESS_MINUTES * 60 if self.longest is None else self.longest
+        return minutes and time.monotonic() - self.began + reserve > minutes * 60
 
     def has_failed(self, task: Task) -> bool:
         """Whether it would fail again, as out of memory: at all of its micro-batches."""
@@ -112,7 +114,7 @@ class Sitting:
             {"micro_batch": size, "error": f"not tried: micro-batch {missing[0]} ended the process"}
             for size in missing[1:]
         ]
-        self.longest = max(self.longest, time.monotonic() - begin)
+        self.longest = max(self.longest or 0.0, time.monotonic() - begin)
         return found
 
     def note(self, rows: list[Row], found: dict[str, Any], task: Task) -> None:
