@@ -28,6 +28,10 @@ from scripts.compare.curves import PAPER, Spec, config
 from train.whole_file import whole
 
 OURS, STOCK, FAILED = "#0072B2", "#8A8A94", "#9b2c1f"
+NAME_WIDTH = 54
+"""Characters of a bar's name in a line; two lines have space."""
+WIDER_FONT = 56
+"""Space for names in fonts wider than the one they are laid out with, such as DejaVu Sans."""
 PEER = "#c9c9d1"
 """Stock beside paths in their own colors, of which one is gray."""
 ONE_COLUMN = {"columns": 1, "labelLimit": 0}
@@ -71,7 +75,8 @@ def plot(source: Path, picture: Path, wanted: Filters | None = None) -> None:
     look["axisX"] |= {"labelFlush": False, "tickCount": 6}
     look["axisY"] = {"labelLimit": 0, "labelColor": PAPER.ink, "labelLineHeight": LINE}
     look["legend"] |= {"orient": "top", "columns": 5, "title": None}
-    spec = {"vconcat": panels, "config": look, "background": "white", "padding": 8}
+    padding = {"left": WIDER_FONT, "right": 8, "top": 8, "bottom": 8}
+    spec = {"vconcat": panels, "config": look, "background": "white", "padding": padding}
     picture.parent.mkdir(parents=True, exist_ok=True)
     if picture.suffix == ".svg":
         svg = vl_convert.vegalite_to_svg(spec)
@@ -182,7 +187,12 @@ def _bars(rows: Sequence[Row], best: float | None, across: Spec) -> Spec:
     """Bars with whiskers and figures, and a dotted line at `best`; `across` is the axis of all."""
     differ = len({row["micro_batch"] for row in rows}) > 1
     names = [
-        textwrap.wrap(training_name(row) + differ * f", micro-batch {row['micro_batch']}", 52)
+        # The micro-batch and its number stay together.
+        textwrap.wrap(
+            training_name(row) + differ * f", micro-batch\xa0{row['micro_batch']}",
+            NAME_WIDTH,
+            break_on_hyphens=False,
+        )
         for row in rows
     ]
     values = []
