@@ -391,11 +391,16 @@ def test_rows_of_one_name_have_bars_of_their_own(tmp_path: Path) -> None:
 
 
 def test_bars_of_two_micro_batches_name_theirs(tmp_path: Path) -> None:
-    write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000, micro_batch=4)])
+    long = {"flags": ["experimental", "environment", "bf16_grads", "cutlass", "attention_graphs"]}
+    stock = row("bf16", 9900, "megatron-core", micro_batch=12) | long
+    write_results(tmp_path, [row("bf16", 10000), row("bf16", 9000, micro_batch=4), stock])
     assert run(tmp_path, PICTURE)[0] == 0
     svg = (tmp_path / "images" / "train_x.svg").read_text()
-    assert len(re.findall(r">ours bf16, micro-batch \d+</text>", svg)) == 2
-    assert len(re.findall(r"micro-batch \d+</text>", svg)) == 2
+    assert len(re.findall(r">ours bf16, micro-batch\xa0\d+</text>", svg)) == 2
+    lines = re.findall(r">megatron-core .*?</text>", svg)
+    words = ["megatron-core bf16, experimental, environment,",
+             "bf16_grads, cutlass, attention_graphs, micro-batch\xa012"]  # fmt: skip
+    assert words in [re.findall(r">([^<]+)<", line) for line in lines], "two lines have space"
 
 
 def test_same_figures_give_the_same_picture(tmp_path: Path) -> None:
