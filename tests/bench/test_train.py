@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +128,8 @@ class Noting(Uneven):
 
 def noted(rank: int) -> list[str]:
     ranks: Any = SimpleNamespace(device=torch.device("cpu"))
-    stack, batches = Noting(rank), cast(Any, [None])
+    batches: Any = [None]
+    stack = Noting(rank)
     window.measure(stack, batches, ranks, 3, 2, quiet=lambda: stack.events.append("quiet"))
     return stack.events
 

@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=5,
                         help="processes of each stack at its best micro-batch; 5")  # fmt: skip
     parser.add_argument("--steps", type=positive, default=20, help="timed steps of a repeat; 20")
-    parser.add_argument("--warmup", type=positive, default=WARMUP, help="steps before them; 20")
+    parser.add_argument("--warmup", type=positive, default=WARMUP,
+                        help=f"steps before them; {WARMUP}")  # fmt: skip
     parser.add_argument(
         "--minutes", type=positive_minutes, help="begin no process that might end later"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -108,13 +109,12 @@ class Process:
         """Return how it ended, or that it did not: in its minutes, or soon after a rank failed or
         all was measured."""
         patient_until = time.monotonic() + LOADING_S
-        deadline = patient_until + self._minutes * 60
-        quiet = False
+        deadline = math.inf  # its minutes begin when steps may be timed
         failed: float | None = None
         measured: float | None = None
         while (now := time.monotonic()) < deadline:
-            if not quiet and (ahead is None or ahead.is_loaded() or now > patient_until):
-                quiet, deadline = True, now + self._minutes * 60
+            if deadline == math.inf and (ahead is None or ahead.is_loaded() or now > patient_until):
+                deadline = now + self._minutes * 60
                 _tell(self._quiet)
             with suppress(subprocess.TimeoutExpired):
                 return f"process ended: exit code {self._process.wait(POLL_S)}"

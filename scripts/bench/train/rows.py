@@ -138,11 +138,10 @@ def best_micro_batch(screening: Sequence[Row], spec: Spec, routing: str, gpus: i
     ran = [row for row in screening if is_of(row, spec, routing, gpus)]
     ran = [row for row in ran if "step_ms" in row]
 
-    def tokens_per_sec(row: Row) -> float:
-        usual = statistics.median(_usual_ms(window) for window in row["windows"])
-        return row["tokens_per_sec_per_gpu"]["median"] * row["step_ms"]["median"] / usual
+    def sequences_per_ms(row: Row) -> float:
+        return row["global_batch"] / statistics.median(map(_usual_ms, row["windows"]))
 
-    best = max(ran, key=tokens_per_sec, default=None)
+    best = max(ran, key=sequences_per_ms, default=None)
     return None if best is None else best["micro_batch"]
 
 
